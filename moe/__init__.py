@@ -1,0 +1,40 @@
+"""gpt4-moe: the mixture-of-experts GPT-4 of the 2023 article, as working PyTorch. The public names, nothing else.
+
+Names load on first use (PEP 562), so that `import moe.plan` and `moe plan` never import torch.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moe import hf
+    from moe.checkpoint import load, load_tokenizer, save
+    from moe.config import Config, ConfigError, load_config
+    from moe.model import Transformer
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Config": "moe.config",
+    "ConfigError": "moe.config",
+    "load_config": "moe.config",
+    "Transformer": "moe.model",
+    "save": "moe.checkpoint",
+    "load": "moe.checkpoint",
+    "load_tokenizer": "moe.checkpoint",
+}
+_MODULES = {"data", "hf", "plan", "train"}
+
+__all__ = ["Config", "ConfigError", "Transformer", "hf", "load", "load_config", "load_tokenizer", "save"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    if name in _MODULES:
+        return importlib.import_module(f"moe.{name}")
+    raise AttributeError(f"module 'moe' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__, *_MODULES])
