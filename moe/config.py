@@ -1,0 +1,394 @@
+"""The one description of a model and of how to train it: frozen dataclasses, strict TOML, the scaling rule for replicas.
+
+Every default is the full GPT-4 shape of the article at 8k context, so a TOML file only says what differs. Loading is
+strict: an unknown key, a wrong type or an impossible value raises `ConfigError`, which names the field, the value
+and what would be right. Imports the standard library only.
+"""
+
+import dataclasses
+import difflib
+import os
+import tomllib
+import typing
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+CONFIG_DIR = Path(__file__).parent / "configs"
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be: the message names the field, the value and the remedy."""
+
+
+def _require(ok: bool, name: str, value: object, rule: str) -> None:
+    if not ok:
+        raise ConfigError(f"{name} = {value!r}: {rule}")
+
+
+def _positive(section: str, owner: object, *names: str) -> None:
+    for name in names:
+        _require(getattr(owner, name) > 0, section + name, getattr(owner, name), "must be greater than 0")
+
+
+# --------------------------------------------------------------------------------------------------------- sections
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding, rotate-half form (Su et al. 2021), and its scaling to longer contexts.
+
+    `scaling`: "none"; "linear" divides positions by `factor` (Chen et al. 2023); "yarn" scales by wavelength and
+    warms the attention temperature (Peng et al. 2023), for which `original_max_seq_len` is the context of the
+    pre-trained model and `beta_fast`, `beta_slow` are the numbers of rotations between which it blends.
+    """
+
+    theta: float = 10_000.0
+    scaling: Literal["none", "linear", "yarn"] = "none"
+    factor: float = 1.0
+    original_max_seq_len: int = 8192
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+
+    def __post_init__(self) -> None:
+        _positive("attention.rope.", self, "theta", "factor", "original_max_seq_len", "beta_fast", "beta_slow")
+        _require(
+            self.scaling != "none" or self.factor == 1.0,
+            "attention.rope.factor",
+            self.factor,
+            'has no effect with scaling = "none"; set scaling to "linear" or "yarn"',
+        )
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Attention with any number of key/value heads; one is the article's multi-query attention.
+
+    The query width `n_heads * head_dim` is free of the model width.
+    """
+
+    n_heads: int = 168
+    n_kv_heads: int = 1
+    head_dim: int = 128
+    rope: RopeConfig = field(default_factory=RopeConfig)
+
+    def __post_init__(self) -> None:
+        _positive("attention.", self, "n_heads", "n_kv_heads", "head_dim")
+        _require(
+            self.head_dim % 2 == 0,
+            "attention.head_dim",
+            self.head_dim,
+            f"rotary embedding turns pairs, so it must be even; the nearest is {self.head_dim + 1}",
+        )
+        _require(
+            self.n_heads % self.n_kv_heads == 0,
+            "attention.n_kv_heads",
+            self.n_kv_heads,
+            f"must divide n_heads = {self.n_heads}; the nearest that does is "
+            f"{_nearest_divisor(self.n_heads, self.n_kv_heads)}",
+        )
+
+
+@dataclass(frozen=True)
+class RouterConfig:
+    """What keeps the expert loads even: loss weights, and the rate of bias-based (auxiliary-loss-free) balancing."""
+
+    balance_loss: float = 0.01
+    z_loss: float = 0.001
+    bias_update_rate: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("balance_loss", "z_loss", "bias_update_rate"):
+            _require(getattr(self, name) >= 0, f"router.{name}", getattr(self, name), "must be 0 or more; 0 turns it off")
+
+
+@dataclass(frozen=True)
+class ExpertsConfig:
+    """The expert MLPs of one layer: `top_k` of `n_experts` serve each token."""
+
+    n_experts: int = 16
+    top_k: int = 2
+    d_ff: int = 28_672
+    activation: Literal["swiglu", "gelu"] = "swiglu"
+
+    def __post_init__(self) -> None:
+        _positive("experts.", self, "n_experts", "top_k", "d_ff")
+        _require(
+            self.top_k <= self.n_experts,
+            "experts.top_k",
+            self.top_k,
+            f"must not be greater than experts.n_experts = {self.n_experts}",
+        )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How `moe train` trains: lengths in optimizer steps, sizes in tokens or sequences.
+
+    `batch_size` sequences of `seq_len` tokens make one optimizer step; they pass through the model `micro_batch` at
+    a time. `schedule` "cosine" falls from `lr` to `lr * min_lr` over all steps; "wsd" holds it and falls linearly
+    over the last `decay` fraction of the steps.
+    """
+
+    steps: int = 1000
+    seq_len: int = 0
+    batch_size: int = 16
+    micro_batch: int = 0
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    lr: float = 1e-3
+    muon_lr: float = 0.02
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.1
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    warmup: int = 100
+    min_lr: float = 0.1
+    decay: float = 0.2
+    grad_clip: float = 1.0
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    activation_checkpointing: bool = False
+    compile: bool = False
+    seed: int = 0
+    eval_every: int = 250
+    eval_tokens: int = 65_536
+    sample_every: int = 0
+    save_every: int = 250
+    log_every: int = 10
+
+    def __post_init__(self) -> None:
+        _positive("train.", self, "steps", "batch_size", "lr", "muon_lr", "grad_clip", "log_every")
+        for name in ("seq_len", "micro_batch", "warmup", "eval_every", "eval_tokens", "sample_every", "save_every"):
+            _require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "must be 0 or more")
+        for name in ("min_lr", "decay"):
+            _require(0 <= getattr(self, name) <= 1, f"train.{name}", getattr(self, name), "is a fraction: 0 to 1")
+        _require(all(0 <= b < 1 for b in self.betas), "train.betas", self.betas, "each must be in [0, 1)")
+        _require(self.weight_decay >= 0, "train.weight_decay", self.weight_decay, "must be 0 or more")
+        _require(
+            self.micro_batch == 0 or self.batch_size % self.micro_batch == 0,
+            "train.micro_batch",
+            self.micro_batch,
+            f"must divide train.batch_size = {self.batch_size}",
+        )
+
+
+# ------------------------------------------------------------------------------------------------------------- root
+
+
+@dataclass(frozen=True)
+class Config:
+    """A decoder and its training recipe. `Config()` is the article's GPT-4: 1.8T parameters, 8k context."""
+
+    name: str = "gpt4-8k"
+    d_model: int = 10_752
+    n_layers: int = 120
+    vocab_size: int = 100_352
+    max_seq_len: int = 8192
+    tie_embeddings: bool = False
+    norm_eps: float = 1e-5
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    router: RouterConfig = field(default_factory=RouterConfig)
+    experts: ExpertsConfig = field(default_factory=ExpertsConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        _positive("", self, "d_model", "n_layers", "vocab_size", "max_seq_len", "norm_eps")
+        _require(
+            self.train.seq_len <= self.max_seq_len,
+            "train.seq_len",
+            self.train.seq_len,
+            f"must not be greater than max_seq_len = {self.max_seq_len}",
+        )
+
+    def scaled(
+        self,
+        *,
+        d_model: int,
+        n_layers: int,
+        vocab_size: int | None = None,
+        max_seq_len: int | None = None,
+        name: str | None = None,
+    ) -> "Config":
+        """A replica: the same architecture at another width and depth, with the article's ratios kept.
+
+        The query width is 2 d_model, heads are 64 wide below d_model 1536 and 128 from there on, an expert's d_ff is
+        8/3 d_model (SwiGLU) or 4 d_model (GELU: the same parameter count). Experts, top-k and key/value heads stay.
+
+        Raises:
+            ConfigError: `d_model` is not a multiple of 192, the width at which all of these are whole numbers.
+        """
+        _require(
+            d_model > 0 and d_model % 192 == 0,
+            "d_model",
+            d_model,
+            "the replica rule needs a multiple of 192 (d_ff = 8/3 d_model, query width 2 d_model); the nearest is "
+            f"{max(192, round(d_model / 192) * 192)}",
+        )
+        head_dim = 64 if d_model < 1536 else 128
+        d_ff = 8 * d_model // 3 if self.experts.activation == "swiglu" else 4 * d_model
+        attention = dataclasses.replace(self.attention, n_heads=2 * d_model // head_dim, head_dim=head_dim)
+        return dataclasses.replace(
+            self,
+            name=name or f"{self.name}-{d_model}x{n_layers}",
+            d_model=d_model,
+            n_layers=n_layers,
+            vocab_size=vocab_size or self.vocab_size,
+            max_seq_len=max_seq_len or self.max_seq_len,
+            attention=attention,
+            experts=dataclasses.replace(self.experts, d_ff=d_ff),
+        )
+
+    def with_overrides(self, assignments: Iterable[str]) -> "Config":
+        """A copy with settings changed by `key=value` strings such as `train.lr=3e-4` (values as in TOML).
+
+        Raises:
+            ConfigError: not of the form key=value, an unknown key, or a value that cannot be.
+        """
+        table: dict[str, Any] = {}
+        for assignment in assignments:
+            key, equals, text = assignment.partition("=")
+            _require(bool(equals and key.strip()), "--set", assignment, "must be key=value, such as train.lr=3e-4")
+            *sections, leaf = key.strip().split(".")
+            place = table
+            for section in sections:
+                place = place.setdefault(section, {})
+                _require(isinstance(place, dict), "--set", assignment, f"{section} is a setting, not a section")
+            place[leaf] = _parse_value(text.strip())
+        return _from_table(Config, table, base=self)
+
+    def to_toml(self) -> str:
+        """Every setting as TOML text that `load_config` reads back to an equal `Config`."""
+        return "\n".join(_toml_lines(self, "")) + "\n"
+
+
+# ---------------------------------------------------------------------------------------------------------- reading
+
+
+def load_config(name_or_path: str | os.PathLike[str]) -> Config:
+    """Read a shipped configuration by name ("gpt4-8k") or any TOML file by path.
+
+    Raises:
+        ConfigError: no such name or file, not TOML, unknown key, wrong type, impossible value.
+    """
+    path = Path(name_or_path)
+    if path.suffix != ".toml":
+        path = CONFIG_DIR / f"{name_or_path}.toml"
+        if not path.is_file():
+            names = shipped()
+            raise ConfigError(
+                f"no shipped configuration is called {str(name_or_path)!r}"
+                f"{_did_you_mean(str(name_or_path), names)}; there are: {', '.join(names)}; or give a path to a .toml file"
+            )
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not a TOML file: {error}") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    try:
+        return _from_table(Config, {"name": path.stem, **table})
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def shipped() -> list[str]:
+    """The names that `load_config` accepts."""
+    return sorted(path.stem for path in CONFIG_DIR.glob("*.toml"))
+
+
+def _from_table(kind: Any, table: dict[str, Any], section: str = "", base: Any = None) -> Any:
+    """Build a dataclass from a TOML table, strictly; settings that the table lacks come from `base` or the defaults."""
+    hints = typing.get_type_hints(kind)
+    values: dict[str, Any] = {}
+    for key, value in table.items():
+        if key not in hints:
+            raise ConfigError(f"unknown key {section + key!r}{_did_you_mean(section + key, _all_keys(Config))}")
+        hint = hints[key]
+        if dataclasses.is_dataclass(hint):
+            _require(isinstance(value, dict), section + key, value, f"is a section: write [{section}{key}]")
+            sub_base = getattr(base, key) if base is not None else None
+            values[key] = _from_table(hint, value, f"{section}{key}.", sub_base)
+        else:
+            values[key] = _check_type(section + key, value, hint)
+    return dataclasses.replace(base, **values) if base is not None else kind(**values)
+
+
+def _check_type(name: str, value: Any, hint: Any) -> Any:
+    """The value as the annotated type, or a ConfigError. bool is not an int here, and an int serves as a float."""
+    if typing.get_origin(hint) is Literal:
+        choices = typing.get_args(hint)
+        _require(value in choices, name, value, f"must be one of {', '.join(map(repr, choices))}")
+        return value
+    if typing.get_origin(hint) is tuple:
+        parts = typing.get_args(hint)
+        ok = isinstance(value, list | tuple) and len(value) == len(parts)
+        _require(ok, name, value, f"must be a list of {len(parts)} numbers")
+        return tuple(_check_type(f"{name}[{i}]", v, h) for i, (v, h) in enumerate(zip(value, parts, strict=True)))
+    if hint is float and type(value) is int:
+        return float(value)
+    _require(type(value) is hint, name, value, f"must be {_TYPE_NAMES[hint]}, not {_TYPE_NAMES.get(type(value), 'this')}")
+    return value
+
+
+_TYPE_NAMES: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    str: "a string",
+    bool: "true or false",
+    dict: "a section",
+    list: "a list",
+}
+
+
+def _all_keys(kind: Any, section: str = "") -> list[str]:
+    keys: list[str] = []
+    for name, hint in typing.get_type_hints(kind).items():
+        keys += _all_keys(hint, f"{section}{name}.") if dataclasses.is_dataclass(hint) else [section + name]
+    return keys
+
+
+def _did_you_mean(key: str, valid: list[str]) -> str:
+    leaf = key.rpartition(".")[2]
+    same_leaf = [v for v in valid if v.rpartition(".")[2] == leaf]
+    close = same_leaf or difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
+    if not close:
+        leaves = {v.rpartition(".")[2]: v for v in valid}
+        close = [leaves[m] for m in difflib.get_close_matches(leaf, list(leaves), n=1, cutoff=0.5)]
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _nearest_divisor(n: int, wanted: int) -> int:
+    return min((d for d in range(1, n + 1) if n % d == 0), key=lambda d: (abs(d - wanted), d))
+
+
+def _parse_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text  # a bare word, as in train.schedule=wsd
+
+
+# ---------------------------------------------------------------------------------------------------------- writing
+
+
+def _toml_lines(value: Any, section: str) -> list[str]:
+    lines, subsections = [], []
+    for f in dataclasses.fields(value):
+        v = getattr(value, f.name)
+        if dataclasses.is_dataclass(v):
+            subsections += ["", f"[{section}{f.name}]", *_toml_lines(v, f"{section}{f.name}.")]
+        else:
+            lines.append(f"{f.name} = {_toml_value(v)}")
+    return lines + subsections
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        escaped = "".join(f"\\u{ord(c):04x}" if ord(c) < 32 or c in '"\\\x7f' else c for c in value)
+        return f'"{escaped}"'
+    if isinstance(value, tuple):
+        return "[" + ", ".join(map(_toml_value, value)) + "]"
+    return repr(value)
