@@ -100,7 +100,9 @@ class RouterConfig:
 
     def __post_init__(self) -> None:
         for name in ("balance_loss", "z_loss", "bias_update_rate"):
-            _require(getattr(self, name) >= 0, f"router.{name}", getattr(self, name), "must be 0 or more; 0 turns it off")
+            _require(
+                getattr(self, name) >= 0, f"router.{name}", getattr(self, name), "must be 0 or more; 0 turns it off"
+            )
 
 
 @dataclass(frozen=True)
@@ -327,7 +329,9 @@ def _check_type(name: str, value: Any, hint: Any) -> Any:
         return tuple(_check_type(f"{name}[{i}]", v, h) for i, (v, h) in enumerate(zip(value, parts, strict=True)))
     if hint is float and type(value) is int:
         return float(value)
-    _require(type(value) is hint, name, value, f"must be {_TYPE_NAMES[hint]}, not {_TYPE_NAMES.get(type(value), 'this')}")
+    _require(
+        type(value) is hint, name, value, f"must be {_TYPE_NAMES[hint]}, not {_TYPE_NAMES.get(type(value), 'this')}"
+    )
     return value
 
 

@@ -1,0 +1,54 @@
+"""Output layer and cross-entropy in one pass over chunks of tokens; the [T, V] logits never exist at once.
+
+Shape suffixes as in reference.py; C tokens of one chunk.
+"""
+
+import torch
+from torch import Tensor
+
+from moe.kernels.reference import IGNORE_INDEX
+
+# Logits of one chunk: 2**22 elements are 16 MB in float32, which a server CPU's last-level cache and a GPU's L2 hold.
+_CHUNK_ELEMENTS = 2**22
+
+
+def linear_cross_entropy(
+    x_TD: Tensor, w_VD: Tensor, targets_T: Tensor, want_grad: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum of -log softmax(x @ w.T)[target] in at least float32, and its gradients (empty unless wanted).
+
+    x may be narrower than w (bfloat16 under autocast): the products then run in x's dtype, the softmax and the sum of
+    w's gradient in w's.
+    """
+    wide = torch.promote_types(x_TD.dtype, torch.float32)
+    w = w_VD.to(x_TD.dtype)
+    total = x_TD.new_zeros((), dtype=wide)
+    dx_TD = torch.empty_like(x_TD) if want_grad else x_TD.new_empty(0)
+    dw_VD = torch.zeros_like(w_VD) if want_grad else w_VD.new_empty(0)
+    chunk = max(1, _CHUNK_ELEMENTS // len(w_VD))
+    for start in range(0, len(x_TD), chunk):
+        x_CD, targets_C = x_TD[start : start + chunk], targets_T[start : start + chunk]
+        valid_C = targets_C != IGNORE_INDEX
+        targets_C1 = torch.where(valid_C, targets_C, 0).unsqueeze(1)
+        logits_CV = (x_CD @ w.t()).to(wide)
+        logits_CV -= logits_CV.amax(1, keepdim=True)
+        picked_C = logits_CV.gather(1, targets_C1).squeeze(1)
+        exp_CV = logits_CV.exp_()
+        sum_C = exp_CV.sum(1)
+        total += torch.where(valid_C, sum_C.log() - picked_C, 0.0).sum()
+        if want_grad:
+            # d total / d logits = softmax - one_hot(target), zero where the target is ignored.
+            scale_C = torch.where(valid_C, 1.0 / sum_C, 0.0)
+            dlogits_CV = exp_CV.mul_(scale_C.unsqueeze(1))
+            dlogits_CV.scatter_add_(1, targets_C1, -valid_C.to(wide).unsqueeze(1))
+            dlogits_CV = dlogits_CV.to(x_CD.dtype)
+            dx_TD[start : start + chunk] = dlogits_CV @ w
+            _accumulate(dw_VD, dlogits_CV, x_CD)
+    return total, dx_TD, dw_VD
+
+
+def _accumulate(dw_VD: Tensor, dlogits_CV: Tensor, x_CD: Tensor) -> None:
+    if dw_VD.dtype == x_CD.dtype:
+        dw_VD.addmm_(dlogits_CV.t(), x_CD)
+    else:
+        dw_VD += dlogits_CV.t() @ x_CD

@@ -1,0 +1,193 @@
+"""The expert MLP as one matrix product per expert over rows sorted by expert: forward and hand-written backward.
+
+Two bodies of the same computation: `loop_*` runs expert after expert, so that an expert's intermediate rows are used
+while they are in the cache (the fast one on CPU); `grouped_mm_*` runs torch's grouped product with the group offsets
+on the device, without a host sync (CUDA). Saved for the backward: the pre-activations and the sort, nothing else.
+
+Shape suffixes as in reference.py; rows of R are sorted by expert, and within an expert by token.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def sort_by_expert(ids_TK: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
+    """Returns order_R int64 (sorted row -> flat (token, slot)) and ends_E int32 (where each expert's rows end)."""
+    ids_R = ids_TK.flatten()
+    order_R = ids_R.sort(stable=True).indices
+    counts_E = torch.zeros(n_experts, dtype=torch.int64, device=ids_R.device)
+    counts_E.scatter_add_(0, ids_R, torch.ones_like(ids_R))
+    return order_R, counts_E.cumsum(0).to(torch.int32)
+
+
+def inverse(order_R: Tensor) -> Tensor:
+    """Flat (token, slot) -> sorted row."""
+    return torch.empty_like(order_R).scatter_(0, order_R, torch.arange(len(order_R), device=order_R.device))
+
+
+def combine(y_RD: Tensor, order_R: Tensor, top_k: int, weights_TK: Tensor | None) -> Tensor:
+    """Sum each token's `top_k` rows, in the order of its slots, weighted where weights are given -> [T, D]."""
+    rows_R = inverse(order_R)
+    if y_RD.device.type == "cpu" and y_RD.dtype in (torch.float32, torch.float64) and len(rows_R):
+        # On CPU this gathers, weighs and sums in one pass.
+        starts_T = torch.arange(0, len(rows_R), top_k)
+        weights_R = None if weights_TK is None else weights_TK.flatten().to(y_RD.dtype)
+        return torch.embedding_bag(y_RD, rows_R, starts_T, False, 0, False, weights_R)[0]
+    y_TKD = y_RD[rows_R].unflatten(0, (-1, top_k)).to(torch.promote_types(y_RD.dtype, torch.float32))
+    if weights_TK is not None:
+        y_TKD = y_TKD * weights_TK.unsqueeze(-1)
+    return y_TKD.sum(1).to(y_RD.dtype)
+
+
+def _activate_into(h_RGF: Tensor, activation: str, out_RF: Tensor) -> Tensor:
+    """act(h) written into `out_RF`."""
+    if activation == "swiglu":
+        torch.ops.aten.silu.out(h_RGF[:, 0], out=out_RF)
+        return out_RF.mul_(h_RGF[:, 1])
+    return torch.ops.aten.gelu.out(h_RGF[:, 0], approximate="tanh", out=out_RF)
+
+
+def _activation_backward(
+    h_RGF: Tensor, da_RF: Tensor, weights_R: Tensor, activation: str, dh_RGF: Tensor, act_RF: Tensor
+) -> Tensor:
+    """From the gradient `da_RF` of an expert's unweighted output rows: the pre-activation's and the routing weight's.
+
+    Writes w * act(h) into `act_RF` (what w_out's gradient needs) and the gradient of h into `dh_RGF`, uses `da_RF` up,
+    and returns the gradient of the routing weights: <dy, y> = <dy @ w_out, act(h)>, so y is never needed again.
+    """
+    w_R1 = weights_R.unsqueeze(1)
+    if activation == "swiglu":
+        gate, up = h_RGF[:, 0], h_RGF[:, 1]
+        silu = torch.ops.aten.silu.out(gate, out=dh_RGF[:, 1])
+        torch.mul(silu, up, out=act_RF)
+        dweights_R = torch.linalg.vecdot(da_RF, act_RF)
+        da_RF.mul_(w_R1)
+        silu.mul_(da_RF)
+        torch.ops.aten.silu_backward.grad_input(da_RF.mul_(up), gate, grad_input=dh_RGF[:, 0])
+    else:
+        torch.ops.aten.gelu.out(h_RGF[:, 0], approximate="tanh", out=act_RF)
+        dweights_R = torch.linalg.vecdot(da_RF, act_RF)
+        da_RF.mul_(w_R1)
+        torch.ops.aten.gelu_backward.grad_input(da_RF, h_RGF[:, 0], approximate="tanh", grad_input=dh_RGF[:, 0])
+    act_RF.mul_(w_R1)
+    return dweights_R
+
+
+def _flat(w_EGFD: Tensor) -> Tensor:
+    return w_EGFD.flatten(1, 2)  # gate rows then up rows: [E, G*F, D]
+
+
+# ------------------------------------------------------------------------------------------------------ CPU: a loop
+
+
+def loop_forward(
+    x_TD: Tensor, w_in_EGFD: Tensor, w_out_EDF: Tensor, weights_TK: Tensor, ids_TK: Tensor, activation: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns y_TD, and for the backward the pre-activations h_RGF, order_R and ends_E."""
+    n_experts, n_gates, n_hidden, _ = w_in_EGFD.shape
+    top_k = ids_TK.shape[1]
+    order_R, ends_E = sort_by_expert(ids_TK, n_experts)
+    x_RD = x_TD.index_select(0, order_R // top_k)
+    h_RGF = x_TD.new_empty(len(order_R), n_gates, n_hidden)
+    y_RD = torch.empty_like(x_RD)
+    w_in = _flat(w_in_EGFD)
+    runs = _runs(ends_E)
+    act_NF = x_TD.new_empty(max((end - start for _, start, end in runs), default=0), n_hidden)
+    for e, start, end in runs:
+        h = h_RGF[start:end]
+        torch.mm(x_RD[start:end], w_in[e].t(), out=h.flatten(1))
+        act = _activate_into(h, activation, act_NF[: end - start])
+        torch.mm(act, w_out_EDF[e].t(), out=y_RD[start:end])
+    return combine(y_RD, order_R, top_k, weights_TK), h_RGF, order_R, ends_E
+
+
+def loop_backward(
+    dy_TD: Tensor,
+    x_TD: Tensor,
+    w_in_EGFD: Tensor,
+    w_out_EDF: Tensor,
+    weights_TK: Tensor,
+    h_RGF: Tensor,
+    order_R: Tensor,
+    ends_E: Tensor,
+    activation: str,
+) -> Gradients:
+    """Returns the gradients of x, w_in, w_out and the routing weights; an expert without tokens gets zeros."""
+    top_k = weights_TK.shape[1]
+    token_R = order_R // top_k
+    x_RD, dy_RD = x_TD.index_select(0, token_R), dy_TD.index_select(0, token_R)
+    weights_R = weights_TK.flatten()[order_R].to(x_TD.dtype)
+    dx_RD, dweights_R = torch.empty_like(x_RD), torch.empty_like(weights_R)
+    dw_in_EGFD, dw_out_EDF = torch.zeros_like(w_in_EGFD), torch.zeros_like(w_out_EDF)
+    w_in, dw_in = _flat(w_in_EGFD), _flat(dw_in_EGFD)
+    runs = _runs(ends_E)
+    longest = max((end - start for _, start, end in runs), default=0)
+    act_NF, da_NF = x_TD.new_empty(2, longest, h_RGF.shape[2])
+    dh_NGF = x_TD.new_empty(longest, *h_RGF.shape[1:])
+    for e, start, end in runs:
+        rows, n = slice(start, end), end - start
+        da, act, dh = da_NF[:n], act_NF[:n], dh_NGF[:n]
+        torch.mm(dy_RD[rows], w_out_EDF[e], out=da)
+        dweights_R[rows] = _activation_backward(h_RGF[rows], da, weights_R[rows], activation, dh, act)
+        torch.mm(dy_RD[rows].t(), act, out=dw_out_EDF[e])
+        torch.mm(dh.flatten(1).t(), x_RD[rows], out=dw_in[e])
+        torch.mm(dh.flatten(1), w_in[e], out=dx_RD[rows])
+    return (
+        combine(dx_RD, order_R, top_k, None),
+        dw_in_EGFD,
+        dw_out_EDF,
+        dweights_R[inverse(order_R)].view_as(weights_TK).to(weights_TK.dtype),
+    )
+
+
+def _runs(ends_E: Tensor) -> list[tuple[int, int, int]]:
+    """(expert, first row, end row) of every expert that has rows. Reads the device: for CPU tensors."""
+    ends = ends_E.tolist()
+    return [(e, start, end) for e, (start, end) in enumerate(zip([0, *ends], ends, strict=False)) if end > start]
+
+
+# --------------------------------------------------------------------------------------- CUDA: torch's grouped product
+
+
+def grouped_mm_forward(
+    x_TD: Tensor, w_in_EGFD: Tensor, w_out_EDF: Tensor, weights_TK: Tensor, ids_TK: Tensor, activation: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `loop_forward`, without a host sync."""
+    top_k = ids_TK.shape[1]
+    order_R, ends_E = sort_by_expert(ids_TK, len(w_in_EGFD))
+    x_RD = x_TD.index_select(0, order_R // top_k)
+    h_RGF = F.grouped_mm(x_RD, _flat(w_in_EGFD).transpose(1, 2), offs=ends_E).unflatten(1, w_in_EGFD.shape[1:3])
+    act_RF = _activate_into(h_RGF, activation, torch.empty_like(h_RGF[:, 0]))
+    y_RD = F.grouped_mm(act_RF, w_out_EDF.transpose(1, 2), offs=ends_E)
+    return combine(y_RD, order_R, top_k, weights_TK), h_RGF, order_R, ends_E
+
+
+def grouped_mm_backward(
+    dy_TD: Tensor,
+    x_TD: Tensor,
+    w_in_EGFD: Tensor,
+    w_out_EDF: Tensor,
+    weights_TK: Tensor,
+    h_RGF: Tensor,
+    order_R: Tensor,
+    ends_E: Tensor,
+    activation: str,
+) -> Gradients:
+    """As `loop_backward`, without a host sync."""
+    top_k = weights_TK.shape[1]
+    token_R = order_R // top_k
+    x_RD, dy_RD = x_TD.index_select(0, token_R), dy_TD.index_select(0, token_R)
+    weights_R = weights_TK.flatten()[order_R].to(x_TD.dtype)
+    da_RF = F.grouped_mm(dy_RD, w_out_EDF, offs=ends_E)
+    act_RF, dh_RGF = torch.empty_like(da_RF), torch.empty_like(h_RGF)
+    dweights_R = _activation_backward(h_RGF, da_RF, weights_R, activation, dh_RGF, act_RF)
+    dh_RH = dh_RGF.flatten(1)
+    return (
+        combine(F.grouped_mm(dh_RH, _flat(w_in_EGFD), offs=ends_E), order_R, top_k, None),
+        F.grouped_mm(dh_RH.t(), x_RD, offs=ends_E).view_as(w_in_EGFD),
+        F.grouped_mm(dy_RD.t(), act_RF, offs=ends_E),
+        dweights_R[inverse(order_R)].view_as(weights_TK).to(weights_TK.dtype),
+    )

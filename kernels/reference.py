@@ -1,0 +1,100 @@
+"""Every op of this folder in plain torch: the specification, the path for any device and dtype, the tests' oracle.
+
+Nothing here is fast and nothing here is clever. Autograd differentiates all of it, in float64 too; that is what the
+tests hold the other implementations, and the one backward written out here, against.
+
+Shape suffixes: T tokens, D model width, E experts, K experts per token (top-k), R = T*K routed rows, G gate/up
+(2 when gated, else 1), F expert hidden width, V vocabulary.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORE_INDEX = -100
+
+
+def topk_gate(logits_TE: Tensor, top_k: int, bias_E: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Choose `top_k` experts per token and weigh them by a softmax over the chosen logits.
+
+    That equals a softmax over all experts, renormalised over the chosen. Ties go to the lower expert index. `bias_E`
+    is added to the softmax scores for choosing only, never to the weights (Wang et al. 2024, arXiv:2408.15664).
+
+    Returns:
+        weights_TK in the dtype of the logits, each row summing to 1, and ids_TK int64, in falling order of score.
+    """
+    scores_TE = logits_TE if bias_E is None else logits_TE.softmax(-1) + bias_E
+    # A stable sort, because topk leaves the order of ties open and so differs between devices.
+    ids_TK = scores_TE.detach().sort(dim=-1, descending=True, stable=True).indices[:, :top_k].contiguous()
+    return logits_TE.gather(1, ids_TK).softmax(-1), ids_TK
+
+
+def activate(h_RGF: Tensor, activation: str) -> Tensor:
+    """The expert's nonlinearity: silu(gate) * up for "swiglu" (G = 2), tanh-form GELU for "gelu" (G = 1)."""
+    if activation == "swiglu":
+        return F.silu(h_RGF[:, 0]) * h_RGF[:, 1]
+    return F.gelu(h_RGF[:, 0], approximate="tanh")
+
+
+def expert_mlp(
+    x_TD: Tensor, w_in_EGFD: Tensor, w_out_EDF: Tensor, weights_TK: Tensor, ids_TK: Tensor, activation: str
+) -> Tensor:
+    """y[t] = sum over k of weights[t, k] * MLP_{ids[t, k]}(x[t]), accumulated in at least float32."""
+    y_TD = torch.zeros_like(x_TD, dtype=torch.promote_types(x_TD.dtype, torch.float32))
+    for e in range(len(w_in_EGFD)):
+        token, slot = (ids_TK == e).nonzero(as_tuple=True)
+        h = F.linear(x_TD[token], w_in_EGFD[e].flatten(0, 1)).unflatten(-1, w_in_EGFD.shape[1:3])
+        y = F.linear(activate(h, activation), w_out_EDF[e])
+        y_TD = y_TD.index_add(0, token, (weights_TK[token, slot, None] * y).to(y_TD.dtype))
+    return y_TD.to(x_TD.dtype)
+
+
+def expert_mlp_backward(
+    dy_TD: Tensor,
+    x_TD: Tensor,
+    w_in_EGFD: Tensor,
+    w_out_EDF: Tensor,
+    weights_TK: Tensor,
+    ids_TK: Tensor,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of x, w_in, w_out and weights, written out (inside a custom op autograd is out of reach)."""
+    wide = torch.promote_types(x_TD.dtype, torch.float32)
+    dx_TD = torch.zeros_like(x_TD, dtype=wide)
+    dw_in_EGFD, dw_out_EDF = torch.zeros_like(w_in_EGFD), torch.zeros_like(w_out_EDF)
+    dweights_TK = torch.zeros_like(weights_TK)
+    for e in range(len(w_in_EGFD)):
+        token, slot = (ids_TK == e).nonzero(as_tuple=True)
+        w_in = w_in_EGFD[e].flatten(0, 1)
+        x, dy, w = x_TD[token], dy_TD[token], weights_TK[token, slot, None].to(x_TD.dtype)
+        h = F.linear(x, w_in).unflatten(-1, w_in_EGFD.shape[1:3])
+        a = activate(h, activation)
+        da = dy @ w_out_EDF[e]
+        dweights_TK[token, slot] = (da * a).sum(-1).to(weights_TK.dtype)
+        dh = activate_backward(h, w * da, activation).flatten(1)
+        dw_out_EDF[e] = dy.t() @ (w * a)
+        dw_in_EGFD[e] = (dh.t() @ x).view_as(dw_in_EGFD[e])
+        dx_TD.index_add_(0, token, (dh @ w_in).to(wide))
+    return dx_TD.to(x_TD.dtype), dw_in_EGFD, dw_out_EDF, dweights_TK
+
+
+def activate_backward(h_RGF: Tensor, da_RF: Tensor, activation: str) -> Tensor:
+    """The gradient of h, given that of activate(h)."""
+    gate_RF = h_RGF[:, 0]
+    if activation == "swiglu":
+        s_RF = gate_RF.sigmoid()
+        dgate_RF = da_RF * h_RGF[:, 1] * s_RF * (1 + gate_RF * (1 - s_RF))
+        return torch.stack([dgate_RF, da_RF * gate_RF * s_RF], 1)
+    c = math.sqrt(2 / math.pi)  # gelu(x) = x/2 (1 + tanh(c (x + 0.044715 x^3)))
+    t_RF = torch.tanh(c * (gate_RF + 0.044715 * gate_RF**3))
+    slope_RF = (1 + t_RF) / 2 + gate_RF / 2 * (1 - t_RF**2) * c * (1 + 3 * 0.044715 * gate_RF**2)
+    return (da_RF * slope_RF).unsqueeze(1)
+
+
+def linear_cross_entropy(x_TD: Tensor, w_VD: Tensor, targets_T: Tensor) -> Tensor:
+    """Sum over the tokens of -log softmax(x @ w.T)[target]; targets of -100 count nothing."""
+    logits_TV = F.linear(x_TD, w_VD)
+    logits_TV = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
+    return F.cross_entropy(logits_TV, targets_T, ignore_index=IGNORE_INDEX, reduction="sum")

@@ -1,0 +1,106 @@
+"""The mixture of experts of one layer: router, balance losses, expert MLPs.
+
+Shape suffixes: B batch, S sequence, T = B*S tokens, D model width, E experts, K experts per token, G gate/up,
+F expert hidden width.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from moe.config import ExpertsConfig, RouterConfig
+from moe.kernels import ops, reference
+from moe.layers import at_least_fp32
+
+
+class Routing(NamedTuple):
+    """What one layer's router did in one forward pass."""
+
+    counts_E: Tensor  # int64, routed tokens per expert; they sum to T * K
+    ids_TK: Tensor  # int64, the chosen experts in falling order of score
+    weights_TK: Tensor  # at least float32, each row sums to 1
+    balance: Tensor  # scalar, the balance loss (1 when even), before its weight
+    z: Tensor  # scalar, the z-loss, before its weight
+
+
+class Router(nn.Module):
+    """Softmax top-k gate, computed in at least float32.
+
+    With bias-based balancing, `bias_E` is added to the scores for choosing only and nudged after each step by
+    `update_bias` (Wang et al. 2024, arXiv:2408.15664).
+    """
+
+    def __init__(self, d_model: int, n_experts: int, top_k: int, cfg: RouterConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_experts, d_model))
+        self.top_k = top_k
+        self.bias_update_rate = cfg.bias_update_rate
+        # Stays float32 through model.to(bfloat16)? It need not: it only breaks near-ties.
+        self.register_buffer("bias_E", torch.zeros(n_experts) if cfg.bias_update_rate else None)
+
+    def forward(self, x_BSD: Tensor) -> Routing:
+        """x_BSD -> the routing of its B*S tokens, in that order."""
+        wide = at_least_fp32(x_BSD.dtype)
+        with torch.autocast(x_BSD.device.type, enabled=False):
+            logits_BSE = F.linear(x_BSD.to(wide), self.weight.to(wide))
+            weights_TK, ids_TK = reference.topk_gate(logits_BSE.flatten(0, 1), self.top_k, self.bias_E)
+            counts_BE = expert_counts(ids_TK.view(len(x_BSD), -1), logits_BSE.shape[-1])
+            balance, z = balance_loss(logits_BSE, counts_BE), z_loss(logits_BSE)
+        return Routing(counts_BE.sum(0), ids_TK, weights_TK, balance, z)
+
+    @torch.no_grad()
+    def update_bias(self, counts_E: Tensor) -> None:
+        """Raise the bias of experts below the mean load and lower that of experts above it, by a fixed rate."""
+        if self.bias_E is not None:
+            load_E = counts_E.to(self.bias_E.dtype)
+            self.bias_E += self.bias_update_rate * torch.sign(load_E.mean() - load_E)
+
+
+def expert_counts(ids_BR: Tensor, n_experts: int) -> Tensor:
+    """How often each expert occurs in each row -> int64 [B, E]. No host sync (bincount would)."""
+    zeros = torch.zeros(len(ids_BR), n_experts, dtype=torch.int64, device=ids_BR.device)
+    return zeros.scatter_add(1, ids_BR, torch.ones_like(ids_BR))
+
+
+def balance_loss(logits_BSE: Tensor, counts_BE: Tensor) -> Tensor:
+    """E * sum over experts of (fraction of choices) x (mean probability), per sequence, then averaged: 1 when even.
+
+    Switch Transformer's loss (Fedus et al. 2021, eq. 4) taken per sequence, so that micro-batching and data
+    parallelism do not change it.
+    """
+    fraction_BE = counts_BE / counts_BE.sum(1, keepdim=True)
+    probability_BE = logits_BSE.softmax(-1).mean(1)
+    return logits_BSE.shape[-1] * (fraction_BE * probability_BE).sum(1).mean()
+
+
+def z_loss(logits_BSE: Tensor) -> Tensor:
+    """Mean over tokens of logsumexp(logits)^2, which keeps the logits small (ST-MoE, Zoph et al. 2022, eq. 5)."""
+    return logits_BSE.logsumexp(-1).square().mean()
+
+
+class MoE(nn.Module):
+    """Dropless mixture of experts: each token is served by its `top_k` experts, however uneven the loads."""
+
+    def __init__(self, d_model: int, cfg: ExpertsConfig, router: RouterConfig) -> None:
+        super().__init__()
+        self.activation = cfg.activation
+        self.router = Router(d_model, cfg.n_experts, cfg.top_k, router)
+        n_gates = ops.ACTIVATIONS[cfg.activation]
+        self.w_in_EGFD = nn.Parameter(torch.empty(cfg.n_experts, n_gates, cfg.d_ff, d_model))
+        self.w_out_EDF = nn.Parameter(torch.empty(cfg.n_experts, d_model, cfg.d_ff))
+
+    def forward(self, x_BSD: Tensor) -> tuple[Tensor, Routing]:
+        """x_BSD -> [B, S, D] and what the router did."""
+        routing = self.router(x_BSD)
+        y_TD = ops.expert_mlp(
+            x_BSD.flatten(0, 1),
+            self.w_in_EGFD,
+            self.w_out_EDF,
+            routing.weights_TK,
+            routing.ids_TK,
+            self.activation,
+        )
+        return y_TD.view(x_BSD.shape).to(x_BSD.dtype), routing

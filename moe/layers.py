@@ -1,0 +1,147 @@
+"""The dense parts of a block: RMSNorm, rotary position embedding and its scaling to 32k, multi-query attention.
+
+Shape suffixes: B batch, S sequence, P positions in the cache, D model width, H query heads, N key/value heads,
+C head width.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from moe.config import AttentionConfig, RopeConfig
+
+
+def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which norms, rotations, routers and losses compute."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+class Linear(nn.Linear):
+    """A bias-free nn.Linear that leaves its weight to `init_weights`, the one place where weights are made."""
+
+    def __init__(self, d_in: int, d_out: int) -> None:
+        super().__init__(d_in, d_out, bias=False)
+
+    def reset_parameters(self) -> None:
+        pass
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm (Zhang & Sennrich 2019), computed in at least float32."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = at_least_fp32(x.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.rms_norm(x.to(wide), self.weight.shape, self.weight.to(wide), self.eps).to(x.dtype)
+
+
+# ----------------------------------------------------------------------------------------------------------- rotary
+
+
+def rope_frequencies(head_dim: int, cfg: RopeConfig) -> tuple[list[float], float]:
+    """The rotation frequency of each of the head_dim / 2 pairs (radians per position), and the attention temperature.
+
+    YaRN (Peng et al. 2023, sections 3.2-3.4): pairs that turn often within the original context keep their frequency,
+    pairs that turn seldom are slowed by `factor`, the ones between are blended; queries and keys are both multiplied
+    by the temperature 0.1 ln(factor) + 1.
+    """
+    half = head_dim // 2
+    base = [cfg.theta ** (-2 * i / head_dim) for i in range(half)]
+    if cfg.scaling == "none":
+        return base, 1.0
+    if cfg.scaling == "linear":
+        return [f / cfg.factor for f in base], 1.0
+
+    def pair_with(rotations: float) -> float:  # the pair that makes this many turns within the original context
+        turns = cfg.original_max_seq_len / (rotations * 2 * math.pi)
+        return head_dim * math.log(turns) / (2 * math.log(cfg.theta))
+
+    low = max(math.floor(pair_with(cfg.beta_fast)), 0)
+    high = min(math.ceil(pair_with(cfg.beta_slow)), head_dim - 1)
+    frequencies = []
+    for i, f in enumerate(base):
+        slowed = min(max((i - low) / max(high - low, 1e-3), 0.0), 1.0)
+        frequencies.append(f / cfg.factor * slowed + f * (1 - slowed))
+    return frequencies, 0.1 * math.log(cfg.factor) + 1.0 if cfg.factor > 1 else 1.0
+
+
+def rope_tables(
+    start: int, length: int, head_dim: int, cfg: RopeConfig, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """cos and sin of positions start .. start + length - 1: two [length, 1, head_dim / 2] of at least float32."""
+    wide = at_least_fp32(dtype)
+    frequencies, temperature = rope_frequencies(head_dim, cfg)
+    positions = torch.arange(start, start + length, device=device, dtype=wide)
+    angles = torch.outer(positions, torch.tensor(frequencies, device=device, dtype=wide))
+    return (angles.cos() * temperature).unsqueeze(1), (angles.sin() * temperature).unsqueeze(1)
+
+
+def rotate(x_BSHC: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (x[i], x[i + C/2]) by its position's angle: the rotate-half form."""
+    a, b = x_BSHC.to(cos.dtype).chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x_BSHC.dtype)
+
+
+# -------------------------------------------------------------------------------------------------------- attention
+
+
+@dataclass
+class LayerCache:
+    """One layer's keys and values, [B, N, P, C] each, of which the first `length` positions are filled."""
+
+    k_BNPC: Tensor
+    v_BNPC: Tensor
+
+    def append(self, start: int, k_BNSC: Tensor, v_BNSC: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the new positions from `start` on; returns all keys and values so far."""
+        end = start + k_BNSC.shape[2]
+        self.k_BNPC[:, :, start:end] = k_BNSC
+        self.v_BNPC[:, :, start:end] = v_BNSC
+        return self.k_BNPC[:, :, :end], self.v_BNPC[:, :, :end]
+
+
+class Attention(nn.Module):
+    """Causal attention in which H query heads share N key/value heads: N = 1 is multi-query (Shazeer 2019)."""
+
+    def __init__(self, d_model: int, cfg: AttentionConfig) -> None:
+        super().__init__()
+        self.head_dim = cfg.head_dim
+        self.wq = Linear(d_model, cfg.n_heads * cfg.head_dim)
+        self.wk = Linear(d_model, cfg.n_kv_heads * cfg.head_dim)
+        self.wv = Linear(d_model, cfg.n_kv_heads * cfg.head_dim)
+        self.wo = Linear(cfg.n_heads * cfg.head_dim, d_model)
+
+    def forward(
+        self, x_BSD: Tensor, rope: tuple[Tensor, Tensor], cache: LayerCache | None = None, start: int = 0
+    ) -> Tensor:
+        """x_BSD -> [B, S, D]. `start` is the position of the first token; earlier ones are in the cache."""
+        # -1, not the number of heads: under tensor parallelism a rank holds some of them.
+        q_BSHC = rotate(self.wq(x_BSD).unflatten(-1, (-1, self.head_dim)), *rope)
+        k_BSNC = rotate(self.wk(x_BSD).unflatten(-1, (-1, self.head_dim)), *rope)
+        v_BSNC = self.wv(x_BSD).unflatten(-1, (-1, self.head_dim))
+        q, k, v = q_BSHC.transpose(1, 2), k_BSNC.transpose(1, 2), v_BSNC.transpose(1, 2)
+        if cache is not None:
+            k, v = cache.append(start, k, v)
+        return self.wo(_attend(q, k, v).transpose(1, 2).flatten(2))
+
+
+def _attend(q_BHSC: Tensor, k_BNPC: Tensor, v_BNPC: Tensor) -> Tensor:
+    """Causal attention of the last S of P positions -> [B, H, S, C]."""
+    S, P = q_BHSC.shape[2], k_BNPC.shape[2]
+    if S == 1:
+        # One position sees everything, so the heads that share a key head can be rows of one query: a single product.
+        q_BNHC = q_BHSC.unflatten(1, (k_BNPC.shape[1], -1)).flatten(3)
+        return F.scaled_dot_product_attention(q_BNHC, k_BNPC, v_BNPC).flatten(1, 2).unsqueeze(2)
+    if S == P:
+        return F.scaled_dot_product_attention(q_BHSC, k_BNPC, v_BNPC, is_causal=True, enable_gqa=True)
+    mask_SP = torch.ones(S, P, dtype=torch.bool, device=q_BHSC.device).tril(P - S)
+    return F.scaled_dot_product_attention(q_BHSC, k_BNPC, v_BNPC, attn_mask=mask_SP, enable_gqa=True)
