@@ -1,0 +1,32 @@
+"""Documents to token shards to training windows. The public names, nothing else.
+
+Importing this costs numpy alone: tokenizers, tiktoken, pyarrow and datasets load where they are used.
+"""
+
+from moe.data.mixture import Mixture, permute, permute_many, validation_windows
+from moe.data.prepare import DataInfo, SplitInfo, compression, describe, prepare
+from moe.data.shards import DocumentTable, TokenData, TokenStream
+from moe.data.sources import DataError, Document, Report, Source, default_sources, is_held_out, parse_source, read
+
+__all__ = [
+    "DataError",
+    "DataInfo",
+    "Document",
+    "DocumentTable",
+    "Mixture",
+    "Report",
+    "Source",
+    "SplitInfo",
+    "TokenData",
+    "TokenStream",
+    "compression",
+    "default_sources",
+    "describe",
+    "is_held_out",
+    "parse_source",
+    "permute",
+    "permute_many",
+    "prepare",
+    "read",
+    "validation_windows",
+]

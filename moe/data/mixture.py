@@ -1,0 +1,226 @@
+"""The order of training: sample k is a pure function of (seed, k).
+
+A window is seq_len + 1 consecutive tokens of a source's training stream, starting at a multiple of seq_len. One pass of
+the mixture visits each source's windows a whole number of times, in an order drawn afresh for every pass. The order is
+a permutation computed lazily, index by index (a Feistel network), so nothing of the data's size is ever in memory, and
+the whole state of the order is the integer k. Ranks that share k's out among themselves see one stream.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from math import isqrt
+
+import numpy as np
+
+from moe.data.shards import TokenData
+from moe.data.sources import DataError
+
+_ROUNDS = 8
+_MASK = 2**64 - 1
+
+
+def permute(i: int, n: int, key: int) -> int:
+    """Where index i in [0, n) goes under the permutation of [0, n) that `key` (64 bits) selects.
+
+    A Feistel network on pairs (left, right) of numbers below a = ceil(sqrt(n)), each round being
+    (left, right) -> (right, left + f(right) mod a); an image of n or more is sent through again ("cycle walking", Black and
+    Rogaway 2002, "Ciphers with arbitrary finite domains"), which happens for less than 2 a of the a^2 pairs.
+
+    Raises:
+        DataError: i outside [0, n), or n over 2^62.
+    """
+    _check_range(i, i, n)
+    a = isqrt(n - 1) + 1
+    while True:
+        left, right = divmod(i, a)
+        for r in range(_ROUNDS):
+            left, right = right, (left + _mix(right ^ _mix(key + r)) % a) % a
+        i = left * a + right
+        if i < n:
+            return i
+
+
+def permute_many(indices: np.ndarray, n: int, key: int) -> np.ndarray:
+    """`permute` of every index: int64 array in, int64 array of the same shape out."""
+    if indices.size == 0:
+        return indices.astype(np.int64)
+    _check_range(int(indices.min()), int(indices.max()), n)
+    a = np.uint64(isqrt(n - 1) + 1)
+    keys = [np.uint64(_mix(key + r)) for r in range(_ROUNDS)]
+    images = indices.astype(np.uint64).reshape(-1)
+    todo = np.arange(images.size)
+    while todo.size:
+        left, right = np.divmod(images[todo], a)
+        for round_key in keys:
+            left, right = right, (left + _mix_many(right ^ round_key) % a) % a
+        images[todo] = left * a + right
+        todo = todo[images[todo] >= n]
+    return images.astype(np.int64).reshape(indices.shape)
+
+
+def _mix(x: int) -> int:
+    """The finaliser of splitmix64 (Steele, Lea and Flood 2014): every input bit reaches every output bit."""
+    x = (x + 0x9E3779B97F4A7C15) & _MASK
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
+    return x ^ (x >> 31)
+
+
+def _mix_many(x: np.ndarray) -> np.ndarray:
+    """`_mix` of uint64 arrays; array arithmetic wraps modulo 2^64 by itself."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def _check_range(low: int, high: int, n: int) -> None:
+    if not 0 <= low <= high < n <= 2**62:
+        raise DataError(f"index {low if low < 0 else high} is not in [0, {n}), or {n} is over 2^62")
+
+
+class Mixture:
+    """The endless stream of training windows over the sources of prepared data.
+
+    Args:
+        data: the opened data.
+        seq_len: tokens of input per window; a window holds one more, for the last target.
+        seed: of the order. Equal seeds on equal data give equal streams.
+        epochs: for every source, how many times one pass visits its windows: whole numbers, 0 leaves it out.
+            {"text": 2, "code": 4} weighs code's windows twice as much as text's. None: 1 each.
+
+    Raises:
+        DataError: a source unknown, missing from `epochs` or not a whole number of times; no source that takes part is
+            one window long.
+    """
+
+    def __init__(
+        self, data: TokenData, seq_len: int, seed: int, epochs: Mapping[str, int | float] | None = None
+    ) -> None:
+        if seq_len < 1:
+            raise DataError(f"seq_len is {seq_len}, expected 1 or more")
+        self.data, self.seq_len, self.seed = data, seq_len, seed
+        self.epochs = _whole_epochs(data, epochs)
+        self.windows = {name: max(0, len(data.tokens(name, "train")) - 1) // seq_len for name in data.sources}
+        self._names = [name for name in data.sources if self.epochs[name] * self.windows[name]]
+        if not self._names:
+            sizes = ", ".join(f"{name} {len(data.tokens(name, 'train')):,}" for name in data.sources)
+            raise DataError(
+                f"no source has a window of seq_len + 1 = {seq_len + 1:,} training tokens (tokens: {sizes}): use a "
+                "shorter seq_len or more text"
+            )
+        self._ends = np.cumsum([self.epochs[name] * self.windows[name] for name in self._names])
+
+    @property
+    def windows_per_epoch(self) -> int:
+        """Windows in one pass of the mixture: the sum over sources of epochs x windows."""
+        return int(self._ends[-1])
+
+    @property
+    def fingerprint(self) -> str:
+        """The sha256 (hex) of all that decides the order: with k it is the whole state, for a resume to check."""
+        state = [self.data.fingerprint, self.seq_len, self.seed, sorted(self.epochs.items())]
+        return hashlib.sha256(json.dumps(state).encode()).hexdigest()
+
+    def check_resume(self, fingerprint: str) -> None:
+        """Raises DataError where a saved `fingerprint` is not this mixture's."""
+        if fingerprint != self.fingerprint:
+            raise DataError(
+                f"the saved run read another stream (fingerprint {fingerprint[:12]}, now {self.fingerprint[:12]}): data, "
+                "seq_len, seed or epochs changed; restore them, or start a new run"
+            )
+
+    def locate(self, k: int) -> tuple[str, int, int]:
+        """(source, pass of the mixture from 0, window in the source) of sample k."""
+        where, windows = self._locate(np.array([k]))
+        return self._names[int(where[0])], k // self.windows_per_epoch, int(windows[0])
+
+    def sample(self, k: int) -> np.ndarray:
+        """The tokens of sample k >= 0: int64 [seq_len + 1]."""
+        return self._gather(np.array([k]))[0]
+
+    def batch(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """(inputs, targets) of samples start .. start + count - 1: each int64 [count, seq_len]."""
+        tokens = self._gather(np.arange(start, start + count))
+        return np.ascontiguousarray(tokens[:, :-1]), np.ascontiguousarray(tokens[:, 1:])
+
+    def _locate(self, ks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(index into _names, window) of samples ks, each int64 [len(ks)]."""
+        if len(ks) and ks.min() < 0:
+            raise DataError(f"sample {ks.min()} is negative; samples count from 0")
+        passes, ranks = np.divmod(ks, self.windows_per_epoch)
+        images = np.empty_like(ks)
+        for one in np.unique(passes):
+            chosen = passes == one
+            images[chosen] = permute_many(ranks[chosen], self.windows_per_epoch, self._key(int(one)))
+        where = np.searchsorted(self._ends, images, side="right")
+        counts = np.array([self.windows[name] for name in self._names])
+        starts = np.concatenate([[0], self._ends[:-1]])
+        return where, (images - starts[where]) % counts[where]
+
+    def _gather(self, ks: np.ndarray) -> np.ndarray:
+        tokens = np.empty((len(ks), self.seq_len + 1), dtype=np.int64)
+        for row, where, window in zip(tokens, *self._locate(ks), strict=True):
+            begin = int(window) * self.seq_len
+            row[:] = self.data.tokens(self._names[where], "train")[begin : begin + self.seq_len + 1]
+        return tokens
+
+    def _key(self, one_pass: int) -> int:
+        digest = hashlib.sha256(f"mixture {self.seed} {one_pass}".encode()).digest()
+        return int.from_bytes(digest[:8], "little")
+
+
+def _whole_epochs(data: TokenData, epochs: Mapping[str, int | float] | None) -> dict[str, int]:
+    if epochs is None:
+        return dict.fromkeys(data.sources, 1)
+    for name, times in epochs.items():
+        if name not in data.sources:
+            raise DataError(f"epochs names source {name!r}; the data has {', '.join(data.sources)}")
+        if times != int(times) or times < 0:
+            raise DataError(
+                f"epochs[{name!r}] is {times}, expected a whole number of times, 0 or more: multiply all of them until "
+                "they are whole"
+            )
+    missing = [name for name in data.sources if name not in epochs]
+    if missing:
+        raise DataError(f"epochs does not say how often to visit {', '.join(missing)}; 0 leaves a source out")
+    return {name: int(epochs[name]) for name in data.sources}
+
+
+def validation_windows(
+    data: TokenData, source: str, seq_len: int, stride: int
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """The held-out stream of a source as windows in which every token is scored exactly once.
+
+    One end-of-text stands before the stream, so that its first token is predicted too. The first window scores all its
+    targets, each later one its last `stride` (the final one: what is left), with seq_len - stride or more of context.
+
+    Yields:
+        (inputs int64 [S], targets int64 [S], scored bool [S]) with S = seq_len; a stream shorter than seq_len is one
+        window of its own length.
+
+    Raises:
+        DataError: seq_len or stride out of range, or no held-out token in the source.
+    """
+    stream = data.tokens(source, "val")
+    if not 1 <= stride <= seq_len:
+        raise DataError(f"stride is {stride}, expected 1 to seq_len ({seq_len})")
+    if len(stream) == 0:
+        raise DataError(f"source {source!r} has no held-out tokens in {data.path}: give it more documents")
+    return _validation_windows(stream, data.eot_id, min(seq_len, len(stream)), stride)
+
+
+def _validation_windows(
+    stream, eot_id: int, length: int, stride: int
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    scored_to, end = 0, length
+    while True:
+        begin = end - length
+        targets = np.asarray(stream[begin:end], dtype=np.int64)
+        before = stream[begin - 1] if begin else eot_id
+        inputs = np.concatenate([np.array([before], dtype=np.int64), targets[:-1]])
+        yield inputs, targets, np.arange(begin, end) >= scored_to
+        if end == len(stream):
+            return
+        scored_to, end = end, min(end + stride, len(stream))

@@ -1,0 +1,236 @@
+"""Token shards on disk: the format, its writer and its reader.
+
+A prepared directory holds, for each source and split, memory-mapped shards `SOURCE-SPLIT-00000.bin` of little-endian
+uint16 (uint32 where the vocabulary is over 65,536): documents one after the other, each followed by one end-of-text id.
+`index.json` describes them, `tokenizer.json` decodes them, `heldout.bin` is the held-out text itself, for the reference
+compression. Tokens of a split are one stream; a window may cross documents and shards.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from moe.data.sources import DataError
+from moe.tokenizer import Tokenizer
+
+FORMAT = "moe-tokens"
+VERSION = 1
+INDEX_FILE = "index.json"
+TOKENIZER_FILE = "tokenizer.json"
+HELD_OUT_FILE = "heldout.bin"
+SPLITS = ("train", "val")
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The smallest dtype for ids below `vocab_size`: little-endian uint16 or uint32."""
+    return np.dtype("<u2" if vocab_size <= 65536 else "<u4")
+
+
+class ShardWriter:
+    """Writes the token stream of one source and split as shards of at most `shard_tokens` tokens."""
+
+    def __init__(self, directory: Path, stem: str, dtype: np.dtype, shard_tokens: int) -> None:
+        self._directory, self._stem, self._dtype, self._shard_tokens = directory, stem, dtype, shard_tokens
+        self._file: IO[bytes] | None = None
+        self._digest = hashlib.sha256()  # of the stream, hence the same however it is cut into shards
+        self._shards: list[dict[str, Any]] = []
+        self._names: list[str] = []
+        self._tokens: list[int] = []
+        self._bytes: list[int] = []
+
+    def add(self, name: str, n_bytes: int, ids: Sequence[int]) -> None:
+        """Appends one document: its ids, end-of-text included, and the length of its UTF-8 text in bytes."""
+        values = np.asarray(ids, dtype=self._dtype)
+        self._digest.update(values.tobytes())
+        self._names.append(name)
+        self._tokens.append(len(values))
+        self._bytes.append(n_bytes)
+        while len(values):
+            if self._file is None or self._shards[-1]["tokens"] == self._shard_tokens:
+                self._next_shard()
+            assert self._file is not None
+            part = values[: self._shard_tokens - self._shards[-1]["tokens"]]
+            self._file.write(part.tobytes())
+            self._shards[-1]["tokens"] += len(part)
+            values = values[len(part) :]
+
+    def _next_shard(self) -> None:
+        self.close()
+        name = f"{self._stem}-{len(self._shards):05d}.bin"
+        self._file = (self._directory / name).open("wb")
+        self._shards.append({"file": name, "tokens": 0})
+
+    def close(self) -> None:
+        """Closes the shard being written; safe to call twice."""
+        file, self._file = self._file, None
+        if file is not None:
+            file.close()
+
+    def entry(self) -> dict[str, Any]:
+        """The part of index.json on this stream; call after `close`."""
+        return {
+            "shards": self._shards,
+            "tokens": sum(self._tokens),
+            "bytes": sum(self._bytes),
+            "sha256": self._digest.hexdigest(),
+            "documents": {
+                "name": self._names,
+                "tokens": self._tokens,
+                "bytes": self._bytes,
+                "offset": [int(n) for n in np.cumsum([0, *self._tokens[:-1]])] if self._tokens else [],
+            },
+        }
+
+
+@dataclass(frozen=True)
+class DocumentTable:
+    """The documents of one source and split, in stream order.
+
+    names: list of str; n_tokens (end-of-text included), n_bytes (of the UTF-8 text), offsets (of the first token in the
+    stream): int64 arrays [documents].
+    """
+
+    names: list[str]
+    n_tokens: np.ndarray
+    n_bytes: np.ndarray
+    offsets: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+class TokenStream:
+    """One split of one source as a 1-D sequence of token ids over its memory-mapped shards.
+
+    `len(stream)` is its length in tokens; `stream[a:b]` an array of the shards' dtype, a view where one shard holds it
+    all; `stream[i]` an int. Slices clip as a list's do; a step is not supported.
+    """
+
+    def __init__(self, shards: Sequence[np.ndarray], dtype: np.dtype) -> None:
+        self._shards = list(shards)
+        self._starts = np.cumsum([0, *(len(s) for s in shards)])
+        self.dtype = dtype
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, key: int | slice) -> Any:
+        if isinstance(key, slice):
+            start, stop, step = key.indices(len(self))
+            if step != 1:
+                raise DataError(f"a token stream is sliced with step 1, not {step}")
+            return self._range(start, stop)
+        if not -len(self) <= key < len(self):
+            raise IndexError(f"token {key} of a stream of {len(self)}")
+        key = int(key) % len(self)
+        return int(self._range(key, key + 1)[0])
+
+    def _range(self, start: int, stop: int) -> np.ndarray:
+        if start >= stop:
+            return np.empty(0, self.dtype)
+        first = int(np.searchsorted(self._starts, start, side="right")) - 1
+        parts = []
+        while start < stop:
+            begin = int(self._starts[first])
+            part = self._shards[first][start - begin : stop - begin]
+            parts.append(part)
+            start += len(part)
+            first += 1
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+class TokenData:
+    """A prepared directory, opened: streams of tokens, tables of documents, the tokenizer.
+
+    Use `TokenData.open(path)`. `fingerprint` (sha256, hex) covers the tokenizer and every token of every stream.
+    """
+
+    def __init__(self, path: Path, index: dict[str, Any]) -> None:
+        self.path = path
+        self.index = index
+        self.vocab_size: int = index["vocab_size"]
+        self.eot_id: int = index["eot_id"]
+        self.fingerprint: str = index["fingerprint"]
+        self.sources: tuple[str, ...] = tuple(index["sources"])
+        self.dtype = np.dtype(index["dtype"])
+        self._streams = {(source, split): self._map(source, split) for source in self.sources for split in SPLITS}
+
+    @staticmethod
+    def open(path: str | Path) -> "TokenData":
+        """Opens a prepared directory and checks format, version and the size of every file.
+
+        Raises:
+            DataError: not a prepared directory, another version, or a file that is missing or cut short.
+        """
+        path = Path(path)
+        file = path / INDEX_FILE
+        if not file.is_file():
+            raise DataError(f"no prepared data in {path} ({INDEX_FILE} is missing): prepare it with moe.data.prepare")
+        try:
+            index = json.loads(file.read_bytes())
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise DataError(f"{file} is not complete JSON ({error}): prepare the data again") from None
+        if not isinstance(index, dict) or index.get("format") != FORMAT:
+            raise DataError(f"{file} is not the index of prepared data (format is not {FORMAT!r})")
+        if index.get("version") != VERSION:
+            raise DataError(f"{file} has format version {index.get('version')}, expected {VERSION}: prepare it again")
+        return TokenData(path, index)
+
+    def _map(self, source: str, split: str) -> TokenStream:
+        shards = []
+        for shard in self.index["sources"][source][split]["shards"]:
+            file = self.path / shard["file"]
+            expected = shard["tokens"] * self.dtype.itemsize
+            found = file.stat().st_size if file.is_file() else None
+            if found != expected:
+                state = "is missing" if found is None else f"has {found:,} bytes"
+                raise DataError(f"{file} {state}, expected {expected:,} bytes: prepare the data again (overwrite)")
+            shards.append(np.memmap(file, dtype=self.dtype, mode="r"))
+        return TokenStream(shards, self.dtype)
+
+    def tokens(self, source: str, split: str) -> TokenStream:
+        """The token stream of a source's "train" or "val" split. Raises DataError for an unknown source or split."""
+        self._check(source, split)
+        return self._streams[source, split]
+
+    def documents(self, source: str, split: str) -> DocumentTable:
+        """The documents of a source's "train" or "val" split, in stream order."""
+        self._check(source, split)
+        table = self.index["sources"][source][split]["documents"]
+        n_tokens, n_bytes, offsets = (np.array(table[key], dtype=np.int64) for key in ("tokens", "bytes", "offset"))
+        return DocumentTable(table["name"], n_tokens, n_bytes, offsets)
+
+    def n_bytes(self, source: str, split: str) -> int:
+        """Bytes of UTF-8 text behind a stream: what bits per byte divides by."""
+        self._check(source, split)
+        return self.index["sources"][source][split]["bytes"]
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that the tokens were made with. Raises DataError where the file beside them is another one."""
+        file = self.path / TOKENIZER_FILE
+        found = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else "missing"
+        if found != self.index["tokenizer_sha256"]:
+            raise DataError(
+                f"{file} is not the tokenizer these tokens were made with (sha256 {found[:12]}, expected "
+                f"{self.index['tokenizer_sha256'][:12]}): prepare the data again (overwrite)"
+            )
+        return Tokenizer.load(file)
+
+    def check_compatible(self, vocab_size: int) -> None:
+        """Raises DataError where a model of `vocab_size` ids cannot take these tokens. A larger model vocabulary is fine."""
+        if self.vocab_size > vocab_size:
+            raise DataError(
+                f"the data's tokenizer has {self.vocab_size:,} ids, the model's vocab_size is {vocab_size:,}: set the "
+                f"model's vocab_size to {self.vocab_size} or more, or prepare the data with vocab_size={vocab_size}"
+            )
+
+    def _check(self, source: str, split: str) -> None:
+        if source not in self.sources:
+            raise DataError(f"source {source!r} is not in {self.path}: it has {', '.join(self.sources)}")
+        if split not in SPLITS:
+            raise DataError(f"split {split!r} is not one of {', '.join(SPLITS)}")

