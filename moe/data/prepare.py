@@ -9,8 +9,6 @@ import gzip
 import hashlib
 import json
 import lzma
-import os
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +28,7 @@ from moe.data.shards import (
     token_dtype,
 )
 from moe.data.sources import DataError, Document, Report, Source, default_sources, is_held_out, parse_source, read
+from moe.files import atomic_directory, is_taken
 from moe.tokenizer import Tokenizer, cl100k, train_bpe
 
 # Called with (phase, bytes of text done, bytes of text in all); phases are "tokenizer" and "encode".
@@ -99,7 +98,7 @@ def prepare(
     started = time.perf_counter()
     inputs = _survey(job, shard_tokens)
     job.seconds["read"] = time.perf_counter() - started
-    if _is_taken(out):
+    if is_taken(out):
         found = TokenData.open(out) if (out / INDEX_FILE).is_file() else None
         if found is None:
             raise DataError(f"out_dir {out} exists and is not prepared data: choose a new or an empty directory")
@@ -111,18 +110,14 @@ def prepare(
                 "overwrite it (overwrite=True)"
             )
     _check_splits(job)
-    temporary = out.parent / f".{out.name}.{os.getpid()}.tmp"
     try:
-        temporary.mkdir(parents=True)
-        _write(job, temporary, inputs, shard_tokens)
-        _move_into_place(temporary, out)
+        with atomic_directory(out) as temporary:
+            _write(job, temporary, inputs, shard_tokens)
     except OSError as error:
         raise DataError(
             f"cannot write {out}: {error.strerror or error}; free some space or choose another out_dir "
             "(nothing half-written was left)"
         ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return describe(TokenData.open(out), reused=False, seconds=job.seconds)
 
 
@@ -313,22 +308,3 @@ def _index(
         "notices": [*job.notices, *job.report.notices],
         "sources": entries,
     }
-
-
-def _is_taken(out: Path) -> bool:
-    """Whether something other than an empty directory is at `out`."""
-    return out.exists() and (not out.is_dir() or any(out.iterdir()))
-
-
-def _move_into_place(temporary: Path, out: Path) -> None:
-    """Renames `temporary` to `out`; an older directory there steps aside first and is deleted after."""
-    old = temporary.with_suffix(".old")
-    if _is_taken(out):
-        os.replace(out, old)
-    try:
-        os.replace(temporary, out)
-    except OSError:
-        if old.exists():
-            os.replace(old, out)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
