@@ -52,6 +52,7 @@ def save(
         CheckpointError: `directory` holds anything but a checkpoint, the tokenizer has more ids than the model, the
             weights are on the meta device, the disk is full. What was there before is then untouched.
     """
+    check_model(model)
     check_vocabulary(model.cfg, tokenizer)
     check_replaceable(directory, {CONFIG_FILE, TOKENIZER_FILE, INDEX_FILE}, CONFIG_FILE)
     try:
@@ -72,8 +73,6 @@ def write_files(
 
     For writers of more than a model, under `moe.files.atomic_directory`. Raises as `write_tensors` does.
     """
-    if not isinstance(model, Transformer) or hasattr(model, "_orig_mod"):
-        raise CheckpointError(f"model is a {type(model).__name__}: give the moe.Transformer inside it")
     write_tensors(directory, stored_state(model), max_shard_bytes=max_shard_bytes)
     (directory / CONFIG_FILE).write_text(model.cfg.to_toml(), encoding="utf-8")
     if tokenizer is not None:
@@ -86,6 +85,12 @@ def cannot_write(directory: str | os.PathLike[str], error: OSError) -> str:
         f"cannot write {directory}: {error.strerror or error}; free some space or choose another place "
         "(what was there before is untouched, nothing half-written was left)"
     )
+
+
+def check_model(model: object) -> None:
+    """Raises CheckpointError unless it is a Transformer itself: a wrapper, as of torch.compile, renames the weights."""
+    if not isinstance(model, Transformer) or hasattr(model, "_orig_mod"):
+        raise CheckpointError(f"model is a {type(model).__name__}: give the moe.Transformer itself, not what wraps it")
 
 
 def check_replaceable(directory: str | os.PathLike[str], files: Iterable[str], config_file: str) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor
 from moe.checkpoint import (
     TOKENIZER_FILE,
     cannot_write,
+    check_model,
     check_replaceable,
     check_vocabulary,
     put_tensors,
@@ -166,7 +167,9 @@ def _allocate(
 
 
 def _copy(found: Mapping[str, StoredTensor | Tensor], views: Mapping[str, Tensor]) -> None:
-    copy_tensors({name: t for name, t in found.items() if isinstance(t, StoredTensor)}, views)
+    """Fills each view from the tensor of its name, on disk or live."""
+    on_disk = {name: t for name, t in found.items() if isinstance(t, StoredTensor) and name in views}
+    copy_tensors(on_disk, {name: views[name] for name in on_disk})
     with torch.no_grad():
         for name, view in views.items():
             live = found[name]
@@ -196,6 +199,7 @@ def save(
         HFError: a setting that Mixtral has no counterpart for, or GPT-4's own tokenizer.
         CheckpointError: `directory` holds anything else, the tokenizer has more ids than the model, the disk is full.
     """
+    check_model(model)
     config = config_to_hf(model.cfg)
     config["dtype"] = str(dtype or model.embedding.weight.dtype).removeprefix("torch.")
     config["eos_token_id"] = tokenizer.eot_id if tokenizer is not None else None
@@ -283,8 +287,7 @@ _BLOCK_NAMES = {
 
 
 def _hf_name(name: str) -> str:
-    _, _, in_blocks = name.partition("blocks.")
-    layer, _, leaf = in_blocks.partition(".")
+    layer, _, leaf = name.removeprefix("blocks.").partition(".")
     if name in _OUTER_NAMES:
         return _OUTER_NAMES[name]
     if leaf in _BLOCK_NAMES:
