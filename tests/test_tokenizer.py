@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -77,8 +78,6 @@ def test_split_is_gpt4s_on_the_corpus() -> None:
 
 @pytest.mark.parametrize("text", ODD_TEXTS)
 def test_split_is_gpt4s_on_odd_text(text: str) -> None:
-    # The two engines disagree on whether the separators U+001C to U+001F are spaces; GPT-4's (Rust) says no.
-    text = text.replace("\x1c", "")
     assert split_pieces(text) == regex.findall(CL100K_PATTERN, text)
 
 
@@ -153,7 +152,7 @@ def test_training_is_repeatable(bpe: Tokenizer) -> None:
 
 def test_vocabulary_bounds() -> None:
     assert train_bpe([], 257).vocab_size == 257
-    with pytest.raises(TokenizerError, match="256.*at least 257"):
+    with pytest.raises(TokenizerError, match=r"256.*at least 257"):
         train_bpe(["text"], 256)
     # "abc": two merges at most on top of 256 bytes and one special.
     with pytest.raises(TokenizerError, match="enough pairs for 259 tokens"):
@@ -189,7 +188,7 @@ def test_the_tokenizers_library_reads_our_file(bpe: Tokenizer, tmp_path: Path) -
 
 
 def test_broken_files(bpe: Tokenizer, tmp_path: Path) -> None:
-    with pytest.raises(TokenizerError, match="no tokenizer at .*nowhere"):
+    with pytest.raises(TokenizerError, match=r"no tokenizer at .*nowhere"):
         Tokenizer.load(tmp_path / "nowhere")
     whole = bpe.save(tmp_path / "t.json").read_bytes()
     contents = {
@@ -222,7 +221,7 @@ def test_changed_ranks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_missing_extra_gives_the_hint(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "tiktoken", None)
+    monkeypatch.setitem(sys.modules, "tiktoken", None)
     with pytest.raises(ImportError, match=r"gpt4-moe\[data\]"):
         cl100k.__wrapped__()
 

@@ -1,8 +1,8 @@
 """From documents to token shards: split, train the tokenizer, encode, write; all of a directory or nothing.
 
 The held-out split is decided by each document's name (`sources.is_held_out`), and the tokenizer sees training documents
-only. The directory is written under a temporary name beside its place and renamed when complete. Preparing the same
-inputs again finds the directory and reuses it.
+only. The directory is written under a temporary name beside its place (`.NAME.PID.tmp`: all that a killed process can
+leave) and renamed when complete. Preparing the same inputs again finds the directory and reuses it.
 """
 
 import gzip
