@@ -80,6 +80,17 @@ def test_one_pass_visits_each_window_its_number_of_times(data: TokenData, epochs
     assert passes[0] != passes[1]
 
 
+def test_windows_at_the_edge(data: TokenData) -> None:
+    n = len(raw_tokens(data, "prose-train"))
+    only_prose = {"prose": 1, "verse": 0}
+    one = Mixture(data, n - 1, 0, only_prose)
+    assert one.windows_per_epoch == 1
+    assert one.sample(5).tolist() == raw_tokens(data, "prose-train")
+    # n tokens of input leave no target for the last of them.
+    with pytest.raises(DataError, match="no source has a window"):
+        Mixture(data, n, 0, only_prose)
+
+
 def test_locate_says_where_a_sample_is_from(data: TokenData) -> None:
     mixture = Mixture(data, seq_len=16, seed=3, epochs={"prose": 1, "verse": 2})
     for k in (0, 1, mixture.windows_per_epoch - 1, mixture.windows_per_epoch, 3 * mixture.windows_per_epoch + 5):
