@@ -33,12 +33,13 @@ class Router(nn.Module):
     `update_bias` (Wang et al. 2024, arXiv:2408.15664).
     """
 
+    bias_E: Tensor | None
+
     def __init__(self, d_model: int, n_experts: int, top_k: int, cfg: RouterConfig) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(n_experts, d_model))
         self.top_k = top_k
         self.bias_update_rate = cfg.bias_update_rate
-        # Stays float32 through model.to(bfloat16)? It need not: it only breaks near-ties.
         self.register_buffer("bias_E", torch.zeros(n_experts) if cfg.bias_update_rate else None)
 
     def forward(self, x_BSD: Tensor) -> Routing:
