@@ -1,4 +1,4 @@
-"""What the tests share: an error measure that has no scale, a tiny model shape, quiet threading and settings."""
+"""What the tests share: an error measure that has no scale, a tiny model shape, one thread."""
 
 import math
 
@@ -9,6 +9,8 @@ from torch import Tensor
 
 from moe.config import AttentionConfig, Config, ExpertsConfig
 
+# The tensors here are tiny: more threads only wait for each other, the more so under pytest -n.
+torch.set_num_threads(1)
 # A time limit per example would make results depend on how busy the machine is.
 settings.register_profile("tests", deadline=None, derandomize=True, max_examples=30)
 settings.load_profile("tests")
