@@ -128,16 +128,16 @@ def _expert_mlp_backward(
 
 
 @_expert_mlp_backward.register_fake
-def _(dy, x, w_in, w_out, weights, ids, h, order, ends, activation, impl):  # noqa: ANN001, ANN202
+def _(dy, x, w_in, w_out, weights, ids, h, order, ends, activation, impl):
     return tuple(t.new_empty(t.shape) for t in (x, w_in, w_out, weights))
 
 
-def _expert_mlp_setup(ctx, inputs, output) -> None:  # noqa: ANN001
+def _expert_mlp_setup(ctx, inputs, output) -> None:
     x, w_in, w_out, weights, ids, ctx.activation, ctx.impl = inputs
     ctx.save_for_backward(x, w_in, w_out, weights, ids, *output[1:])
 
 
-def _expert_mlp_autograd(ctx, dy: Tensor, *_unused: Tensor):  # noqa: ANN001, ANN202
+def _expert_mlp_autograd(ctx, dy: Tensor, *_unused: Tensor):
     gradients = _expert_mlp_backward(dy, *ctx.saved_tensors, ctx.activation, ctx.impl)
     return *gradients, None, None, None
 
@@ -177,11 +177,11 @@ def _(x: Tensor, w: Tensor, targets: Tensor, want_grad: bool) -> tuple[Tensor, T
     return (total, torch.empty_like(x), torch.empty_like(w)) if want_grad else (total, x.new_empty(0), w.new_empty(0))
 
 
-def _linear_cross_entropy_setup(ctx, inputs, output) -> None:  # noqa: ANN001
+def _linear_cross_entropy_setup(ctx, inputs, output) -> None:
     ctx.save_for_backward(*output[1:])
 
 
-def _linear_cross_entropy_autograd(ctx, dtotal: Tensor, *_unused: Tensor):  # noqa: ANN001, ANN202
+def _linear_cross_entropy_autograd(ctx, dtotal: Tensor, *_unused: Tensor):
     dx, dw = ctx.saved_tensors
     return (dx * dtotal).to(dx.dtype), (dw * dtotal).to(dw.dtype), None, None
 

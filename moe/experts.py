@@ -33,6 +33,8 @@ class Router(nn.Module):
     `update_bias` (Wang et al. 2024, arXiv:2408.15664).
     """
 
+    bias_E: Tensor | None
+
     def __init__(self, d_model: int, n_experts: int, top_k: int, cfg: RouterConfig) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(n_experts, d_model))

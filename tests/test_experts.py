@@ -1,4 +1,4 @@
-"""moe.experts: router, balance and z losses against loops over their formulas, bias-based balancing, the whole layer."""
+"""moe.experts: router, balance and z losses against loops over their formulas, bias updates, the whole layer."""
 
 import math
 

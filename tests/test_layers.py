@@ -1,4 +1,4 @@
-"""moe.layers: RMSNorm, rotary embedding and its scalings, attention, each against its formula written out in float64."""
+"""moe.layers: RMSNorm, rotary embedding and its scalings, attention, each against its formula in float64."""
 
 import cmath
 import math

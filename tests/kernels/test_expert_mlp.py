@@ -33,7 +33,8 @@ class Inputs(NamedTuple):
 
     def leaves(self) -> "Inputs":
         """Detached copies that want gradients."""
-        return Inputs(*(t.detach().clone().requires_grad_() for t in self[:4]), self.ids)
+        x, w_in, w_out, weights = (t.detach().clone().requires_grad_() for t in self[:4])
+        return Inputs(x, w_in, w_out, weights, self.ids)
 
 
 def make(
@@ -89,8 +90,8 @@ def op(impl: str | None) -> Run:
 
 def grouped_mm(inputs: Inputs, dy: Tensor, activation: str) -> tuple[Tensor, ...]:
     """The pair of functions that CUDA runs, called directly."""
-    y, *saved = grouped.grouped_mm_forward(*inputs, activation)
-    return y, *grouped.grouped_mm_backward(dy.to(y.dtype), *inputs[:4], *saved, activation)
+    y, h, order, ends = grouped.grouped_mm_forward(*inputs, activation)
+    return y, *grouped.grouped_mm_backward(dy.to(y.dtype), *inputs[:4], h, order, ends, activation)
 
 
 RUNS: dict[str, tuple[Run, torch.dtype]] = {
@@ -189,8 +190,12 @@ def test_the_reference_itself(activation: str) -> None:
 @pytest.mark.parametrize("impl", ["reference", "grouped"])
 @pytest.mark.parametrize("activation", ["swiglu", "gelu"])
 def test_gradcheck(impl: str, activation: str) -> None:
-    *leaves, ids = make(T=5, E=4, K=2, D=3, width=4, activation=activation).leaves()
-    assert torch.autograd.gradcheck(lambda *t: ops.expert_mlp(*t, ids, activation, impl), tuple(leaves))
+    inputs = make(T=5, E=4, K=2, D=3, width=4, activation=activation).leaves()
+
+    def call(x: Tensor, w_in: Tensor, w_out: Tensor, weights: Tensor) -> Tensor:
+        return ops.expert_mlp(x, w_in, w_out, weights, inputs.ids, activation, impl)
+
+    assert torch.autograd.gradcheck(call, inputs[:4])
 
 
 # --------------------------------------------------------------------------------------------- layouts and contexts
@@ -210,8 +215,7 @@ def test_non_contiguous_inputs(impl: str, how: str, which: int) -> None:
     inputs = make(T=17, E=7, K=3)
     moved = strided(inputs[which], how)
     assert not moved.is_contiguous()
-    leaves = list(inputs.leaves())
-    leaves[which] = moved.detach().requires_grad_(which < 4)
+    leaves = inputs.leaves()._replace(**{Inputs._fields[which]: moved.detach().requires_grad_(which < 4)})
     y = ops.expert_mlp(*leaves, "swiglu", impl)
     got = torch.autograd.grad(y, leaves[:4], upstream(inputs))
     assert_close((y, *got), by_autograd(inputs, upstream(inputs), "swiglu"), 1e-13)
