@@ -1,4 +1,4 @@
-"""The one description of a model and of how to train it: frozen dataclasses, strict TOML, the scaling rule for replicas.
+"""The one description of a model and of how to train it: frozen dataclasses, strict TOML, the replica rule.
 
 Every default is the full GPT-4 shape of the article at 8k context, so a TOML file only says what differs. Loading is
 strict: an unknown key, a wrong type or an impossible value raises `ConfigError`, which names the field, the value
@@ -278,7 +278,8 @@ def load_config(name_or_path: str | os.PathLike[str]) -> Config:
             names = shipped()
             raise ConfigError(
                 f"no shipped configuration is called {str(name_or_path)!r}"
-                f"{_did_you_mean(str(name_or_path), names)}; there are: {', '.join(names)}; or give a path to a .toml file"
+                f"{_did_you_mean(str(name_or_path), names)}; there are: {', '.join(names)}; "
+                "or give a path to a .toml file"
             )
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))

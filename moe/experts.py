@@ -40,7 +40,6 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(n_experts, d_model))
         self.top_k = top_k
         self.bias_update_rate = cfg.bias_update_rate
-        # Stays float32 through model.to(bfloat16)? It need not: it only breaks near-ties.
         self.register_buffer("bias_E", torch.zeros(n_experts) if cfg.bias_update_rate else None)
 
     def forward(self, x_BSD: Tensor) -> Routing:
