@@ -121,10 +121,13 @@ def loop_backward(
     x_RD, dy_RD = x_TD.index_select(0, token_R), dy_TD.index_select(0, token_R)
     weights_R = weights_TK.flatten()[order_R].to(x_TD.dtype)
     dx_RD, dweights_R = torch.empty_like(x_RD), torch.empty_like(weights_R)
-    # Not zeros_like: it would keep a transposed layout, of which `_flat` is a copy and no view.
-    dw_in_EGFD, dw_out_EDF = w_in_EGFD.new_zeros(w_in_EGFD.shape), w_out_EDF.new_zeros(w_out_EDF.shape)
+    # Not empty_like: it would keep a transposed layout, of which `_flat` is a copy and no view.
+    dw_in_EGFD, dw_out_EDF = w_in_EGFD.new_empty(w_in_EGFD.shape), w_out_EDF.new_empty(w_out_EDF.shape)
     w_in, dw_in = _flat(w_in_EGFD), _flat(dw_in_EGFD)
     runs = _runs(ends_E)
+    for e in set(range(len(w_in))).difference(e for e, _, _ in runs):
+        dw_in[e].zero_()
+        dw_out_EDF[e].zero_()
     longest = max((end - start for _, start, end in runs), default=0)
     act_NF, da_NF = x_TD.new_empty(2, longest, h_RGF.shape[2])
     dh_NGF = x_TD.new_empty(longest, *h_RGF.shape[1:])

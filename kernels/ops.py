@@ -134,10 +134,14 @@ def _(dy, x, w_in, w_out, weights, ids, h, order, ends, activation, impl):
 
 def _expert_mlp_setup(ctx, inputs, output) -> None:
     x, w_in, w_out, weights, ids, ctx.activation, ctx.impl = inputs
+    # Only y has a gradient: without this, autograd would fill zeros of the size of the pre-activations.
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, w_in, w_out, weights, ids, *output[1:])
 
 
-def _expert_mlp_autograd(ctx, dy: Tensor, *_unused: Tensor):
+def _expert_mlp_autograd(ctx, dy: Tensor | None, *_unused: None):
+    if dy is None:
+        return (None,) * 7
     gradients = _expert_mlp_backward(dy, *ctx.saved_tensors, ctx.activation, ctx.impl)
     return *gradients, None, None, None
 
@@ -178,10 +182,13 @@ def _(x: Tensor, w: Tensor, targets: Tensor, want_grad: bool) -> tuple[Tensor, T
 
 
 def _linear_cross_entropy_setup(ctx, inputs, output) -> None:
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output[1:])
 
 
-def _linear_cross_entropy_autograd(ctx, dtotal: Tensor, *_unused: Tensor):
+def _linear_cross_entropy_autograd(ctx, dtotal: Tensor | None, *_unused: None):
+    if dtotal is None:
+        return (None,) * 4
     dx, dw = ctx.saved_tensors
     return (dx * dtotal).to(dx.dtype), (dw * dtotal).to(dw.dtype), None, None
 
