@@ -200,7 +200,7 @@ def places(summary: dict[str, Any], run_dir: Path) -> str:
     """Where everything is."""
     return (
         f"{summary['tokens']:,} tokens in {clock(summary['train_seconds'])}; model in {run_dir / 'final'}, pictures in "
-        f"{run_dir / 'pictures'}\ntry: moe generate {run_dir / 'final'} --prompt \"Once\""
+        f'{run_dir / "pictures"}\ntry: moe generate {run_dir / "final"} --prompt "Once"'
     )
 
 

@@ -131,12 +131,12 @@ def total(scores: dict[str, Score]) -> Score:
 def draw_samples(model: Transformer, tokenizer: Tokenizer, *, n_tokens: int = 160) -> list[dict[str, str]]:
     """What the model writes after each of `PROMPTS`, as {"prompt", "text"}; the same each time.
 
-    A prompt stands at the beginning of a document, and the sample ends with the document.
+    The sample ends with the document.
     """
     device = model.embedding.weight.device
     samples = []
     for prompt in PROMPTS:
-        ids = [tokenizer.eot_id, *tokenizer.encode(prompt)]
+        ids = tokenizer.encode(prompt) or [tokenizer.eot_id]
         new: list[int] = []
         for next_1 in stream(model, torch.tensor([ids], device=device), n_tokens, temperature=0.8, top_p=0.95):
             if int(next_1) == tokenizer.eot_id:

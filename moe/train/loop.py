@@ -22,7 +22,8 @@ from moe.config import Config
 from moe.data import DataError, Mixture, TokenData, compression
 from moe.model import Output, Transformer
 from moe.tokenizer import Tokenizer
-from moe.train import console, device as devices, evaluate, pictures, state
+from moe.train import console, evaluate, pictures, state
+from moe.train import device as devices
 from moe.train.cpu import tune_cpu
 from moe.train.metrics import Meter, MetricsLog
 from moe.train.optimizer import Optimizers, build
@@ -94,7 +95,12 @@ def train(
             if run.step == t.steps:
                 return Result("complete", run.step, run.dir, _finish(run))
         except StopRequested:
-            pass  # during the final evaluation, whose checkpoint is on disk
+            pass  # during the final evaluation; the checkpoint is on disk
+        except torch.OutOfMemoryError as error:
+            raise TrainError(
+                f"out of memory with train.micro_batch = {run.micro_batch}: halve it, or set "
+                f"train.activation_checkpointing = true ({str(error).splitlines()[0]})"
+            ) from error
         finally:
             run.log.close()
         return Result("stopped", run.step, run.dir, signal=stop.signal)
@@ -401,7 +407,9 @@ def _finish(run: _Run) -> dict[str, Any]:
         "data": run.data.fingerprint,
     }
     _sample(run)
-    run.log.write({"kind": "final", **{key: summary[key] for key in ("step", "tokens", "bits_per_byte", "compression")}})
+    run.log.write(
+        {"kind": "final", **{key: summary[key] for key in ("step", "tokens", "bits_per_byte", "compression")}}
+    )
     checkpoint.save(run.model, run.dir / FINAL, tokenizer=run.tokenizer)
     drawn = pictures.draw(run.dir)
     if drawn is None:

@@ -1,3 +1,5 @@
 """placeholder"""
+
+
 def draw(run_dir):
     return None

@@ -22,7 +22,14 @@ CHECKPOINTS = "checkpoints"
 TRAINING_FILE = "training.pt"
 KEEP = 2
 # What may change between a run and its resumption: none of these changes the model that comes out.
-HARMLESS = ("name", "train.log_every", "train.eval_every", "train.eval_tokens", "train.sample_every", "train.save_every")
+HARMLESS = (
+    "name",
+    "train.log_every",
+    "train.eval_every",
+    "train.eval_tokens",
+    "train.sample_every",
+    "train.save_every",
+)
 
 
 def save(run_dir: Path, step: int, model: Transformer, tokenizer: Tokenizer, training: dict[str, Any]) -> Path:
@@ -86,7 +93,7 @@ def load_training(checkpoint: Path) -> dict[str, Any]:
 
 
 def check_same_config(saved: str, cfg: Config, run_dir: Path) -> None:
-    """Raises ConfigError, naming what differs, where a run with configuration `saved` (TOML) cannot go on with `cfg`."""
+    """Raises ConfigError, naming what differs, where a run made with `saved` (TOML) cannot go on with `cfg`."""
     before, now = _flat(tomllib.loads(saved)), _flat(dataclasses.asdict(cfg))
     changed = [k for k in now if k not in HARMLESS and before.get(k) != now[k]]
     changed += [k for k in before if k not in now]
