@@ -94,7 +94,7 @@ def test_log_points_are_means_over_their_steps(cfg, data_dir, tmp_path):
 def test_bias_balancing_moves_the_bias_and_is_saved(cfg, data_dir, tmp_path):
     cfg = cfg.with_overrides(["router.bias_update_rate=0.01", "router.balance_loss=0.0"])
     train(cfg, data_dir, tmp_path / "run")
-    bias = moe.load(tmp_path / "run" / "final").blocks[0].moe.router.bias_E
+    bias = moe.load(tmp_path / "run" / "final").get_buffer("blocks.0.moe.router.bias_E")
     assert bias.abs().max() >= 0.01
 
 

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 import moe
+from moe.train import train
+from moe.train.evaluate import some_windows
 
 ROOT = Path(__file__).parents[2]
 
@@ -40,11 +42,11 @@ def wait_for_step(process, run_dir, step):
     pytest.fail(f"step {step} was not reached")
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_killed_anywhere_and_resumed_gives_the_same_to_the_last_digit(cfg_file, data_dir, tmp_path, optimizer):
-    # log_every and save_every do not divide each other: sums between log points must survive, too.
+def test_killed_anywhere_and_resumed_gives_the_same_to_the_last_digit(cfg_file, data_dir, tmp_path):
+    # log_every and save_every do not divide each other: sums between log points must survive, too. Under "muon" both
+    # Muon and AdamW are at work.
     settings = ["train.steps=60", "train.log_every=3", "train.save_every=10", "train.eval_every=20"]
-    settings += [f"train.optimizer={optimizer}", "router.bias_update_rate=0.001"]
+    settings += ["train.optimizer=muon", "router.bias_update_rate=0.001"]
     whole = start(cfg_file, data_dir, tmp_path / "whole", *settings)
     killed = start(cfg_file, data_dir, tmp_path / "killed", *settings)
     wait_for_step(killed, tmp_path / "killed", 3 * random.Random().randint(4, 17))
@@ -62,18 +64,37 @@ def test_killed_anywhere_and_resumed_gives_the_same_to_the_last_digit(cfg_file, 
     assert not list((tmp_path / "killed").rglob("*.tmp"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_finishes_the_step_saves_and_stops(cfg_file, data_dir, tmp_path, number):
-    process = start(
-        cfg_file, data_dir, tmp_path / "run", "train.steps=100000", "train.save_every=0", "train.eval_every=0"
-    )
+def test_sigterm_finishes_the_step_saves_and_stops(cfg_file, data_dir, tmp_path):
+    endless = ["train.steps=100000", "train.save_every=0", "train.eval_every=0"]
+    process = start(cfg_file, data_dir, tmp_path / "run", *endless)
     wait_for_step(process, tmp_path / "run", 5)
-    process.send_signal(number)
+    process.send_signal(signal.SIGTERM)
     output = process.communicate(timeout=60)[0]
-    assert process.returncode == 128 + number, output
+    assert process.returncode == 128 + signal.SIGTERM, output
     assert "goes on from there" in output
     assert "Traceback" not in output
     (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
     step = int(saved.name.removeprefix("step-"))
     assert metrics(tmp_path / "run")[-1]["step"] == step
     moe.load(saved)
+
+
+def test_ctrl_c_stops_after_the_step_and_the_run_goes_on_later(cfg, data_dir, tmp_path, monkeypatch):
+    handler = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch:
+        patch.setattr("moe.train.console.Lines.step", lambda self, n: n == 3 and signal.raise_signal(signal.SIGINT))
+        result = train(cfg, data_dir, tmp_path / "run")
+    assert (result.status, result.step, result.signal) == ("stopped", 3, signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert (tmp_path / "run" / "checkpoints" / "step-000003").is_dir()
+    assert train(cfg, data_dir, tmp_path / "run").status == "complete"
+
+
+def test_ctrl_c_during_the_final_evaluation_leaves_it_for_later(cfg, data_dir, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop = lambda self, what, done, total: signal.raise_signal(signal.SIGINT)  # noqa: E731
+        patch.setattr("moe.train.console.Lines.progress", stop)
+        patch.setattr("moe.train.loop.evaluate.all_windows", lambda data, s: some_windows(data, s, 256))
+        assert train(cfg, data_dir, tmp_path / "run").status == "stopped"
+    assert not (tmp_path / "run" / "summary.json").exists()
+    assert train(cfg, data_dir, tmp_path / "run").status == "complete"
