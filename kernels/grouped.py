@@ -121,7 +121,8 @@ def loop_backward(
     x_RD, dy_RD = x_TD.index_select(0, token_R), dy_TD.index_select(0, token_R)
     weights_R = weights_TK.flatten()[order_R].to(x_TD.dtype)
     dx_RD, dweights_R = torch.empty_like(x_RD), torch.empty_like(weights_R)
-    dw_in_EGFD, dw_out_EDF = torch.zeros_like(w_in_EGFD), torch.zeros_like(w_out_EDF)
+    # Not zeros_like: it would keep a transposed layout, of which `_flat` is a copy and no view.
+    dw_in_EGFD, dw_out_EDF = w_in_EGFD.new_zeros(w_in_EGFD.shape), w_out_EDF.new_zeros(w_out_EDF.shape)
     w_in, dw_in = _flat(w_in_EGFD), _flat(dw_in_EGFD)
     runs = _runs(ends_E)
     longest = max((end - start for _, start, end in runs), default=0)

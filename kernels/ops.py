@@ -100,10 +100,11 @@ def _expert_mlp(
 def _(
     x: Tensor, w_in: Tensor, w_out: Tensor, weights: Tensor, ids: Tensor, activation: str, impl: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    # new_empty(shape), here and below: results are contiguous whatever the layout of the inputs, and fakes must say so.
     if impl == "reference":
-        return torch.empty_like(x), x.new_empty(0), ids.new_empty(0), ids.new_empty(0, dtype=torch.int32)
+        return x.new_empty(x.shape), x.new_empty(0), ids.new_empty(0), ids.new_empty(0, dtype=torch.int32)
     h = x.new_empty(ids.numel(), *w_in.shape[1:3])
-    return torch.empty_like(x), h, ids.new_empty(ids.numel()), ids.new_empty(len(w_in), dtype=torch.int32)
+    return x.new_empty(x.shape), h, ids.new_empty(ids.numel()), ids.new_empty(len(w_in), dtype=torch.int32)
 
 
 @torch.library.custom_op("gpt4_moe::expert_mlp_backward", mutates_args=())
@@ -128,7 +129,7 @@ def _expert_mlp_backward(
 
 @_expert_mlp_backward.register_fake
 def _(dy, x, w_in, w_out, weights, ids, h, order, ends, activation, impl):
-    return tuple(torch.empty_like(t) for t in (x, w_in, w_out, weights))
+    return tuple(t.new_empty(t.shape) for t in (x, w_in, w_out, weights))
 
 
 def _expert_mlp_setup(ctx, inputs, output) -> None:

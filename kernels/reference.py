@@ -42,7 +42,7 @@ def expert_mlp(
     x_TD: Tensor, w_in_EGFD: Tensor, w_out_EDF: Tensor, weights_TK: Tensor, ids_TK: Tensor, activation: str
 ) -> Tensor:
     """y[t] = sum over k of weights[t, k] * MLP_{ids[t, k]}(x[t]), accumulated in at least float32."""
-    y_TD = torch.zeros_like(x_TD, dtype=torch.promote_types(x_TD.dtype, torch.float32))
+    y_TD = x_TD.new_zeros(x_TD.shape, dtype=torch.promote_types(x_TD.dtype, torch.float32))
     for e in range(len(w_in_EGFD)):
         token, slot = (ids_TK == e).nonzero(as_tuple=True)
         h = F.linear(x_TD[token], w_in_EGFD[e].flatten(0, 1)).unflatten(-1, w_in_EGFD.shape[1:3])
@@ -62,9 +62,9 @@ def expert_mlp_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of x, w_in, w_out and weights, written out (inside a custom op autograd is out of reach)."""
     wide = torch.promote_types(x_TD.dtype, torch.float32)
-    dx_TD = torch.zeros_like(x_TD, dtype=wide)
-    dw_in_EGFD, dw_out_EDF = torch.zeros_like(w_in_EGFD), torch.zeros_like(w_out_EDF)
-    dweights_TK = torch.zeros_like(weights_TK)
+    dx_TD = x_TD.new_zeros(x_TD.shape, dtype=wide)
+    dw_in_EGFD, dw_out_EDF = w_in_EGFD.new_zeros(w_in_EGFD.shape), w_out_EDF.new_zeros(w_out_EDF.shape)
+    dweights_TK = weights_TK.new_zeros(weights_TK.shape)
     for e in range(len(w_in_EGFD)):
         token, slot = (ids_TK == e).nonzero(as_tuple=True)
         w_in = w_in_EGFD[e].flatten(0, 1)

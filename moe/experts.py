@@ -72,7 +72,7 @@ def balance_loss(logits_BSE: Tensor, counts_BE: Tensor) -> Tensor:
     Switch Transformer's loss (Fedus et al. 2021, eq. 4) taken per sequence, so that micro-batching and data
     parallelism do not change it.
     """
-    fraction_BE = counts_BE / counts_BE.sum(1, keepdim=True)
+    fraction_BE = counts_BE.to(logits_BSE.dtype) / counts_BE.sum(1, keepdim=True)
     probability_BE = logits_BSE.softmax(-1).mean(1)
     return logits_BSE.shape[-1] * (fraction_BE * probability_BE).sum(1).mean()
 

@@ -54,8 +54,9 @@ def rope_frequencies(head_dim: int, cfg: RopeConfig) -> tuple[list[float], float
     pairs that turn seldom are slowed by `factor`, the ones between are blended; queries and keys are both multiplied
     by the temperature 0.1 ln(factor) + 1.
     """
-    half = head_dim // 2
-    base = [cfg.theta ** (-2 * i / head_dim) for i in range(half)]
+    # In float32 step by step, as the libraries that trained models come from do it: with the exact frequencies the
+    # angles, and from some hundred positions on the logits, of an imported model would differ by more than rounding.
+    base = [_fp32(1 / _fp32(cfg.theta ** _fp32(2 * i / head_dim))) for i in range(head_dim // 2)]
     if cfg.scaling == "none":
         return base, 1.0
     if cfg.scaling == "linear":
@@ -69,9 +70,15 @@ def rope_frequencies(head_dim: int, cfg: RopeConfig) -> tuple[list[float], float
     high = min(math.ceil(pair_with(cfg.beta_slow)), head_dim - 1)
     frequencies = []
     for i, f in enumerate(base):
-        slowed = min(max((i - low) / max(high - low, 1e-3), 0.0), 1.0)
-        frequencies.append(f / cfg.factor * slowed + f * (1 - slowed))
+        kept = _fp32(1 - _fp32(min(max((i - low) / max(high - low, 1e-3), 0.0), 1.0)))
+        frequencies.append(_fp32(f / cfg.factor * (1 - kept)) + _fp32(f * kept))
     return frequencies, 0.1 * math.log(cfg.factor) + 1.0 if cfg.factor > 1 else 1.0
+
+
+def _fp32(x: float) -> float:
+    """x rounded to float32's 24 bits (Veltkamp's splitting): arithmetic only, which torch.compile traces through."""
+    c = x * (2.0**29 + 1)
+    return c - (c - x)
 
 
 def rope_tables(

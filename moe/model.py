@@ -111,7 +111,7 @@ class Transformer(nn.Module):
         rope = self._rope(start, tokens_BS.shape[1], x_BSD)
         out = Output()
         for i, block in enumerate(self.blocks):
-            if self.activation_checkpointing and torch.is_grad_enabled():
+            if self.activation_checkpointing and torch.is_grad_enabled() and cache is None:
                 x_BSD, routing = checkpoint(block, x_BSD, rope, use_reentrant=False)  # type: ignore[misc]
             else:
                 x_BSD, routing = block(x_BSD, rope, cache.layers[i] if cache is not None else None, start)
@@ -132,7 +132,7 @@ class Transformer(nn.Module):
 
     def generate(self, prompt_BS: Tensor, max_new_tokens: int, **sampling: Any) -> Tensor:
         """The prompt and what follows it, int64 [B, S + n]; sampling settings as in `stream`."""
-        new_tokens = stream(self, prompt_BS, max_new_tokens, **sampling)
+        new_tokens = list(stream(self, prompt_BS, max_new_tokens, **sampling))
         return torch.stack([*prompt_BS.unbind(1), *new_tokens], dim=1)
 
     def _rope(self, start: int, length: int, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -138,7 +138,7 @@ class Tokenizer:
         return value
 
     def save(self, path: str | Path) -> Path:
-        """Writes the tokenizer to `path` (a directory: `path/tokenizer.json`), whole or not at all; returns the file."""
+        """Writes to `path` (a directory: `path/tokenizer.json`), the whole file or nothing; returns the file."""
         path = _file_of(path)
         _write_whole(path, self._serialised().encode())
         return path
@@ -180,7 +180,7 @@ class Tokenizer:
 
 
 def train_bpe(documents: Iterable[str], vocab_size: int, *, show_progress: bool = False) -> Tokenizer:
-    """Trains a byte-level BPE on `documents`: 256 bytes, then vocab_size - 257 merges, then `<|endoftext|>` as the last id.
+    """Trains a byte-level BPE on `documents`: ids are 256 bytes, vocab_size - 257 merges, and last `<|endoftext|>`.
 
     Raises:
         TokenizerError: `vocab_size` below 257, or too little text for so many merges.

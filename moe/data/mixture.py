@@ -13,7 +13,7 @@ from math import isqrt
 
 import numpy as np
 
-from moe.data.shards import TokenData
+from moe.data.shards import TokenData, TokenStream
 from moe.data.sources import DataError
 
 _ROUNDS = 8
@@ -24,8 +24,8 @@ def permute(i: int, n: int, key: int) -> int:
     """Where index i in [0, n) goes under the permutation of [0, n) that `key` (64 bits) selects.
 
     A Feistel network on pairs (left, right) of numbers below a = ceil(sqrt(n)), each round being
-    (left, right) -> (right, left + f(right) mod a); an image of n or more is sent through again ("cycle walking", Black and
-    Rogaway 2002, "Ciphers with arbitrary finite domains"), which happens for less than 2 a of the a^2 pairs.
+    (left, right) -> (right, left + f(right) mod a); an image of n or more is sent through again ("cycle walking",
+    Black and Rogaway 2002, "Ciphers with arbitrary finite domains"). Less than 2 a of the a^2 pairs lie there.
 
     Raises:
         DataError: i outside [0, n), or n over 2^62.
@@ -127,8 +127,8 @@ class Mixture:
         """Raises DataError where a saved `fingerprint` is not this mixture's."""
         if fingerprint != self.fingerprint:
             raise DataError(
-                f"the saved run read another stream (fingerprint {fingerprint[:12]}, now {self.fingerprint[:12]}): data, "
-                "seq_len, seed or epochs changed; restore them, or start a new run"
+                f"the saved run read another stream (fingerprint {fingerprint[:12]}, now {self.fingerprint[:12]}): "
+                "data, seq_len, seed or epochs changed; restore them, or start a new run"
             )
 
     def locate(self, k: int) -> tuple[str, int, int]:
@@ -177,7 +177,7 @@ def _whole_epochs(data: TokenData, epochs: Mapping[str, int | float] | None) -> 
     for name, times in epochs.items():
         if name not in data.sources:
             raise DataError(f"epochs names source {name!r}; the data has {', '.join(data.sources)}")
-        if times != int(times) or times < 0:
+        if not float(times).is_integer() or times < 0:
             raise DataError(
                 f"epochs[{name!r}] is {times}, expected a whole number of times, 0 or more: multiply all of them until "
                 "they are whole"
@@ -212,7 +212,7 @@ def validation_windows(
 
 
 def _validation_windows(
-    stream, eot_id: int, length: int, stride: int
+    stream: TokenStream, eot_id: int, length: int, stride: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     scored_to, end = 0, length
     while True:

@@ -1,20 +1,18 @@
 """From documents to token shards: split, train the tokenizer, encode, write; all of a directory or nothing.
 
 The held-out split is decided by each document's name (`sources.is_held_out`), and the tokenizer sees training documents
-only. The directory is written under a temporary name beside its place and renamed when complete. Preparing the same
-inputs again finds the directory and reuses it.
+only. The directory is written under a temporary name beside its place (`.NAME.PID.tmp`: all that a killed process can
+leave) and renamed when complete. Preparing the same inputs again finds the directory and reuses it.
 """
 
 import gzip
 import hashlib
 import json
 import lzma
-import os
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import IO, Any
 
@@ -30,6 +28,7 @@ from moe.data.shards import (
     token_dtype,
 )
 from moe.data.sources import DataError, Document, Report, Source, default_sources, is_held_out, parse_source, read
+from moe.files import atomic_directory, is_taken
 from moe.tokenizer import Tokenizer, cl100k, train_bpe
 
 # Called with (phase, bytes of text done, bytes of text in all); phases are "tokenizer" and "encode".
@@ -51,8 +50,8 @@ class SplitInfo:
 class DataInfo:
     """What `prepare` made or found.
 
-    splits[source][split] with split "train" or "val"; skipped: names of documents that are not text; empty: how many had
-    no text at all; seconds: per phase ("read", "tokenizer", "encode"), empty when `reused`.
+    splits[source][split] with split "train" or "val"; skipped: names of documents that are not text; empty: how many
+    had no text at all; seconds: per phase ("read", "tokenizer", "encode"), empty when `reused`.
     """
 
     path: Path
@@ -84,7 +83,7 @@ def prepare(
         out_dir: the directory to write. One made from the same inputs is reused; another one is an error.
         vocab_size: ids of the byte-level BPE to train on the training documents; unused when `tokenizer` is given.
         tokenizer: None trains one; "cl100k" is GPT-4's; else a Tokenizer or a path for `Tokenizer.load`.
-        overwrite: replace a directory that holds other prepared data.
+        overwrite: write anew, replacing a directory that holds prepared data; any other directory is never touched.
         shard_tokens: the most tokens in one shard file.
         progress: called as (phase, bytes done, bytes in all).
 
@@ -99,30 +98,26 @@ def prepare(
     started = time.perf_counter()
     inputs = _survey(job, shard_tokens)
     job.seconds["read"] = time.perf_counter() - started
-    if _is_taken(out):
-        found = TokenData.open(out) if (out / INDEX_FILE).is_file() else None
-        if found is None:
+    if is_taken(out):
+        if not _is_prepared(out):
             raise DataError(f"out_dir {out} exists and is not prepared data: choose a new or an empty directory")
-        if found.index["inputs"] == inputs and not overwrite:
-            return describe(found)
         if not overwrite:
+            found = TokenData.open(out)
+            if found.index["inputs"] == inputs:
+                return describe(found)
             raise DataError(
                 f"out_dir {out} holds data prepared from other sources or settings: choose another directory, or "
                 "overwrite it (overwrite=True)"
             )
     _check_splits(job)
-    temporary = out.parent / f".{out.name}.{os.getpid()}.tmp"
     try:
-        temporary.mkdir(parents=True)
-        _write(job, temporary, inputs, shard_tokens)
-        _move_into_place(temporary, out)
+        with atomic_directory(out) as temporary:
+            _write(job, temporary, inputs, shard_tokens)
     except OSError as error:
         raise DataError(
             f"cannot write {out}: {error.strerror or error}; free some space or choose another out_dir "
             "(nothing half-written was left)"
         ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return describe(TokenData.open(out), reused=False, seconds=job.seconds)
 
 
@@ -184,7 +179,7 @@ def _resolve(sources: Sequence[Source | str | Path] | None) -> tuple[list[Source
     resolved.sort(key=lambda source: source.name)
     if not resolved:
         raise DataError("sources is empty: give at least one path, or None for the default text and code")
-    for one, other in zip(resolved, resolved[1:], strict=False):
+    for one, other in pairwise(resolved):
         if one.name == other.name:
             raise DataError(f"two sources are called {one.name!r} ({one.path}, {other.path}): name them with name=path")
     return resolved, notices
@@ -315,20 +310,10 @@ def _index(
     }
 
 
-def _is_taken(out: Path) -> bool:
-    """Whether something other than an empty directory is at `out`."""
-    return out.exists() and (not out.is_dir() or any(out.iterdir()))
-
-
-def _move_into_place(temporary: Path, out: Path) -> None:
-    """Renames `temporary` to `out`; an older directory there steps aside first and is deleted after."""
-    old = temporary.with_suffix(".old")
-    if _is_taken(out):
-        os.replace(out, old)
+def _is_prepared(out: Path) -> bool:
+    """Whether `out` is a directory of ours, whole or damaged: the only kind that may be replaced."""
     try:
-        os.replace(temporary, out)
-    except OSError:
-        if old.exists():
-            os.replace(old, out)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+        index = json.loads((out / INDEX_FILE).read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(index, dict) and index.get("format") == FORMAT

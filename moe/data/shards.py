@@ -222,7 +222,7 @@ class TokenData:
         return Tokenizer.load(file)
 
     def check_compatible(self, vocab_size: int) -> None:
-        """Raises DataError where a model of `vocab_size` ids cannot take these tokens. A larger model vocabulary is fine."""
+        """Raises DataError where a model of `vocab_size` ids cannot take these tokens; more ids are fine."""
         if self.vocab_size > vocab_size:
             raise DataError(
                 f"the data's tokenizer has {self.vocab_size:,} ids, the model's vocab_size is {vocab_size:,}: set the "

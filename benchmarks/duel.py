@@ -1,0 +1,144 @@
+"""Runs the sides of a benchmark in turns, each in a process of its own, and prints medians and ratios.
+
+A side is one Python call that prepares (builds a model, warms up) and returns a function to be timed. Its process
+stays alive; the sides alternate round by round, so that a noisy machine is noisy for all of them, and each process
+reports its own peak memory.
+"""
+
+import importlib.util
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+
+@dataclass
+class Side:
+    """A contestant: `maker` names a function of `script` that takes `settings` and returns the function to time."""
+
+    name: str
+    script: str
+    maker: str
+    settings: dict[str, Any]
+    seconds: list[float] = field(default_factory=list)
+    peak_bytes: int = 0
+    process: subprocess.Popen[str] | None = None
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    def start(self) -> None:
+        """Start the process and wait until it has prepared."""
+        command = [sys.executable, __file__, self.script, self.maker, json.dumps(self.settings)]
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+        self._answer()
+
+    def run(self, keep: bool = True) -> float:
+        """Run once; returns the seconds it took."""
+        assert self.process is not None and self.process.stdin is not None
+        self.process.stdin.write("run\n")
+        self.process.stdin.flush()
+        answer = self._answer()
+        self.peak_bytes = answer["peak_bytes"]
+        if keep:
+            self.seconds.append(answer["seconds"])
+        return answer["seconds"]
+
+    def stop(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+
+    def _answer(self) -> dict[str, Any]:
+        assert self.process is not None and self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith("{"):
+                return json.loads(line)
+        raise SystemExit(f"{self.name} ended before it answered; its error is above")
+
+
+def alternate(sides: list[Side], rounds: int) -> None:
+    """Run all sides once per round, in turns, after one round that does not count."""
+    try:
+        for side in sides:
+            side.start()
+        for round_ in range(rounds + 1):
+            for side in sides:
+                side.run(keep=round_ > 0)
+    finally:
+        for side in sides:
+            side.stop()
+
+
+def fastest(candidates: list[Side]) -> Side:
+    """The side that takes the least time, by one warm-up and the better of two runs each, in processes one at a time.
+
+    A candidate that cannot run here (an implementation the machine or the version lacks) is left out.
+    """
+    times: dict[str, float] = {}
+    for side in candidates:
+        try:
+            side.start()
+            side.run(keep=False)
+            times[side.name] = min(side.run(keep=False) for _ in range(2))
+        except SystemExit:
+            print(f"  {side.name}: does not run here")
+        finally:
+            side.stop()
+    for name, seconds in times.items():
+        print(f"  {name}: {seconds * 1e3:.0f} ms")
+    return min((s for s in candidates if s.name in times), key=lambda s: times[s.name])
+
+
+def machine() -> str:
+    """One line on what the figures were measured with."""
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), cpu)
+    versions = []
+    for package in ("torch", "transformers", "triton", "numpy"):
+        try:
+            versions.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            continue
+    return f"{cpu}, {os.cpu_count()} cores; Python {platform.python_version()}, {', '.join(versions)}"
+
+
+def _serve() -> None:
+    """The process of one side: prepare, say so, then time one call for each line of input."""
+    script, maker, settings = sys.argv[1:4]
+    spec = importlib.util.spec_from_file_location("contestant", script)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(Path(script).parent))
+    spec.loader.exec_module(module)
+    make: Callable[..., Callable[[], Any]] = getattr(module, maker)
+    call = make(**json.loads(settings))
+    print(json.dumps({"ready": True}), flush=True)
+    for _ in sys.stdin:
+        start = time.perf_counter()
+        call()
+        seconds = time.perf_counter() - start
+        # ru_maxrss is in KiB on Linux and in bytes on macOS.
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        print(json.dumps({"seconds": seconds, "peak_bytes": peak}), flush=True)
+
+
+if __name__ == "__main__":
+    _serve()

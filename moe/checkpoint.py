@@ -1,0 +1,245 @@
+"""Checkpoints: a directory of safetensors, `config.toml` and, if there is one, `tokenizer.json`.
+
+Weights lie in `model.safetensors`, or in shards under an index (see `moe.tensorfiles`). A checkpoint is written under a
+temporary name and renamed, so that a directory is whole or absent. The optimizer's state is not part of it.
+"""
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from moe.config import Config, ConfigError, load_config
+from moe.files import atomic_directory
+from moe.model import Transformer
+from moe.tensorfiles import (
+    INDEX_FILE,
+    MAX_SHARD_BYTES,
+    CheckpointError,
+    check_tensors,
+    copy_tensors,
+    list_tensors,
+    some,
+    write_tensors,
+)
+from moe.tokenizer import Tokenizer, TokenizerError
+
+CONFIG_FILE = "config.toml"
+TOKENIZER_FILE = "tokenizer.json"
+
+
+# ----------------------------------------------------------------------------------------------------------- saving
+
+
+def save(
+    model: Transformer,
+    directory: str | os.PathLike[str],
+    *,
+    tokenizer: Tokenizer | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Writes a checkpoint to `directory`; an older checkpoint there is replaced, at once or not at all.
+
+    Args:
+        model: on any device; parameters and persistent buffers are stored in their own dtypes, tied weights once.
+        tokenizer: stored beside the weights.
+        max_shard_bytes: above this many bytes of weights there are several files and an index.
+
+    Raises:
+        CheckpointError: `directory` holds anything but a checkpoint, the tokenizer has more ids than the model, the
+            weights are on the meta device, the disk is full. What was there before is then untouched.
+    """
+    check_model(model)
+    check_vocabulary(model.cfg, tokenizer)
+    check_replaceable(directory, {CONFIG_FILE, TOKENIZER_FILE, INDEX_FILE}, CONFIG_FILE)
+    try:
+        with atomic_directory(directory) as temporary:
+            write_files(model, temporary, tokenizer=tokenizer, max_shard_bytes=max_shard_bytes)
+    except OSError as error:
+        raise CheckpointError(cannot_write(directory, error)) from error
+
+
+def write_files(
+    model: Transformer,
+    directory: Path,
+    *,
+    tokenizer: Tokenizer | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Writes the files of a checkpoint into an existing directory: `save` without the checks and the renaming.
+
+    For writers of more than a model, under `moe.files.atomic_directory`. Raises as `write_tensors` does.
+    """
+    write_tensors(directory, stored_state(model), max_shard_bytes=max_shard_bytes)
+    (directory / CONFIG_FILE).write_text(model.cfg.to_toml(), encoding="utf-8")
+    if tokenizer is not None:
+        tokenizer.save(directory / TOKENIZER_FILE)
+
+
+def cannot_write(directory: str | os.PathLike[str], error: OSError) -> str:
+    """The message for an OSError while a directory was written under `atomic_directory`."""
+    return (
+        f"cannot write {directory}: {error.strerror or error}; free some space or choose another place "
+        "(what was there before is untouched, nothing half-written was left)"
+    )
+
+
+def check_model(model: object) -> None:
+    """Raises CheckpointError unless it is a Transformer itself: a wrapper, as of torch.compile, renames the weights."""
+    if not isinstance(model, Transformer) or hasattr(model, "_orig_mod"):
+        raise CheckpointError(f"model is a {type(model).__name__}: give the moe.Transformer itself, not what wraps it")
+
+
+def check_replaceable(directory: str | os.PathLike[str], files: Iterable[str], config_file: str) -> None:
+    """Refuses to replace what is not a checkpoint, or holds more than one: replacing would delete it.
+
+    Args:
+        files: the names, beside `model*.safetensors`, that a checkpoint of this kind may have.
+        config_file: the one that it must have.
+
+    Raises:
+        CheckpointError: a file is there, or a directory that is neither empty nor such a checkpoint.
+    """
+    place = Path(directory)
+    if not place.exists():
+        return
+    if not place.is_dir():
+        raise CheckpointError(f"{place} is a file: choose the name of a directory")
+    names = {entry.name for entry in place.iterdir()}
+    weights = {n for n in names if n.startswith("model") and n.endswith(".safetensors") and (place / n).is_file()}
+    if names and not (weights and config_file in names):
+        raise CheckpointError(
+            f"{place} exists and is not a checkpoint (it lacks {config_file} or model*.safetensors): "
+            "choose a new or an empty directory"
+        )
+    others = sorted(names - weights - set(files))
+    if others:
+        raise CheckpointError(
+            f"{place} holds more than a checkpoint, and saving would delete it: {some(others)}; "
+            "move that away or choose another directory"
+        )
+
+
+def check_vocabulary(cfg: Config, tokenizer: Tokenizer | None) -> None:
+    """Raises CheckpointError when the tokenizer makes ids that the model has no embedding for."""
+    if tokenizer is not None and tokenizer.vocab_size > cfg.vocab_size:
+        raise CheckpointError(
+            f"tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, but the model has vocab_size = "
+            f"{cfg.vocab_size}: use the tokenizer it was trained with, or a model of at least that vocabulary"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------- loading
+
+
+def load(
+    directory: str | os.PathLike[str], *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> Transformer:
+    """Reads a checkpoint: built without weights, then filled one tensor at a time from memory-mapped files.
+
+    Args:
+        device: where the weights go.
+        dtype: of the parameters; None keeps what is stored. Buffers (the router's bias) always keep it.
+
+    Raises:
+        CheckpointError: no directory or file, a file cut short, not a checkpoint, other names or shapes than
+            `config.toml` describes.
+    """
+    cfg = load_config_of(directory)
+    with torch.device("meta"):
+        model = Transformer(cfg)
+    load_weights(model, directory, device=device, dtype=dtype)
+    return model
+
+
+def load_weights(
+    model: Transformer,
+    directory: str | os.PathLike[str],
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Gives `model` (usually on the meta device) new parameters and buffers from a checkpoint's tensors; as `load`."""
+    stored = list_tensors(directory)
+    state = stored_state(model)
+    hint = (
+        "; these are Hugging Face's names: use moe.hf.load"
+        if any(n.startswith("model.layers.") for n in stored)
+        else ""
+    )
+    check_tensors(directory, stored, {name: tuple(t.shape) for name, t in state.items()}, hint)
+    targets = {
+        name: torch.empty(
+            t.shape, dtype=dtype if dtype and isinstance(t, nn.Parameter) else stored[name].dtype, device=device
+        )
+        for name, t in state.items()
+    }
+    copy_tensors(stored, targets)
+    put_tensors(model, targets)
+
+
+def load_config_of(directory: str | os.PathLike[str]) -> Config:
+    """The `Config` of a checkpoint, without its weights.
+
+    Raises:
+        CheckpointError: no directory, no `config.toml`, or one that is not a configuration.
+    """
+    place = Path(directory)
+    if not place.is_dir():
+        problem = "is not a directory" if place.exists() else "no such directory"
+        raise CheckpointError(f"{place}: {problem}; give the directory that moe.save wrote")
+    if not (place / CONFIG_FILE).is_file():
+        foreign = (place / "config.json").is_file()
+        remedy = "it looks like a Hugging Face model, use moe.hf.load" if foreign else "give one that moe.save wrote"
+        raise CheckpointError(f"{place} has no {CONFIG_FILE}, so it is not a checkpoint of this program: {remedy}")
+    try:
+        return load_config(place / CONFIG_FILE)
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from error
+
+
+def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
+    """The tokenizer of a checkpoint, or of any directory with a `tokenizer.json`.
+
+    Raises:
+        CheckpointError: there is none, it cannot be read, or it has more ids than the checkpoint's model.
+    """
+    place = Path(directory)
+    if not (place / TOKENIZER_FILE).is_file():
+        raise CheckpointError(
+            f"{place} has no {TOKENIZER_FILE}: the checkpoint was saved without one; give it to moe.save as "
+            "tokenizer=, or read another with moe.tokenizer.Tokenizer.load"
+        )
+    try:
+        tokenizer = Tokenizer.load(place / TOKENIZER_FILE)
+    except TokenizerError as error:
+        raise CheckpointError(str(error)) from error
+    if (place / CONFIG_FILE).is_file():
+        check_vocabulary(load_config_of(place), tokenizer)
+    return tokenizer
+
+
+# ----------------------------------------------------------------------------------------------------- model tensors
+
+
+def stored_state(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by name, each once: tied weights under the first of their names."""
+    first_name: dict[int, str] = {}
+    state = model.state_dict(keep_vars=True)
+    for name, tensor in state.items():
+        first_name.setdefault(id(tensor), name)
+    return {name: state[name] for name in first_name.values()}
+
+
+def put_tensors(model: Transformer, tensors: Mapping[str, Tensor]) -> None:
+    """Makes `tensors` the parameters and buffers of these names, without a copy, and ties what is tied."""
+    for name, tensor in tensors.items():
+        owner_name, _, leaf = name.rpartition(".")
+        owner = model.get_submodule(owner_name)
+        is_parameter = isinstance(getattr(owner, leaf), nn.Parameter)
+        setattr(owner, leaf, nn.Parameter(tensor) if is_parameter else tensor)
+    if model.cfg.tie_embeddings:
+        model.head.weight = model.embedding.weight

@@ -1,0 +1,5 @@
+"""The planner: what a model costs, from its configuration alone. Pure Python: nothing here imports torch."""
+
+from moe.plan.params import Params, dense_flops_per_token, flops_per_token, params
+
+__all__ = ["Params", "dense_flops_per_token", "flops_per_token", "params"]

@@ -1,0 +1,45 @@
+"""What the tests share: an error measure that has no scale, a tiny model shape, one thread."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import settings
+from torch import Tensor
+
+from moe.config import AttentionConfig, Config, ExpertsConfig
+
+# The tensors here are tiny: more threads only wait for each other, the more so under pytest -n.
+torch.set_num_threads(1)
+# A time limit per example would make results depend on how busy the machine is.
+settings.register_profile("tests", deadline=None, derandomize=True, max_examples=30)
+settings.load_profile("tests")
+
+
+def rel(got: Tensor, want: Tensor) -> float:
+    """|got - want| / |want| over all elements in float64: 0 when both are all zeros, inf where `got` is not finite."""
+    assert got.shape == want.shape, f"{list(got.shape)} against {list(want.shape)}"
+    got, want = got.detach().to("cpu", torch.float64), want.detach().to("cpu", torch.float64)
+    error, scale = (got - want).norm().item(), want.norm().item()
+    if not math.isfinite(error):
+        return math.inf
+    return error / scale if scale > 0 else (math.inf if error > 0 else 0.0)
+
+
+def tiny_config(n_kv_heads: int = 1, **changes: object) -> Config:
+    """Two layers, five experts, nothing a power of two that need not be."""
+    values: dict[str, object] = {
+        "name": "tiny",
+        "d_model": 24,
+        "n_layers": 2,
+        "vocab_size": 61,
+        "max_seq_len": 40,
+        "attention": AttentionConfig(n_heads=4, n_kv_heads=n_kv_heads, head_dim=10),
+        "experts": ExpertsConfig(n_experts=5, top_k=2, d_ff=20),
+    }
+    return Config(**{**values, **changes})  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def tiny() -> Config:
+    return tiny_config()

@@ -1,0 +1,182 @@
+"""The order of training: a bijection, exact counts, one stream however it is cut; validation scores each token once."""
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe.data import DataError, Mixture, TokenData, permute, permute_many, validation_windows
+
+KEYS = st.integers(0, 2**64 - 1)
+
+
+def raw_tokens(data: TokenData, stem: str) -> list[int]:
+    """Reads the shard files themselves, past the reader under test."""
+    return [t for file in sorted(data.path.glob(f"{stem}-*.bin")) for t in np.fromfile(file, "<u2").tolist()]
+
+
+@settings(deadline=None)
+@given(n=st.integers(1, 3000), key=KEYS)
+def test_permutation_is_a_bijection(n: int, key: int) -> None:
+    images = permute_many(np.arange(n), n, key)
+    assert sorted(images.tolist()) == list(range(n))
+
+
+@settings(deadline=None)
+@given(n=st.integers(1, 2**62), key=KEYS, data=st.data())
+def test_vectorised_is_the_plain_permutation(n: int, key: int, data: st.DataObject) -> None:
+    indices = data.draw(st.lists(st.integers(0, n - 1), min_size=1, max_size=8, unique=True))
+    images = permute_many(np.array(indices), n, key)
+    assert images.tolist() == [permute(i, n, key) for i in indices]
+    assert len(set(images.tolist())) == len(indices)
+    assert all(0 <= image < n for image in images.tolist())
+
+
+def test_permutation_looks_random() -> None:
+    n = 20_000
+    one, other = permute_many(np.arange(n), n, 1), permute_many(np.arange(n), n, 2)
+    # Correlations of independent orders have standard deviation 1 / sqrt(n).
+    pairs = [(one, np.arange(n)), (one[1:], one[:-1]), (one, other), (other, np.arange(n))]
+    for a, b in pairs:
+        assert abs(np.corrcoef(a, b)[0, 1]) < 5 / n**0.5
+    # Fixed points of a random permutation: Poisson with mean 1.
+    assert np.sum(one == np.arange(n)) < 10
+
+
+def test_permutation_of_few_reaches_every_place() -> None:
+    places = Counter(permute(0, 5, key) for key in range(2000))
+    assert set(places) == set(range(5))
+    assert all(abs(count - 400) < 5 * (2000 * 0.2 * 0.8) ** 0.5 for count in places.values())
+
+
+def test_permutation_range() -> None:
+    for i, n in ((5, 5), (-1, 5), (0, 0), (0, 2**63)):
+        with pytest.raises(DataError):
+            permute(i, n, 0)
+        with pytest.raises(DataError):
+            permute_many(np.array([i]), n, 0)
+    assert permute_many(np.array([], dtype=np.int64), 0, 0).tolist() == []
+
+
+@pytest.mark.parametrize("epochs", [None, {"prose": 2, "verse": 3.0}, {"prose": 0, "verse": 1}])
+def test_one_pass_visits_each_window_its_number_of_times(data: TokenData, epochs: dict | None) -> None:
+    mixture = Mixture(data, seq_len=32, seed=7, epochs=epochs)
+    expected = Counter()
+    for name in ("prose", "verse"):
+        tokens = raw_tokens(data, f"{name}-train")
+        for begin in range(0, len(tokens) - 32, 32):  # the last start leaves room for 33 tokens
+            expected[tuple(tokens[begin : begin + 33])] += int((epochs or {}).get(name, 0 if epochs else 1))
+    expected = +expected
+    assert mixture.windows_per_epoch == sum(expected.values())
+    passes = []
+    for one in range(2):
+        ks = range(one * mixture.windows_per_epoch, (one + 1) * mixture.windows_per_epoch)
+        windows = [tuple(mixture.sample(k).tolist()) for k in ks]
+        assert Counter(windows) == expected
+        passes.append(windows)
+    assert passes[0] != passes[1]
+
+
+def test_windows_at_the_edge(data: TokenData) -> None:
+    n = len(raw_tokens(data, "prose-train"))
+    only_prose = {"prose": 1, "verse": 0}
+    one = Mixture(data, n - 1, 0, only_prose)
+    assert one.windows_per_epoch == 1
+    assert one.sample(5).tolist() == raw_tokens(data, "prose-train")
+    # n tokens of input leave no target for the last of them.
+    with pytest.raises(DataError, match="no source has a window"):
+        Mixture(data, n, 0, only_prose)
+
+
+def test_locate_says_where_a_sample_is_from(data: TokenData) -> None:
+    mixture = Mixture(data, seq_len=16, seed=3, epochs={"prose": 1, "verse": 2})
+    for k in (0, 1, mixture.windows_per_epoch - 1, mixture.windows_per_epoch, 3 * mixture.windows_per_epoch + 5):
+        source, one_pass, window = mixture.locate(k)
+        assert one_pass == k // mixture.windows_per_epoch
+        assert mixture.sample(k).tolist() == raw_tokens(data, f"{source}-train")[window * 16 : window * 16 + 17]
+
+
+@settings(deadline=None, max_examples=30)
+@given(start=st.integers(0, 2000), cuts=st.lists(st.integers(1, 9), min_size=1, max_size=6))
+def test_order_does_not_depend_on_how_batches_are_cut(data: TokenData, start: int, cuts: list[int]) -> None:
+    mixture = Mixture(data, seq_len=32, seed=11)
+    inputs, targets = mixture.batch(start, sum(cuts))
+    assert inputs.shape == targets.shape == (sum(cuts), 32)
+    assert inputs.dtype == targets.dtype == np.int64
+    # A resume is a new object that goes on from an integer.
+    position, parts = start, []
+    for count in cuts:
+        parts.append(Mixture(data, seq_len=32, seed=11).batch(position, count))
+        position += count
+    assert np.array_equal(np.concatenate([p[0] for p in parts]), inputs)
+    assert np.array_equal(np.concatenate([p[1] for p in parts]), targets)
+    for row in range(sum(cuts)):
+        window = mixture.sample(start + row)
+        assert np.array_equal(window[:-1], inputs[row])
+        assert np.array_equal(window[1:], targets[row])
+
+
+def test_seed_changes_the_order(data: TokenData) -> None:
+    one, other = (Mixture(data, 32, seed).batch(0, 20)[0] for seed in (1, 2))
+    assert not np.array_equal(one, other)
+
+
+def test_fingerprint_covers_what_decides_the_order(data: TokenData) -> None:
+    base = Mixture(data, 32, 1)
+    assert base.fingerprint == Mixture(data, 32, 1, {"prose": 1, "verse": 1}).fingerprint
+    others = [Mixture(data, 31, 1), Mixture(data, 32, 2), Mixture(data, 32, 1, {"prose": 1, "verse": 2})]
+    assert len({m.fingerprint for m in [base, *others]}) == 4
+    base.check_resume(base.fingerprint)
+    with pytest.raises(DataError, match="another stream"):
+        base.check_resume(others[0].fingerprint)
+
+
+def test_bad_mixtures(data: TokenData) -> None:
+    for epochs, message in [
+        ({"poems": 1}, "epochs names source 'poems'; the data has prose, verse"),
+        ({"prose": 1}, "how often to visit verse"),
+        ({"prose": 1.5, "verse": 1}, "is 1.5, expected a whole number"),
+        ({"prose": float("nan"), "verse": 1}, "expected a whole number"),
+        ({"prose": -1, "verse": 1}, "is -1"),
+        ({"prose": 0, "verse": 0}, "no source has a window"),
+    ]:
+        with pytest.raises(DataError, match=message):
+            Mixture(data, 32, 0, epochs)
+    with pytest.raises(DataError, match=r"seq_len \+ 1 = 1,000,001"):
+        Mixture(data, 1_000_000, 0)
+    with pytest.raises(DataError, match="seq_len is 0"):
+        Mixture(data, 0, 0)
+    with pytest.raises(DataError, match="negative"):
+        Mixture(data, 32, 0).sample(-1)
+
+
+@pytest.mark.parametrize(("seq_len", "stride"), [(64, 64), (64, 32), (64, 1), (7, 5), (1, 1), (100_000, 10)])
+def test_validation_scores_every_token_once(data: TokenData, seq_len: int, stride: int) -> None:
+    tokens = raw_tokens(data, "prose-val")
+    preceded = [data.eot_id, *tokens]
+    scored_targets, position = [], 0
+    for inputs, targets, scored in validation_windows(data, "prose", seq_len, stride):
+        assert len(inputs) == len(targets) == len(scored) == min(seq_len, len(tokens))
+        for i in np.flatnonzero(scored):
+            # Everything up to the target, or the latest of it, is the context.
+            assert inputs[: i + 1].tolist() == preceded[position - i : position + 1]
+            assert i + 1 >= min(position + 1, seq_len - stride + 1)
+            scored_targets.append(int(targets[i]))
+            position += 1
+    assert scored_targets == tokens
+
+
+def test_validation_errors(data: TokenData, tmp_path: Path) -> None:
+    for stride in (0, 65):
+        with pytest.raises(DataError, match=f"stride is {stride}"):
+            validation_windows(data, "prose", 64, stride)
+    with pytest.raises(DataError, match="'poems'"):
+        validation_windows(data, "poems", 64, 64)
+    empty = TokenData(
+        data.path, {**data.index, "sources": {"prose": {**data.index["sources"]["prose"], "val": {"shards": []}}}}
+    )
+    with pytest.raises(DataError, match="no held-out tokens"):
+        validation_windows(empty, "prose", 64, 64)

@@ -1,0 +1,230 @@
+"""Preparing data: exact tokens, the split, reuse, and nothing half-written when something fails."""
+
+import gzip
+import json
+import lzma
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from small_corpus import held_out_by_hand, write_corpus
+
+from moe.data import DataError, DataInfo, TokenData, compression, prepare
+from moe.tokenizer import Tokenizer, TokenizerError, cl100k, train_bpe
+
+
+def raw_tokens(out: Path, stem: str, dtype: str = "<u2") -> list[int]:
+    """Reads the shard files themselves, past the reader under test."""
+    return [t for file in sorted(out.glob(f"{stem}-*.bin")) for t in np.fromfile(file, dtype).tolist()]
+
+
+def test_every_document_is_there_once(corpora: dict[str, Path], data: TokenData) -> None:
+    tokenizer = data.tokenizer()
+    for source, root in corpora.items():
+        files = {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*.txt"))}
+        for split in ("train", "val"):
+            expected = {name: text for name, text in files.items() if held_out_by_hand(name) == (split == "val")}
+            documents = data.documents(source, split)
+            assert documents.names == sorted(expected)
+            assert documents.n_bytes.tolist() == [len(expected[name]) for name in documents.names]
+            tokens = raw_tokens(data.path, f"{source}-{split}")
+            assert documents.n_tokens.sum() == len(tokens)
+            for name, offset, n in zip(documents.names, documents.offsets, documents.n_tokens, strict=True):
+                assert tokens[offset + n - 1] == tokenizer.eot_id
+                assert tokenizer.decode_bytes(tokens[offset : offset + n - 1]) == expected[name]
+            assert tokens.count(tokenizer.eot_id) == len(expected)
+
+
+def test_tokenizer_sees_training_documents_only(corpora: dict[str, Path], data: TokenData) -> None:
+    training = [
+        path.read_bytes().decode()
+        for name in sorted(corpora)
+        for path in sorted(corpora[name].rglob("*.txt"))
+        if not held_out_by_hand(str(path.relative_to(corpora[name])))
+    ]
+    assert data.tokenizer().fingerprint == train_bpe(training, 320).fingerprint
+
+
+def test_sharding_changes_nothing(corpora: dict[str, Path], data: TokenData, tmp_path: Path) -> None:
+    sources = [f"{name}={path}" for name, path in reversed(corpora.items())]  # nor does the order of sources
+    info = prepare(sources, tmp_path / "one", vocab_size=320)
+    one = TokenData.open(tmp_path / "one")
+    assert info.fingerprint == one.fingerprint == data.fingerprint
+    assert len(list((tmp_path / "one").glob("prose-train-*.bin"))) == 1
+    assert len(list(data.path.glob("prose-train-*.bin"))) > 3
+    assert raw_tokens(one.path, "prose-train") == raw_tokens(data.path, "prose-train")
+
+
+def test_info_adds_up(corpora: dict[str, Path], tmp_path: Path) -> None:
+    phases = []
+    info = prepare(
+        [corpora["prose"]],
+        tmp_path / "d",
+        vocab_size=300,
+        progress=lambda phase, done, total: phases.append((phase, done, total)),
+    )
+    files = list(corpora["prose"].rglob("*.txt"))
+    (splits,) = info.splits.values()
+    assert splits["train"].documents + splits["val"].documents == len(files)
+    assert splits["train"].bytes + splits["val"].bytes == sum(f.stat().st_size for f in files)
+    assert splits["train"].tokens == len(raw_tokens(info.path, f"{next(iter(info.splits))}-train"))
+    assert (info.vocab_size, info.reused, info.skipped, info.empty, info.notices) == (300, False, [], 0, [])
+    assert {phase for phase, _, _ in phases} == {"tokenizer", "encode"}
+    assert all(done <= total for _, done, total in phases)
+    assert phases[-1] == ("encode", phases[-1][2], sum(f.stat().st_size for f in files))
+
+
+def test_cl100k_in_uint32(corpus: Callable[..., Path], tmp_path: Path) -> None:
+    root = corpus()
+    info = prepare([root], tmp_path / "d", tokenizer="cl100k")
+    assert info.vocab_size == 100277
+    name = next(iter(info.splits))
+    expected = []
+    for path in sorted(root.rglob("*.txt")):
+        if held_out_by_hand(str(path.relative_to(root))):
+            expected += [*cl100k().encode(path.read_bytes().decode()), 100257]
+    assert raw_tokens(info.path, f"{name}-val", "<u4") == expected
+    assert TokenData.open(info.path).tokenizer().name == "cl100k_base"
+
+
+def test_given_tokenizer(corpus: Callable[..., Path], tmp_path: Path) -> None:
+    own = train_bpe(["some other text " * 3], 262)
+    own.save(tmp_path / "own.json")
+    by_path = prepare([corpus()], tmp_path / "a", tokenizer=tmp_path / "own.json")
+    by_object = prepare([corpus()], tmp_path / "b", tokenizer=own)
+    assert by_path.fingerprint == by_object.fingerprint
+    assert by_path.vocab_size == 262
+
+
+def test_tokenizer_that_changes_text_is_refused(corpus: Callable[..., Path], tmp_path: Path) -> None:
+    own = train_bpe(["some text"], 260)
+    lower = json.loads(own.save(tmp_path / "own.json").read_text())
+    lower["normalizer"] = {"type": "Lowercase"}
+    (tmp_path / "lower.json").write_text(json.dumps(lower))
+    with pytest.raises(DataError, match=r"does not give back the text of corpus/part0/doc000\.txt"):
+        prepare([corpus()], tmp_path / "d", tokenizer=tmp_path / "lower.json")
+    assert not (tmp_path / "d").exists()
+
+
+def test_reuse_and_overwrite(corpus: Callable[..., Path], tmp_path: Path) -> None:
+    root, out = corpus(), tmp_path / "d"
+    first = prepare([root], out, vocab_size=300)
+    stamp = (out / "index.json").stat().st_mtime_ns
+    again = prepare([root], out, vocab_size=300)
+    assert again.reused
+    assert (out / "index.json").stat().st_mtime_ns == stamp
+    assert (again.fingerprint, again.splits) == (first.fingerprint, first.splits)
+    with pytest.raises(DataError, match=r"other sources or settings.*overwrite"):
+        prepare([root], out, vocab_size=301)
+    (root / "part0" / "doc000.txt").write_text("changed text")
+    with pytest.raises(DataError, match="other sources or settings"):
+        prepare([root], out, vocab_size=300)
+    assert TokenData.open(out).fingerprint == first.fingerprint
+    changed = prepare([root], out, vocab_size=300, overwrite=True)
+    assert not changed.reused
+    assert changed.fingerprint != first.fingerprint
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["corpus", "d"]
+
+
+def test_damaged_data_can_be_overwritten(corpus: Callable[..., Path], tmp_path: Path) -> None:
+    info = prepare([corpus()], tmp_path / "d", vocab_size=300)
+    shard = tmp_path / "d" / "corpus-train-00000.bin"
+    os.truncate(shard, 100)
+    with pytest.raises(DataError, match="has 100 bytes"):
+        prepare([corpus()], tmp_path / "d", vocab_size=300)
+    assert prepare([corpus()], tmp_path / "d", vocab_size=300, overwrite=True).fingerprint == info.fingerprint
+
+
+def test_other_directories_are_never_touched(corpus: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "index.json").write_text('{"mine": 1}')
+    for overwrite in (False, True):
+        with pytest.raises(DataError, match="exists and is not prepared data"):
+            prepare([corpus()], tmp_path / "home", vocab_size=300, overwrite=overwrite)
+    (tmp_path / "empty").mkdir()
+    assert prepare([corpus()], tmp_path / "empty", vocab_size=300).path == tmp_path / "empty"
+
+
+def test_empty_splits(tmp_path: Path) -> None:
+    held_out = next(f"{i}.txt" for i in range(1000) if held_out_by_hand(f"{i}.txt"))
+    other = next(f"{i}.txt" for i in range(1000) if not held_out_by_hand(f"{i}.txt"))
+    for name, split in ((held_out, "for training"), (other, "held out for validation")):
+        (tmp_path / name).write_text("a text " * 50)
+        with pytest.raises(DataError, match=f"no document is {split}.*JSONL"):
+            prepare([tmp_path / name], tmp_path / "d", vocab_size=257)
+    (tmp_path / "one").mkdir()
+    shutil.copy(tmp_path / held_out, tmp_path / "one")
+    write_corpus(tmp_path / "many", 60)
+    info = prepare([tmp_path / "one", tmp_path / "many"], tmp_path / "d", vocab_size=257)
+    assert info.notices == ["source 'one': no document is for training"]
+    assert info.splits["one"]["train"].tokens == 0
+
+
+def test_bad_arguments(corpus: Callable[..., Path], tmp_path: Path) -> None:
+    root = corpus()
+    with pytest.raises(DataError, match="sources is empty"):
+        prepare([], tmp_path / "d")
+    with pytest.raises(DataError, match="two sources are called 'corpus'"):
+        prepare([root, root], tmp_path / "d")
+    with pytest.raises(DataError, match="nowhere does not exist"):
+        prepare([tmp_path / "nowhere"], tmp_path / "d")
+    with pytest.raises(DataError, match="shard_tokens is 0"):
+        prepare([root], tmp_path / "d", shard_tokens=0)
+    with pytest.raises(TokenizerError, match="vocab_size is 100000"):
+        prepare([root], tmp_path / "d", vocab_size=100000)
+    with pytest.raises(TokenizerError, match="no tokenizer at"):
+        prepare([root], tmp_path / "d", tokenizer=tmp_path / "no.json")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["corpus"]
+
+
+def test_compression(corpora: dict[str, Path], data: TokenData) -> None:
+    text = b"".join(
+        path.read_bytes()
+        for name in sorted(corpora)
+        for path in sorted(corpora[name].rglob("*.txt"))
+        if held_out_by_hand(str(path.relative_to(corpora[name])))
+    )
+    assert (data.path / "heldout.bin").read_bytes() == text
+    found = compression(data)
+    assert set(found) == {"gzip", "xz"}
+    for name, program, options in (("gzip", "gzip", "-9n"), ("xz", "xz", "-9e")):
+        if shutil.which(program):
+            packed = subprocess.run([program, options, "-c"], input=text, capture_output=True, check=True).stdout
+            assert {"gzip": gzip, "xz": lzma}[name].decompress(packed) == text
+            assert found[name] == pytest.approx(8 * len(packed) / len(text), rel=0.02)
+
+
+FULL_DISK = """
+import resource, sys
+from moe.data import DataError, prepare
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]),) * 2)
+try:
+    prepare([sys.argv[1]], sys.argv[2], vocab_size=300, overwrite=True)
+except DataError as error:
+    print(error)
+"""
+
+
+def test_full_disk_leaves_nothing(corpus: Callable[..., Path], tmp_path: Path) -> None:
+    root, out = corpus(words_per_file=300), tmp_path / "d"
+
+    def fill(limit: int) -> str:
+        command = [sys.executable, "-B", "-c", FULL_DISK, str(root), str(out), str(limit)]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+
+    assert "cannot write" in fill(1000)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["corpus"]
+    before: DataInfo = prepare([root], out, vocab_size=300)
+    tokenizer_size, shard_size = ((out / name).stat().st_size for name in ("tokenizer.json", "corpus-train-00000.bin"))
+    assert tokenizer_size < shard_size
+    for limit in (tokenizer_size // 2, (tokenizer_size + shard_size) // 2):  # strikes in the tokenizer, in a shard
+        assert "nothing half-written was left" in fill(limit)
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["corpus", "d"]
+        assert TokenData.open(out).fingerprint == before.fingerprint
+        assert Tokenizer.load(out).fingerprint == TokenData.open(out).tokenizer().fingerprint

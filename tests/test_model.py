@@ -1,0 +1,279 @@
+"""moe.model: loss, cache, checkpointing, compilation, autocast and the promises of `init_weights`."""
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moe.config import Config, ExpertsConfig, RopeConfig, RouterConfig
+from moe.model import KVCache, Transformer, init_weights
+from tests.conftest import rel, tiny_config
+
+
+def tokens(B: int = 3, S: int = 16, V: int = 61, seed: int = 0) -> Tensor:
+    return torch.randint(V, (B, S), generator=torch.Generator().manual_seed(seed))
+
+
+def lively(cfg: Config, dtype: torch.dtype = torch.float64) -> Transformer:
+    """A model whose every part matters to the output: larger weights than the first ones, norms that are not 1."""
+    model = Transformer(cfg).to(dtype)
+    g = torch.Generator().manual_seed(1)
+    for name, p in model.named_parameters():
+        noise = torch.randn(p.shape, generator=g, dtype=torch.float64).to(dtype)
+        p.data = 1 + 0.3 * noise if name.endswith("norm.weight") else noise / p.shape[-1] ** 0.5
+    return model
+
+
+def gradients(model: Transformer, loss: Tensor) -> dict[str, Tensor]:
+    parameters = dict(model.named_parameters())
+    return dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
+
+
+# --------------------------------------------------------------------------------------------------------------- loss
+
+
+@pytest.mark.parametrize("ignored", [0.0, 0.4])
+def test_loss_is_the_cross_entropy_of_the_logits_plus_the_routers(ignored: float) -> None:
+    cfg = tiny_config(router=RouterConfig(balance_loss=0.3, z_loss=0.05))
+    model, x, targets = lively(cfg), tokens(), tokens(seed=1)
+    targets = targets.masked_fill(torch.rand(3, 16, generator=torch.Generator().manual_seed(0)) < ignored, -100)
+    out, plain = model(x, targets), model(x)
+    assert out.logits_BSV is None
+    assert plain.loss is None
+    assert rel(out.losses["lm"], F.cross_entropy(plain.logits_BSV.flatten(0, 1), targets.flatten())) < 1e-13
+    balance = torch.stack([r.balance for r in out.routing]).mean()
+    z = torch.stack([r.z for r in out.routing]).mean()
+    assert len(out.routing) == cfg.n_layers
+    assert rel(out.losses["balance"], balance) < 1e-14
+    assert rel(out.losses["z"], z) < 1e-14
+    assert rel(out.loss, out.losses["lm"] + 0.3 * balance + 0.05 * z) < 1e-14
+
+
+@pytest.mark.parametrize("name", ["balance_loss", "z_loss"])
+def test_router_loss_weights_change_the_gradient(name: str) -> None:
+    x, targets, grads = tokens(), tokens(seed=1), []
+    for weight in (0.0, 0.5):
+        model = lively(tiny_config(router=RouterConfig(**{"balance_loss": 0.0, "z_loss": 0.0, name: weight})))
+        grads.append(gradients(model, model(x, targets).loss)["blocks.0.moe.router.weight"])
+    assert rel(grads[1], grads[0]) > 1e-3
+
+
+def test_without_any_target_the_loss_is_the_routers_alone() -> None:
+    model = lively(tiny_config())
+    out = model(tokens(), torch.full((3, 16), -100))
+    assert out.losses["lm"].item() == 0
+    assert all(g.isfinite().all() for g in gradients(model, out.loss).values())
+
+
+def test_gradients_equal_those_through_the_logits() -> None:
+    model, x, targets = lively(tiny_config(router=RouterConfig(0.0, 0.0))), tokens(), tokens(seed=1)
+    got = gradients(model, model(x, targets).loss)
+    want = gradients(model, F.cross_entropy(model(x).logits_BSV.flatten(0, 1), targets.flatten()))
+    for name in want:
+        assert rel(got[name], want[name]) < 1e-12, name
+
+
+def test_first_loss_is_that_of_guessing() -> None:
+    loss = Transformer(tiny_config())(tokens(8, 32), tokens(8, 32, seed=1)).losses["lm"].item()
+    assert loss == pytest.approx(math.log(61), abs=0.3)
+
+
+# -------------------------------------------------------------------------------------------------------------- cache
+
+CHUNKS = [[16], [1] * 16, [5, 11], [7, 1, 1, 4, 3]]
+
+
+@pytest.mark.parametrize("n_kv_heads", [1, 2, 4])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("chunks", CHUNKS)
+def test_logits_do_not_depend_on_the_cache(
+    n_kv_heads: int, dtype: torch.dtype, tolerance: float, chunks: list[int]
+) -> None:
+    cfg = tiny_config(n_kv_heads)
+    model, x = lively(cfg, dtype), tokens()
+    cache, parts = KVCache(cfg, 3, 20, dtype, "cpu"), []
+    with torch.no_grad():
+        for part in x.split(chunks, dim=1):
+            parts.append(model(part, cache=cache).logits_BSV)
+        assert cache.length == 16
+        assert rel(torch.cat(parts, 1), model(x).logits_BSV) < tolerance
+
+
+@pytest.mark.parametrize("scaling", ["linear", "yarn"])
+def test_cache_with_scaled_rope(scaling: Any) -> None:
+    cfg = tiny_config()
+    rope = RopeConfig(scaling=scaling, factor=4.0, original_max_seq_len=10)
+    cfg = dataclasses.replace(cfg, attention=dataclasses.replace(cfg.attention, rope=rope))
+    model, x, cache = lively(cfg), tokens(), KVCache(cfg, 3, 16, torch.float64, "cpu")
+    with torch.no_grad():
+        parts = [model(part, cache=cache).logits_BSV for part in x.split([9, 1, 6], dim=1)]
+        assert rel(torch.cat(parts, 1), model(x).logits_BSV) < 1e-12
+        assert rel(lively(tiny_config())(x).logits_BSV, model(x).logits_BSV) > 1e-2, "the scaling has an effect"
+
+
+def test_later_tokens_leave_earlier_logits_alone() -> None:
+    model, x = lively(tiny_config()), tokens()
+    changed = x.clone()
+    changed[:, 10:] = (x[:, 10:] + 1) % 61
+    before, after = model(x).logits_BSV, model(changed).logits_BSV
+    assert rel(after[:, :10], before[:, :10]) < 1e-13
+    assert rel(after[:, 10:], before[:, 10:]) > 0.1
+
+
+def test_too_long() -> None:
+    cfg = tiny_config()
+    model = Transformer(cfg)
+    assert model(tokens(1, 40)).logits_BSV.shape == (1, 40, 61)
+    with pytest.raises(ValueError, match=r"sequence of 41 tokens, but max_seq_len = 40 \(tiny\)"):
+        model(tokens(1, 41))
+    cache = KVCache(cfg, 1, 8, torch.float32, "cpu")
+    model(tokens(1, 6), cache=cache)
+    with pytest.raises(ValueError, match="sequence of 9 tokens, but the cache was made for 8"):
+        model(tokens(1, 3), cache=cache)
+
+
+# --------------------------------------------------------------------------------- checkpointing, compilation, autocast
+
+
+def test_activation_checkpointing_gives_the_same_bits() -> None:
+    model, x, targets = lively(tiny_config(), torch.float32), tokens(), tokens(seed=1)
+    plain = model(x, targets)
+    want = gradients(model, plain.loss)
+    calls = []
+    model.blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    model.activation_checkpointing = True
+    again = model(x, targets)
+    got = gradients(model, again.loss)
+    assert len(calls) == 2, "the block runs again in the backward pass"
+    assert torch.equal(plain.loss, again.loss)
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+def test_activation_checkpointing_does_not_bypass_the_cache() -> None:
+    cfg = tiny_config()
+    model, x, cache = lively(cfg), tokens(), KVCache(cfg, 3, 16, torch.float64, "cpu")
+    model.activation_checkpointing = True  # gradients are on here, as they are by default
+    parts = [model(part, cache=cache).logits_BSV for part in x.split([9, 7], dim=1)]
+    assert rel(torch.cat(parts, 1), model(x).logits_BSV) < 1e-12
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiles_in_one_graph(backend: str) -> None:
+    model, x, targets = lively(tiny_config(n_layers=1), torch.float32), tokens(), tokens(seed=1)
+    want = gradients(model, model(x, targets).loss)
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    out = compiled(x, targets)
+    got = gradients(model, out.loss)
+    assert rel(out.loss, model(x, targets).loss) < 1e-6
+    for name in want:
+        assert rel(got[name], want[name]) < 1e-4, name
+
+
+def test_bfloat16_autocast_stays_near_float32() -> None:
+    model, x, targets = Transformer(tiny_config()), tokens(8, 32), tokens(8, 32, seed=1)
+    want_loss = model(x, targets).loss
+    want = gradients(model, want_loss)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(x, targets)
+        assert model(x).logits_BSV.dtype == torch.bfloat16
+    got = gradients(model, out.loss)
+    assert out.loss.dtype == torch.float32
+    assert rel(out.loss, want_loss) < 5e-3
+    assert all(g.dtype == torch.float32 for g in got.values())
+    # Rounding sends a few tokens to another expert, hence more than bfloat16's own 0.4%.
+    assert rel(got["head.weight"], want["head.weight"]) < 0.1
+
+
+# ------------------------------------------------------------------------------------------------------------- weights
+
+
+def test_tied_embeddings_are_one_parameter() -> None:
+    model = Transformer(tiny_config(tie_embeddings=True))
+    assert model.head.weight is model.embedding.weight
+    assert "head.weight" not in dict(model.named_parameters())
+    free = Transformer(tiny_config(tie_embeddings=False))
+    free.load_state_dict({**model.state_dict(), "head.weight": model.embedding.weight})
+    x, targets = tokens(), tokens(seed=1)
+    assert torch.equal(model(x).logits_BSV, free(x).logits_BSV)
+    tied, parts = gradients(model, model(x, targets).loss), gradients(free, free(x, targets).loss)
+    assert rel(tied["embedding.weight"], parts["embedding.weight"] + parts["head.weight"]) < 1e-6
+
+
+def test_same_seed_same_weights_and_no_two_parameters_alike() -> None:
+    first, same, other = (dict(Transformer(tiny_config(), seed=s).named_parameters()) for s in (0, 0, 1))
+    drawn = [name for name in first if not name.endswith("norm.weight")]
+    for name in drawn:
+        assert torch.equal(first[name], same[name])
+        assert not torch.equal(first[name], other[name])
+    values = {(first[name].flatten()[0] / first[name].std()).item() for name in drawn}
+    assert len(values) == len(drawn), "two parameters drew from the same generator"
+
+
+def test_weights_are_the_same_whatever_else_the_model_has() -> None:
+    """Each parameter's values depend on the seed and its name, not on which were made before it."""
+    short, tall = Transformer(tiny_config(n_layers=2)), Transformer(tiny_config(n_layers=3, vocab_size=7))
+    for name in ("attention.wq.weight", "moe.router.weight", "moe.w_in_EGFD"):
+        assert torch.equal(short.get_parameter(f"blocks.1.{name}"), tall.get_parameter(f"blocks.1.{name}"))
+
+
+def test_experts_are_the_same_drawn_alone() -> None:
+    """The sharding promise: whoever holds some experts draws what the whole model would have in their place."""
+    experts = tiny_config().experts
+    whole = Transformer(tiny_config())
+    few = Transformer(tiny_config(experts=dataclasses.replace(experts, n_experts=2)))
+    for name in ("w_in_EGFD", "w_out_EDF"):
+        whole_w, few_w = (m.get_parameter(f"blocks.0.moe.{name}") for m in (whole, few))
+        assert torch.equal(few_w, whole_w[:2])
+        assert not torch.equal(whole_w[0], whole_w[1])
+
+
+def test_built_on_meta_then_initialised_is_the_same() -> None:
+    with torch.device("meta"):
+        later = Transformer(tiny_config())
+    later.to_empty(device="cpu")
+    init_weights(later, seed=0)
+    want = Transformer(tiny_config(), seed=0).state_dict()
+    assert all(torch.equal(value, want[name]) for name, value in later.state_dict().items())
+
+
+def test_deeper_models_write_less_to_the_residual_stream() -> None:
+    """wo and w_out shrink with 1 / sqrt(layers), so that the stream's variance stays put; nothing else does."""
+    shallow, deep = (Transformer(tiny_config(d_model=96, n_layers=n)) for n in (2, 8))
+    for name, ratio in {
+        "attention.wo.weight": 2,
+        "moe.w_out_EDF": 2,
+        "attention.wq.weight": 1,
+        "moe.w_in_EGFD": 1,
+    }.items():
+        stds = [m.get_parameter(f"blocks.0.{name}").std().item() for m in (shallow, deep)]
+        assert stds[0] / stds[1] == pytest.approx(ratio, rel=1e-5), name
+
+
+def test_weights_are_drawn_as_the_table_says() -> None:
+    d, layers, width = 96, 3, 100
+    cfg = tiny_config(d_model=d, n_layers=layers, vocab_size=500, experts=ExpertsConfig(5, 2, width))
+    q = cfg.attention.n_heads * cfg.attention.head_dim
+    table = {
+        "embedding.weight": 0.02,
+        "head.weight": 0.02,
+        **dict.fromkeys(["attention.wq.weight", "attention.wk.weight", "attention.wv.weight"], 0.5 / d**0.5),
+        "moe.router.weight": 0.5 / d**0.5,
+        "moe.w_in_EGFD": 0.5 / d**0.5,
+        "attention.wo.weight": 0.5 / q**0.5 / (2 * layers) ** 0.5,
+        "moe.w_out_EDF": 0.5 / width**0.5 / (2 * layers) ** 0.5,
+    }
+    seen = 0
+    for name, p in Transformer(cfg).named_parameters():
+        if name.endswith("norm.weight"):
+            assert (p == 1).all()
+            continue
+        std = next(value for ending, value in table.items() if name.endswith(ending))
+        n, seen = p.numel(), seen + 1
+        # Five standard errors of a normal sample's mean and standard deviation.
+        assert abs(p.mean().item()) < 5 * std / n**0.5, name
+        assert abs(p.std().item() / std - 1) < 5 / (2 * n) ** 0.5, name
+    assert seen == 2 + layers * 7
