@@ -93,50 +93,51 @@ class Lines:
 
 
 class Live:
-    """A live line of progress over the lines that stay."""
+    """Two live lines, a bar and the latest figures, under the lines that stay."""
 
     def __init__(self) -> None:
-        from rich.console import Console
+        from rich.console import Console, Group
+        from rich.live import Live as LiveDisplay
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+        from rich.text import Text
 
         self.console = Console(highlight=False)
         self.bar = Progress(
             TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=30),
             MofNCompleteColumn(),
             TextColumn("{task.fields[text]}"),
-            console=self.console,
         )
+        self.figures = Text("", no_wrap=True, overflow="ellipsis")
+        self.display = LiveDisplay(Group(self.bar, self.figures), console=self.console, refresh_per_second=8)
         self.lines = Lines()
-        self._training: Any = None
-        self._other: Any = None
-        self._seconds_per_step = math.nan
+        self._task: Any = None
+        self._what = ""
 
     def __enter__(self) -> "Live":
-        self.bar.start()
-        self.lines.note = lambda text: self.console.print(text, markup=False, soft_wrap=True)  # type: ignore[method-assign]
+        self.display.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.bar.stop()
+        self.display.stop()
 
     def start(self, cfg: Config, step: int, tokens_per_byte: float) -> None:
         self.lines.start(cfg, step, tokens_per_byte)
-        self._training = self.bar.add_task("train", total=cfg.train.steps, completed=step, text="")
+        self._show("training", step, cfg.train.steps, "steps")
 
     def note(self, text: str) -> None:
-        self.lines.note(text)
+        self.console.print(text, markup=False, soft_wrap=True)
 
     def step(self, step: int) -> None:
-        self.bar.update(self._training, completed=step)
+        self.bar.update(self._task, completed=step)
 
     def train(self, record: dict[str, Any], seconds_per_step: float) -> None:
         left = clock((self.lines.steps - record["step"]) * seconds_per_step)
-        text = f"{train_line(record, self.lines.tokens_per_byte)}  ETA {left}"
-        self.bar.update(self._training, completed=record["step"], text=text)
+        self.bar.update(self._task, completed=record["step"], text=f"steps, {left} left")
+        self.figures.plain = train_line(record, self.lines.tokens_per_byte)
 
     def evaluation(self, record: dict[str, Any]) -> None:
-        self.lines.evaluation(record)
+        self.note(evaluation_line(record))
 
     def samples(self, step: int, samples: list[dict[str, str]]) -> None:
         for sample in samples:
@@ -144,12 +145,10 @@ class Live:
             self.note(indented(sample))
 
     def saved(self, step: int, place: Path) -> None:
-        self.lines.saved(step, place)
+        self.note(f"saved {place}")
 
     def progress(self, what: str, done: int, total: int) -> None:
-        if self._other is None:
-            self._other = self.bar.add_task(what, total=total, text="tokens")
-        self.bar.update(self._other, completed=done)
+        self._show(what, done, total, "tokens")
 
     def finish(self, summary: dict[str, Any], run_dir: Path) -> None:
         from rich.table import Table
@@ -161,6 +160,14 @@ class Live:
             table.add_row(name, f"{value:.3f}", style="bold" if name == "total" else "")
         self.console.print(table)
         self.note(places(summary, run_dir))
+
+    def _show(self, what: str, done: int, total: int, text: str) -> None:
+        """One bar at a time."""
+        if what != self._what:
+            if self._task is not None:
+                self.bar.remove_task(self._task)
+            self._task, self._what = self.bar.add_task(what, total=total, text=text), what
+        self.bar.update(self._task, completed=done)
 
 
 def reporter() -> Reporter:
