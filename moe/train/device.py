@@ -1,14 +1,11 @@
-"""Where and in which precision to compute, how much computing a token takes, and how much the device can do.
-
-Shape letters as in moe/model.py.
-"""
+"""Where and in which precision to compute, and how much the device can do."""
 
 import time
 from pathlib import Path
 
 import torch
 
-from moe.config import Config, ConfigError, TrainConfig
+from moe.config import ConfigError, TrainConfig
 
 # Dense peak FLOP/s in bfloat16, from NVIDIA's data sheets, by a part of the device's name.
 PEAK_BF16 = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12}
@@ -48,25 +45,6 @@ def _cpu_flags() -> set[str]:
     except OSError:
         return set()
     return next((set(line.split()) for line in lines if line.startswith("flags")), set())
-
-
-def active_parameters(cfg: Config) -> int:
-    """Parameters that multiply one token: attention, router, its top-k experts, the output layer."""
-    a, e = cfg.attention, cfg.experts
-    attention = cfg.d_model * a.head_dim * (2 * a.n_heads + 2 * a.n_kv_heads)
-    experts = e.top_k * cfg.d_model * e.d_ff * (3 if e.activation == "swiglu" else 2)
-    router = e.n_experts * cfg.d_model
-    return cfg.n_layers * (attention + experts + router) + cfg.vocab_size * cfg.d_model
-
-
-def flops_per_token(cfg: Config, seq_len: int) -> float:
-    """Of forward and backward: 6 per active parameter, and 12 H C per key attended to, of which S/2 on average.
-
-    (Kaplan et al. 2020, section 2.1; Chowdhery et al. 2022, PaLM, appendix B, here with the causal half.) Recomputation
-    under activation checkpointing is not counted.
-    """
-    attention = 12 * cfg.n_layers * cfg.attention.n_heads * cfg.attention.head_dim * seq_len / 2
-    return 6 * active_parameters(cfg) + attention
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe import checkpoint
+from moe import checkpoint, plan
 from moe.config import Config
 from moe.data import DataError, Mixture, TokenData, compression
 from moe.model import Output, Transformer
@@ -242,12 +242,12 @@ def _restore(run: _Run, saved: dict[str, Any]) -> None:
 
 
 def _introduce(run: _Run, resumed_from: Path | None) -> None:
-    parameters = sum(p.numel() for p in run.model.parameters())
+    counts = plan.params(run.cfg)
     sizes = ", ".join(f"{s} {len(run.data.tokens(s, 'train')):,}" for s in run.data.sources)
     t = run.cfg.train
     run.reporter.start(run.cfg, run.step, run.tokens_per_byte)
     run.reporter.note(
-        f"{run.cfg.name}: {parameters:,} parameters, {devices.active_parameters(run.cfg):,} active per token; "
+        f"{run.cfg.name}: {counts.total:,} parameters, {counts.active['output']:,} active per token; "
         f"{t.steps:,} steps of {t.batch_size} x {run.seq_len} tokens on {run.device.type} "
         f"({str(run.dtype).removeprefix('torch.')}); training tokens: {sizes}"
     )
@@ -313,7 +313,7 @@ def _log(run: _Run) -> None:
         **means,
         "lr": t.lr * lr_scale(run.step - 1, t),
         "tokens_per_second": rate,
-        "mfu": rate * devices.flops_per_token(run.cfg, run.seq_len) / run.peak_flops,
+        "mfu": 3 * rate * plan.flops_per_token(run.cfg, run.seq_len) / run.peak_flops,
         "load": load,
         "load_max_over_mean": max(max(layer) * len(layer) for layer in load),
     }
@@ -397,8 +397,8 @@ def _finish(run: _Run) -> dict[str, Any]:
         "name": run.cfg.name,
         "step": run.step,
         "tokens": run.tokens,
-        "parameters": sum(p.numel() for p in run.model.parameters()),
-        "active_parameters": devices.active_parameters(run.cfg),
+        "parameters": plan.params(run.cfg).total,
+        "active_parameters": plan.params(run.cfg).active["output"],
         "train_seconds": run.seconds,
         "tokens_per_second": run.tokens / run.seconds if run.seconds else None,
         "bits_per_byte": _per_byte(scores),

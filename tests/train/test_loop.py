@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import moe
+from moe.checkpoint import CheckpointError
 from moe.config import ConfigError, TrainConfig
 from moe.data import DataError, prepare
-from moe.tensorfiles import CheckpointError
 from moe.train import TrainError, loop, state, train
 from moe.train.metrics import read_metrics
 from moe.train.watch import Watch
