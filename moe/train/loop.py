@@ -19,7 +19,7 @@ from torch import Tensor
 
 from moe import checkpoint, plan
 from moe.config import Config
-from moe.data import DataError, Mixture, TokenData, compression
+from moe.data import Mixture, TokenData, compression
 from moe.model import Output, Transformer
 from moe.tokenizer import Tokenizer
 from moe.train import console, evaluate, pictures, state
@@ -306,6 +306,7 @@ def _log(run: _Run) -> None:
     run.seconds, run.mark = run.seconds + elapsed, now
     rate = steps * t.batch_size * run.seq_len / elapsed if steps else math.nan
     load = run.meter.load()
+    flops = 3 * plan.flops_per_token(run.cfg, run.seq_len)  # the backward pass takes twice the forward's
     record = {
         "kind": "train",
         "step": run.step,
@@ -313,7 +314,7 @@ def _log(run: _Run) -> None:
         **means,
         "lr": t.lr * lr_scale(run.step - 1, t),
         "tokens_per_second": rate,
-        "mfu": 3 * rate * plan.flops_per_token(run.cfg, run.seq_len) / run.peak_flops,
+        "mfu": rate * flops / run.peak_flops,
         "load": load,
         "load_max_over_mean": max(max(layer) * len(layer) for layer in load),
     }
@@ -418,6 +419,3 @@ def _finish(run: _Run) -> dict[str, Any]:
     (run.dir / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     run.reporter.finish(summary, run.dir)
     return summary
-
-
-__all__ = ["DataError", "Result", "TrainError", "train"]
