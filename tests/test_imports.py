@@ -23,6 +23,8 @@ RANK = {
     "moe.vision": 3,
     "moe.model": 4,
     "moe.tokenizer": 5,
+    "moe.streaming": 5,
+    "moe.tensorfiles": 5,
     "moe.checkpoint": 5,
     "moe.hf": 5,
     "moe.data": 5,

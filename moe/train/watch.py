@@ -1,0 +1,60 @@
+"""Notices a run that has gone wrong, and says what to do about it."""
+
+import math
+
+from moe.config import TrainConfig
+
+
+class TrainError(RuntimeError):
+    """A run that cannot go on; the message says why, what is left, and what to change."""
+
+
+class Watch:
+    """Follows the language-modelling loss (nats per token) from log point to log point.
+
+    A run has diverged when a loss or a gradient is not finite, or when, after the warm-up, the mean loss of three log
+    points in a row is above 1.5 times the lowest running average so far plus 1 nat: noise and a change of text move the
+    loss by less, and a model that lost what it learned by more.
+    """
+
+    FACTOR, MARGIN, PATIENCE, KEEP = 1.5, 1.0, 3, 0.8
+
+    def __init__(self, cfg: TrainConfig) -> None:
+        self.cfg = cfg
+        self.average = self.lowest = math.inf
+        self.high_in_a_row = 0
+
+    def check_finite(self, step: int, loss: float, grad_norm: float) -> None:
+        """Raises TrainError where a loss or a gradient norm, summed since the last log point, is not finite."""
+        for name, value in (("loss", loss), ("gradient norm", grad_norm)):
+            if not math.isfinite(value):
+                raise TrainError(f"the {name} is {value} at step {step:,}. {self._advice()}")
+
+    def check(self, step: int, lm: float) -> None:
+        """Takes the mean loss of the steps since the last log point. Raises TrainError when the run has diverged."""
+        limit = self.FACTOR * self.lowest + self.MARGIN
+        self.high_in_a_row = self.high_in_a_row + 1 if step > self.cfg.warmup and lm > limit else 0
+        if self.high_in_a_row == self.PATIENCE:
+            raise TrainError(
+                f"the loss has exploded: {lm:.2f} nats per token at step {step:,}, it had been down to "
+                f"{self.lowest:.2f}. {self._advice()}"
+            )
+        first = math.isinf(self.average)
+        self.average = lm if first else self.KEEP * self.average + (1 - self.KEEP) * lm
+        self.lowest = min(self.lowest, self.average)
+
+    def _advice(self) -> str:
+        muon = f" and train.muon_lr (now {self.cfg.muon_lr:g})" if self.cfg.optimizer == "muon" else ""
+        return (
+            f"Try a lower train.lr (now {self.cfg.lr:g}){muon}, a longer train.warmup (now {self.cfg.warmup}) or a "
+            f"smaller train.grad_clip (now {self.cfg.grad_clip:g}), and start again with --fresh or another --out"
+        )
+
+    def state_dict(self) -> dict[str, float]:
+        """The running averages."""
+        return {"average": self.average, "lowest": self.lowest, "high_in_a_row": self.high_in_a_row}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Restores what `state_dict` gave."""
+        self.average, self.lowest = state["average"], state["lowest"]
+        self.high_in_a_row = int(state["high_in_a_row"])

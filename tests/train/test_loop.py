@@ -1,0 +1,211 @@
+"""The training loop in one process: what it writes, micro-batches, balancing, bad runs, full disks, other settings."""
+
+import json
+import math
+import resource
+
+import pytest
+import torch
+
+import moe
+from moe.checkpoint import CheckpointError
+from moe.config import ConfigError, TrainConfig
+from moe.data import DataError, prepare
+from moe.train import TrainError, loop, state, train
+from moe.train.metrics import read_metrics
+from moe.train.watch import Watch
+
+
+@pytest.fixture(autouse=True)
+def _no_pictures(request, monkeypatch):
+    """Drawing takes longer than these runs; the first test keeps it."""
+    if "promises" not in request.node.name and "extras" not in request.node.name:
+        monkeypatch.setattr(loop.pictures, "draw", lambda run_dir: [])
+
+
+def records(run_dir, kind):
+    return [r for r in read_metrics(run_dir) if r["kind"] == kind]
+
+
+def test_a_run_learns_and_leaves_all_it_promises(cfg, data_dir, tmp_path, capsys):
+    run = tmp_path / "run"
+    cfg = cfg.with_overrides(["train.steps=40", "train.save_every=16", "train.sample_every=20"])
+    result = train(cfg, data_dir, run)
+    assert (result.status, result.step) == ("complete", 40)
+    rows = records(run, "train")
+    assert [r["step"] for r in rows] == list(range(1, 41))
+    assert rows[-1]["lm"] < rows[0]["lm"] - 0.5
+    assert rows[-1]["tokens"] == 40 * 4 * 16
+    for r in rows:
+        assert r["loss"] == pytest.approx(r["lm"] + 0.01 * r["balance"] + 0.001 * r["z"], rel=1e-5)
+        assert [sum(layer) for layer in r["load"]] == pytest.approx([1.0])
+        assert r["load_max_over_mean"] == pytest.approx(max(r["load"][0]) * 4)
+    assert [r["step"] for r in records(run, "eval")] == [*range(4, 41, 4)]
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-000032", "step-000040"]
+    assert moe.load(run / "final").cfg == cfg
+    assert moe.load_tokenizer(run / "final").vocab_size == 300
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary == result.summary
+    assert summary["bits_per_byte"]["total"] < 4
+    assert set(summary["compression"]) == {"gzip", "xz"}
+    assert (run / "samples.txt").read_text().count("--- step") == 9  # at 20, at 40 and at the end
+    out = capsys.readouterr().out
+    assert "step 40/40" in out
+    assert "\x1b" not in out
+    pytest.importorskip("matplotlib")
+    for name in ("loss", "experts", "speed"):
+        assert (run / "pictures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_complete_run_is_not_done_again(cfg, data_dir, tmp_path):
+    first = train(cfg, data_dir, tmp_path / "run")
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    again = train(cfg, data_dir, tmp_path / "run")
+    assert again.summary == first.summary
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+
+
+def test_fresh_moves_the_older_run_aside(cfg, data_dir, tmp_path):
+    train(cfg, data_dir, tmp_path / "run")
+    cfg = cfg.with_overrides(["train.steps=2"])
+    assert train(cfg, data_dir, tmp_path / "run", resume="never").step == 2
+    assert (tmp_path / "run-old-1" / "summary.json").is_file()
+
+
+@pytest.mark.parametrize("change", ["micro_batch=2", "micro_batch=1", "activation_checkpointing=true"])
+def test_how_a_batch_is_computed_changes_only_rounding(cfg, data_dir, tmp_path, change):
+    train(cfg, data_dir, tmp_path / "one")
+    train(cfg.with_overrides([f"train.{change}"]), data_dir, tmp_path / "other")
+    for one, other in zip(records(tmp_path / "one", "train"), records(tmp_path / "other", "train"), strict=True):
+        for key in ("loss", "lm", "balance", "z", "grad_norm"):
+            assert one[key] == pytest.approx(other[key], rel=2e-4)
+        assert one["load"][0] == pytest.approx(other["load"][0], abs=0.02)
+
+
+def test_log_points_are_means_over_their_steps(cfg, data_dir, tmp_path):
+    train(cfg, data_dir, tmp_path / "each")
+    train(cfg.with_overrides(["train.log_every=4"]), data_dir, tmp_path / "fourth")
+    each, fourth = records(tmp_path / "each", "train"), records(tmp_path / "fourth", "train")
+    assert [r["step"] for r in fourth] == [4, 8]
+    for i, r in enumerate(fourth):
+        assert r["lm"] == pytest.approx(sum(e["lm"] for e in each[4 * i : 4 * i + 4]) / 4)
+
+
+def test_bias_balancing_moves_the_bias_and_is_saved(cfg, data_dir, tmp_path):
+    cfg = cfg.with_overrides(["router.bias_update_rate=0.01", "router.balance_loss=0.0"])
+    train(cfg, data_dir, tmp_path / "run")
+    bias = moe.load(tmp_path / "run" / "final").get_buffer("blocks.0.moe.router.bias_E")
+    assert bias.abs().max() >= 0.01
+
+
+def test_a_loss_that_is_not_finite_stops_with_advice_and_keeps_the_last_good_checkpoint(
+    cfg, data_dir, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(loop, "lr_scale", lambda step, cfg: math.nan if step == 5 else 0.5)
+    cfg = cfg.with_overrides(["train.save_every=2", "train.log_every=5"])
+    with pytest.raises(TrainError, match=r"not finite|nan.*train.lr \(now 0.003\).*train.warmup"):
+        train(cfg, data_dir, tmp_path / "run")
+    good = state.latest(tmp_path / "run")
+    assert good is not None
+    assert good.name == "step-000006"  # made before the bad update was seen
+    (older,) = [p for p in good.parent.iterdir() if p != good]
+    assert all(p.isfinite().all() for p in moe.load(older).parameters())
+
+
+def test_watch_tells_an_explosion_from_noise():
+    watch = Watch(TrainConfig(warmup=10))
+    for step in range(1, 200):
+        watch.check(step, 3.0 + (1.5 if step % 7 == 0 else 0.0))  # spikes come and go
+    watch.check(200, 6.5)
+    watch.check(201, 6.5)
+    with pytest.raises(TrainError, match=r"exploded: 6.50 nats per token at step 202.*train.lr"):
+        watch.check(202, 6.5)
+
+
+def test_watch_is_patient_during_warm_up():
+    watch = Watch(TrainConfig(warmup=10))
+    for step in range(1, 11):
+        watch.check(step, 2.0 if step == 1 else 9.0)
+
+
+def test_a_full_disk_while_saving_leaves_the_older_checkpoint_and_nothing_half_written(
+    cfg, data_dir, tmp_path, monkeypatch
+):
+    save = state.save
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def save_on_a_full_disk(run_dir, step, *rest):
+        if step == 8:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
+        return save(run_dir, step, *rest)
+
+    monkeypatch.setattr(state, "save", save_on_a_full_disk)
+    try:
+        with pytest.raises(CheckpointError, match=r"step-000008.*space"):
+            train(cfg, data_dir, tmp_path / "run")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000004"]
+    moe.load(tmp_path / "run" / "checkpoints" / "step-000004")
+    monkeypatch.setattr(state, "save", save)
+    assert train(cfg, data_dir, tmp_path / "run").status == "complete"  # there is space again
+
+
+def stopped_run(cfg, data_dir, run_dir, monkeypatch):
+    """A run that ends after its first checkpoint, as if it had been killed."""
+
+    class Killed(Exception):
+        pass
+
+    def saved(self, step, place):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr("moe.train.console.Lines.saved", saved)
+        with pytest.raises(Killed):
+            train(cfg, data_dir, run_dir)
+
+
+def test_another_configuration_or_other_data_cannot_resume(cfg, data_dir, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    stopped_run(cfg, data_dir, run, monkeypatch)
+    with pytest.raises(ConfigError, match=r"train.lr \(was 0.003, now 0.1\), train.steps|train.steps.*train.lr"):
+        train(cfg.with_overrides(["train.lr=0.1", "train.steps=9"]), data_dir, run)
+    (tmp_path / "more").mkdir()
+    for i in range(80):
+        (tmp_path / "more" / f"{i}.txt").write_text(f"other text, number {i}, " * 20)
+    other = prepare([tmp_path / "more"], tmp_path / "other", tokenizer=data_dir / "tokenizer.json").path
+    with pytest.raises(DataError, match="another stream"):
+        train(cfg, other, run)
+    harmless = cfg.with_overrides(["train.eval_every=3", "train.log_every=2"])
+    assert train(harmless, data_dir, run).status == "complete"
+
+
+def test_a_damaged_checkpoint_says_how_to_go_on(cfg, data_dir, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    stopped_run(cfg, data_dir, run, monkeypatch)
+    file = run / "checkpoints" / "step-000004" / "training.pt"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match=r"delete .*step-000004"):
+        train(cfg, data_dir, run)
+
+
+def test_a_directory_with_other_things_is_left_alone(cfg, data_dir, tmp_path):
+    (tmp_path / "thesis.txt").write_text("x")
+    with pytest.raises(TrainError, match="not a run"):
+        train(cfg, data_dir, tmp_path, resume="never")
+    assert (tmp_path / "thesis.txt").is_file()
+
+
+def test_without_the_extras_training_goes_on_with_a_hint(cfg, data_dir, tmp_path, monkeypatch, capsys):
+    for name in ("matplotlib", "torch.utils.tensorboard"):
+        monkeypatch.setitem(__import__("sys").modules, name, None)
+    assert train(cfg, data_dir, tmp_path / "run").status == "complete"
+    out = capsys.readouterr().out
+    assert 'pip install "gpt4-moe[train]"' in out
+    assert 'pip install "gpt4-moe[plot]"' in out
+
+
+def test_bfloat16_products_keep_float32_weights(cfg, data_dir, tmp_path):
+    train(cfg.with_overrides(["train.dtype=bf16", "train.steps=2"]), data_dir, tmp_path / "run")
+    assert {p.dtype for p in moe.load(tmp_path / "run" / "final").parameters()} == {torch.float32}

@@ -1,0 +1,100 @@
+"""Killed and resumed, a run gives what it would have given anyway, to the last digit. In processes of their own."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import moe
+from moe.train import train
+from moe.train.evaluate import some_windows
+
+ROOT = Path(__file__).parents[2]
+
+
+def start(cfg_file, data_dir, run_dir, *settings):
+    command = [sys.executable, "-m", "moe.cli", "train", str(cfg_file), "--data", str(data_dir), "--out", str(run_dir)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    if settings:
+        command += ["--set", *settings]
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def metrics(run_dir):
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in ("tokens_per_second", "mfu")} for row in rows]
+
+
+def wait_for_step(process, run_dir, step):
+    """Returns once metrics.jsonl has `step`."""
+    for _ in range(6000):
+        file = run_dir / "metrics.jsonl"
+        if file.is_file() and f'"step": {step},' in file.read_text():
+            return
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+    pytest.fail(f"step {step} was not reached")
+
+
+def test_killed_anywhere_and_resumed_gives_the_same_to_the_last_digit(cfg_file, data_dir, tmp_path):
+    # log_every and save_every do not divide each other: sums between log points must survive, too. Under "muon" both
+    # Muon and AdamW are at work.
+    settings = ["train.steps=60", "train.log_every=3", "train.save_every=10", "train.eval_every=20"]
+    settings += ["train.optimizer=muon", "router.bias_update_rate=0.001"]
+    whole = start(cfg_file, data_dir, tmp_path / "whole", *settings)
+    killed = start(cfg_file, data_dir, tmp_path / "killed", *settings)
+    wait_for_step(killed, tmp_path / "killed", 3 * random.Random().randint(4, 17))
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    assert whole.wait(timeout=120) == 0, whole.communicate()[0]
+    whole.communicate()
+    resumed = start(cfg_file, data_dir, tmp_path / "killed", *settings)
+    output = resumed.communicate(timeout=120)[0]
+    assert resumed.returncode == 0, output
+    assert "resumed from" in output or "is complete" in output
+    assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
+    one, other = (moe.load(tmp_path / name / "final").state_dict() for name in ("whole", "killed"))
+    assert all(one[name].equal(other[name]) for name in one)
+    assert not list((tmp_path / "killed").rglob("*.tmp"))
+
+
+def test_sigterm_finishes_the_step_saves_and_stops(cfg_file, data_dir, tmp_path):
+    endless = ["train.steps=100000", "train.save_every=0", "train.eval_every=0"]
+    process = start(cfg_file, data_dir, tmp_path / "run", *endless)
+    wait_for_step(process, tmp_path / "run", 5)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 128 + signal.SIGTERM, output
+    assert "goes on from there" in output
+    assert "Traceback" not in output
+    (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
+    step = int(saved.name.removeprefix("step-"))
+    assert metrics(tmp_path / "run")[-1]["step"] == step
+    moe.load(saved)
+
+
+def test_ctrl_c_stops_after_the_step_and_the_run_goes_on_later(cfg, data_dir, tmp_path, monkeypatch):
+    handler = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch:
+        patch.setattr("moe.train.console.Lines.step", lambda self, n: n == 3 and signal.raise_signal(signal.SIGINT))
+        result = train(cfg, data_dir, tmp_path / "run")
+    assert (result.status, result.step, result.signal) == ("stopped", 3, signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert (tmp_path / "run" / "checkpoints" / "step-000003").is_dir()
+    assert train(cfg, data_dir, tmp_path / "run").status == "complete"
+
+
+def test_ctrl_c_during_the_final_evaluation_leaves_it_for_later(cfg, data_dir, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop = lambda self, what, done, total: signal.raise_signal(signal.SIGINT)  # noqa: E731
+        patch.setattr("moe.train.console.Lines.progress", stop)
+        patch.setattr("moe.train.loop.evaluate.all_windows", lambda data, s: some_windows(data, s, 256))
+        assert train(cfg, data_dir, tmp_path / "run").status == "stopped"
+    assert not (tmp_path / "run" / "summary.json").exists()
+    assert train(cfg, data_dir, tmp_path / "run").status == "complete"
