@@ -130,7 +130,8 @@ class TrainConfig:
 
     `batch_size` sequences of `seq_len` tokens make one optimizer step; they pass through the model `micro_batch` at
     a time. `schedule` "cosine" falls from `lr` to `lr * min_lr` over all steps; "wsd" holds it and falls linearly
-    over the last `decay` fraction of the steps.
+    over the last `decay` fraction of the steps. `muon_lr` and `muon_momentum` are for the blocks' matrices with
+    optimizer "muon"; `embedding_lr` is the embedding's rate as a multiple of `lr`.
     """
 
     steps: int = 1000
@@ -140,6 +141,8 @@ class TrainConfig:
     optimizer: Literal["adamw", "muon"] = "adamw"
     lr: float = 1e-3
     muon_lr: float = 0.02
+    muon_momentum: float = 0.95
+    embedding_lr: float = 1.0
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.1
     schedule: Literal["cosine", "wsd"] = "cosine"
@@ -158,11 +161,12 @@ class TrainConfig:
     log_every: int = 10
 
     def __post_init__(self) -> None:
-        _positive("train.", self, "steps", "batch_size", "lr", "muon_lr", "grad_clip", "log_every")
+        _positive("train.", self, "steps", "batch_size", "lr", "muon_lr", "embedding_lr", "grad_clip", "log_every")
         for name in ("seq_len", "micro_batch", "warmup", "eval_every", "eval_tokens", "sample_every", "save_every"):
             _require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "must be 0 or more")
         for name in ("min_lr", "decay"):
             _require(0 <= getattr(self, name) <= 1, f"train.{name}", getattr(self, name), "is a fraction: 0 to 1")
+        _require(0 <= self.muon_momentum < 1, "train.muon_momentum", self.muon_momentum, "must be in [0, 1)")
         _require(all(0 <= b < 1 for b in self.betas), "train.betas", self.betas, "each must be in [0, 1)")
         _require(self.weight_decay >= 0, "train.weight_decay", self.weight_decay, "must be 0 or more")
         _require(

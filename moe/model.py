@@ -159,7 +159,8 @@ def init_weights(model: Transformer, seed: int) -> None:
     | parameter | value |
     |---|---|
     | norms | 1 |
-    | embedding, output layer | normal, std 0.02 |
+    | embedding | normal, std 1 |
+    | output layer, tied embedding | normal, std 0.02 |
     | wq, wk, wv, w_in, router | normal, std 1 / sqrt(fan-in) / 2 |
     | wo, w_out (they write to the residual stream) | the same / sqrt(2 L) |
 
@@ -171,7 +172,8 @@ def init_weights(model: Transformer, seed: int) -> None:
         if kind.endswith("norm"):
             parameter.fill_(1.0)
         elif kind in ("embedding", "head"):
-            parameter.normal_(0.0, 0.02, generator=_generator(parameter.device, seed, name))
+            std = 1.0 if kind == "embedding" and not model.cfg.tie_embeddings else 0.02
+            parameter.normal_(0.0, std, generator=_generator(parameter.device, seed, name))
         else:
             std = 0.5 / math.sqrt(parameter.shape[-1])
             if kind in ("wo", "w_out_EDF"):

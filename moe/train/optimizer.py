@@ -11,7 +11,6 @@ from moe.train.muon import Muon
 # By the last part of a parameter's name. Muon is for the matrices inside a block; the router is a classifier over
 # experts, like the output layer, and stays with AdamW.
 MUON_MATRICES = ("wq", "wk", "wv", "wo", "w_in_EGFD", "w_out_EDF")
-NO_DECAY = ("embedding",)
 
 
 class Optimizers:
@@ -54,18 +53,24 @@ def build(model: nn.Module, cfg: TrainConfig) -> Optimizers:
 
     Weight decay (decoupled, Loshchilov and Hutter 2019) pulls on matrices only: norms and the embedding go without.
     """
-    muon, decay, no_decay = [], [], []
+    muon, decay, no_decay, embedding = [], [], [], []
     for name, parameter in model.named_parameters():
         kind = name.removesuffix(".weight").rpartition(".")[2]
         if cfg.optimizer == "muon" and kind in MUON_MATRICES:
             muon.append(parameter)
-        elif parameter.ndim >= 2 and kind not in NO_DECAY:
+        elif kind == "embedding":
+            embedding.append(parameter)
+        elif parameter.ndim >= 2:
             decay.append(parameter)
         else:
             no_decay.append(parameter)
-    groups = [{"params": decay, "weight_decay": cfg.weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
+    groups = [
+        {"params": decay, "weight_decay": cfg.weight_decay},
+        {"params": no_decay, "weight_decay": 0.0},
+        {"params": embedding, "weight_decay": 0.0, "lr": cfg.lr * cfg.embedding_lr},
+    ]
     groups = [group for group in groups if group["params"]]
     parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, fused=True)]
     if muon:
-        parts.append(Muon(muon, lr=cfg.muon_lr, weight_decay=cfg.weight_decay))
+        parts.append(Muon(muon, lr=cfg.muon_lr, momentum=cfg.muon_momentum, weight_decay=cfg.weight_decay))
     return Optimizers(parts)
