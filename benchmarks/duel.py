@@ -5,7 +5,7 @@ stays alive; the sides alternate round by round, so that a noisy machine is nois
 reports its own peak memory.
 """
 
-import importlib.util
+import importlib
 import json
 import os
 import platform
@@ -48,9 +48,7 @@ class Side:
 
     def run(self, keep: bool = True) -> float:
         """Run once; returns the seconds it took."""
-        assert self.process is not None and self.process.stdin is not None
-        self.process.stdin.write("run\n")
-        self.process.stdin.flush()
+        print("run", file=self._pipes().stdin, flush=True)
         answer = self._answer()
         self.peak_bytes = answer["peak_bytes"]
         if keep:
@@ -63,9 +61,13 @@ class Side:
             self.process.wait()
             self.process = None
 
+    def _pipes(self) -> subprocess.Popen[str]:
+        if self.process is None:
+            raise RuntimeError(f"{self.name} is not running; call start() first")
+        return self.process
+
     def _answer(self) -> dict[str, Any]:
-        assert self.process is not None and self.process.stdout is not None
-        for line in self.process.stdout:
+        for line in self._pipes().stdout or ():
             if line.startswith("{"):
                 return json.loads(line)
         raise SystemExit(f"{self.name} ended before it answered; its error is above")
@@ -122,12 +124,8 @@ def machine() -> str:
 def _serve() -> None:
     """The process of one side: prepare, say so, then time one call for each line of input."""
     script, maker, settings = sys.argv[1:4]
-    spec = importlib.util.spec_from_file_location("contestant", script)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
     sys.path.insert(0, str(Path(script).parent))
-    spec.loader.exec_module(module)
-    make: Callable[..., Callable[[], Any]] = getattr(module, maker)
+    make: Callable[..., Callable[[], Any]] = getattr(importlib.import_module(Path(script).stem), maker)
     call = make(**json.loads(settings))
     print(json.dumps({"ready": True}), flush=True)
     for _ in sys.stdin:

@@ -39,7 +39,7 @@ def make_hf(directory: str, batch: int, experts: str, cache: str) -> Callable[[]
     import torch
     from transformers import MixtralForCausalLM
 
-    model = MixtralForCausalLM.from_pretrained(
+    model: Any = MixtralForCausalLM.from_pretrained(
         directory + "/hf", attn_implementation="sdpa", experts_implementation=experts
     ).eval()
     prompt = _prompt(batch, model.config.vocab_size)

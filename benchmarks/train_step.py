@@ -77,9 +77,7 @@ def compare(config: str, rounds: int) -> dict[str, Any]:
     for dtype in ("fp32", "bf16"):
         settings = {"config": config, "batch": batch, "seq_len": seq_len, "dtype": dtype}
         print(f"{config}, {batch} x {seq_len} tokens, {dtype}: transformers' expert implementations")
-        hf = fastest(
-            [Side(f"transformers {e}", __file__, "make_hf", {**settings, "experts": e}) for e in HF_EXPERTS]
-        )
+        hf = fastest([Side(f"transformers {e}", __file__, "make_hf", {**settings, "experts": e}) for e in HF_EXPERTS])
         ours = Side("gpt4-moe", __file__, "make_ours", settings)
         alternate([ours, hf], rounds)
         for key, side in (("ours", ours), ("transformers", hf)):

@@ -1,0 +1,82 @@
+"""Every command and every example of README.md runs as it stands there.
+
+`make test` is what runs this, so it is left out; `make demo` is run by its own slow test, shortened.
+"""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    """The fenced blocks of README in this language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def run(command: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+@pytest.mark.parametrize("example", blocks("python"))
+def test_examples_run(example: str, tmp_path: Path) -> None:
+    run([sys.executable, "-c", example], tmp_path)
+
+
+def commands() -> list[list[str]]:
+    lines = "".join(blocks("bash")).replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def test_every_command_is_known() -> None:
+    """A new kind of command in README needs a test here."""
+    assert {words[0] for words in commands()} <= {"make", "moe", "python"}
+    assert {words[1] for words in commands() if words[0] == "make"} <= {"demo", "test"}
+
+
+def test_moe_commands_run_in_order(tmp_path: Path) -> None:
+    shown = [words for words in commands() if words[0] == "moe"]
+    assert shown
+    for words in shown:
+        done = run([sys.executable, "-m", "moe.cli", *words[1:]], tmp_path)
+        assert done.stdout.strip()
+
+
+@pytest.mark.parametrize("words", [w for w in commands() if w[0] == "python"], ids=shlex.join)
+def test_scripts_start(words: list[str]) -> None:
+    """The benchmarks take minutes; here each shows its help, which needs its imports to work."""
+    run([sys.executable, *words[1:2], "--help"], ROOT)
+
+
+@pytest.mark.parametrize("picture", re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README))
+def test_pictures_exist(picture: str) -> None:
+    assert (ROOT / picture).is_file()
+
+
+@pytest.mark.slow
+def test_make_demo(tmp_path: Path) -> None:
+    """The demo, four steps of it, in this interpreter's environment."""
+    (tmp_path / "bin").mkdir()
+    script = tmp_path / "bin" / "moe"
+    script.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m moe.cli "$@" --set train.steps=4\n')
+    script.chmod(0o755)
+    (tmp_path / ".installed").touch()
+    run_dir = tmp_path / "demo"
+    arguments = [f"VENV={tmp_path}", f"BIN={tmp_path}/bin", f"RUN={run_dir}", "--old-file", f"{tmp_path}/.installed"]
+    run(["make", "demo", *arguments], ROOT)
+    assert (run_dir / "pictures" / "loss.png").stat().st_size > 10_000
+    assert (run_dir / "final" / "model.safetensors").is_file()
+    assert (run_dir / "samples.txt").read_text(encoding="utf-8").strip()
