@@ -258,7 +258,7 @@ def test_weights_are_drawn_as_the_table_says() -> None:
     cfg = tiny_config(d_model=d, n_layers=layers, vocab_size=500, experts=ExpertsConfig(5, 2, width))
     q = cfg.attention.n_heads * cfg.attention.head_dim
     table = {
-        "embedding.weight": 0.02,
+        "embedding.weight": 1.0,
         "head.weight": 0.02,
         **dict.fromkeys(["attention.wq.weight", "attention.wk.weight", "attention.wv.weight"], 0.5 / d**0.5),
         "moe.router.weight": 0.5 / d**0.5,
@@ -277,3 +277,5 @@ def test_weights_are_drawn_as_the_table_says() -> None:
         assert abs(p.mean().item()) < 5 * std / n**0.5, name
         assert abs(p.std().item() / std - 1) < 5 / (2 * n) ** 0.5, name
     assert seen == 2 + layers * 7
+    tied = Transformer(dataclasses.replace(cfg, tie_embeddings=True)).head.weight
+    assert abs(tied.std().item() / 0.02 - 1) < 5 / (2 * tied.numel()) ** 0.5

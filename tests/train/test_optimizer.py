@@ -1,7 +1,6 @@
 """Which parameters decay, AdamW against its formulas in float64, Muon against a plain float64 version."""
 
 import copy
-import math
 
 import pytest
 import torch
@@ -46,6 +45,15 @@ def test_every_parameter_has_one_place_and_only_matrices_decay(cfg, optimizer):
         inside = any(part in name for part in ("wq", "wk", "wv", "wo", "w_in", "w_out"))
         assert kind == (matrices if inside else "AdamW")
         assert decays == (inside or name in ("head.weight", "blocks.0.moe.router.weight"))
+
+
+def test_the_embedding_has_a_rate_of_its_own(cfg):
+    model = Transformer(cfg)
+    optimizers = build(model, cfg.with_overrides(["train.lr=0.01", "train.embedding_lr=20"]).train)
+    optimizers.set_lr(0.5)
+    rates = {id(p): group["lr"] for part in optimizers.parts for group in part.param_groups for p in group["params"]}
+    for name, p in model.named_parameters():
+        assert rates[id(p)] == pytest.approx(0.1 if name == "embedding.weight" else 0.005)
 
 
 def test_adamw_is_its_formula():
@@ -120,10 +128,9 @@ def test_muon_is_its_formula_for_every_expert(monkeypatch):
         optimizer.step()
         buffer = 0.95 * buffer + 0.05 * g.double()
         update = 0.05 * g.double() + 0.95 * buffer
-        for e in range(3):
-            for gate in range(2):
-                step = math.sqrt(2) * newton_schulz(update[e, gate])
-                expected[e, gate] = (1 - 0.1 * 0.2) * expected[e, gate] - 0.1 * step
+        for e in range(3):  # gate over up is one matrix of 16 x 4
+            step = 2 * newton_schulz(update[e].reshape(16, 4)).reshape(2, 8, 4)
+            expected[e] = (1 - 0.1 * 0.2) * expected[e] - 0.1 * step
         torch.testing.assert_close(p.detach().double(), expected, rtol=1e-4, atol=1e-4)
 
 
