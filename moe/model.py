@@ -44,6 +44,7 @@ class KVCache:
             LayerCache(torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device))
             for _ in range(cfg.n_layers)
         ]
+        self.batch = batch
         self.max_len = max_len
         self.length = 0
 
@@ -103,10 +104,11 @@ class Transformer(nn.Module):
             cache: holds the earlier positions, and takes these; without targets only.
 
         Raises:
-            ValueError: more positions than the model or the cache has.
+            ValueError: more positions than the model or the cache has, targets together with a cache, another batch
+                size than the cache's, or (on CPU, where looking costs nothing) ids outside the vocabulary.
         """
         start = cache.length if cache is not None else 0
-        self._check_length(start + tokens_BS.shape[1], cache)
+        self._check_input(tokens_BS, targets_BS, cache, start + tokens_BS.shape[1])
         x_BSD = self.embedding(tokens_BS)
         rope = self._rope(start, tokens_BS.shape[1], x_BSD)
         out = Output()
@@ -139,14 +141,28 @@ class Transformer(nn.Module):
         attention = self.cfg.attention
         return rope_tables(start, length, attention.head_dim, attention.rope, like.dtype, like.device)
 
-    def _check_length(self, length: int, cache: KVCache | None) -> None:
+    def _check_input(self, tokens: Tensor, targets: Tensor | None, cache: KVCache | None, length: int) -> None:
         if length > self.cfg.max_seq_len:
             raise ValueError(
                 f"sequence of {length} tokens, but max_seq_len = {self.cfg.max_seq_len} ({self.cfg.name}); "
                 "cut the input or use a configuration with a longer context"
             )
-        if cache is not None and length > cache.max_len:
-            raise ValueError(f"sequence of {length} tokens, but the cache was made for {cache.max_len}")
+        if targets is not None and targets.shape != tokens.shape:
+            raise ValueError(f"targets {list(targets.shape)} must have the shape of the tokens {list(tokens.shape)}")
+        if cache is not None:
+            if targets is not None:
+                raise ValueError("targets and cache exclude each other: with a cache, take the logits")
+            if length > cache.max_len:
+                raise ValueError(f"sequence of {length} tokens, but the cache was made for {cache.max_len}")
+            if len(tokens) != cache.batch:
+                raise ValueError(f"batch of {len(tokens)}, but the cache was made for {cache.batch}")
+        if tokens.device.type == "cpu" and tokens.numel() and not torch.compiler.is_compiling():
+            low, high = (bound.item() for bound in tokens.aminmax())
+            if low < 0 or high >= self.cfg.vocab_size:
+                raise ValueError(
+                    f"token id {low if low < 0 else high} is outside the vocabulary of {self.cfg.vocab_size} ids "
+                    f"({self.cfg.name}): the text was encoded with another tokenizer"
+                )
 
 
 # ---------------------------------------------------------------------------------------------------------- weights

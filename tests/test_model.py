@@ -279,3 +279,21 @@ def test_weights_are_drawn_as_the_table_says() -> None:
     assert seen == 2 + layers * 7
     tied = Transformer(dataclasses.replace(cfg, tie_embeddings=True)).head.weight
     assert abs(tied.std().item() / 0.02 - 1) < 5 / (2 * tied.numel()) ** 0.5
+
+
+@pytest.mark.parametrize(
+    ("tokens", "targets", "cache", "words"),
+    [
+        (torch.tensor([[3, 99]]), None, False, ["token id 99", "vocabulary of 50"]),
+        (torch.tensor([[3, -1]]), None, False, ["token id -1", "vocabulary of 50"]),
+        (torch.tensor([[3, 4]]), torch.tensor([[4]]), False, ["targets [1, 1]", "tokens [1, 2]"]),
+        (torch.tensor([[3, 4]]), torch.tensor([[4, 5]]), True, ["exclude each other"]),
+        (torch.tensor([[3], [4]]), None, True, ["batch of 2", "made for 1"]),
+    ],
+)
+def test_bad_input_is_named(tokens, targets, cache, words) -> None:
+    model = Transformer(tiny_config(vocab_size=50))
+    kv = KVCache(model.cfg, 1, 8, torch.float32, "cpu") if cache else None
+    with pytest.raises(ValueError) as error:
+        model(tokens, targets, cache=kv)
+    assert all(word in str(error.value) for word in words)
