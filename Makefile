@@ -36,6 +36,7 @@ lint: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python benchmarks/generate.py
+	$(BIN)/python benchmarks/expert_cpu.py
 
 clean:
 	rm -rf $(VENV) runs data dist .pytest_cache .ruff_cache

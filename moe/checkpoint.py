@@ -208,6 +208,8 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
         CheckpointError: there is none, it cannot be read, or it has more ids than the checkpoint's model.
     """
     place = Path(directory)
+    if not place.is_dir():
+        raise CheckpointError(f"{place}: no such checkpoint directory")
     if not (place / TOKENIZER_FILE).is_file():
         raise CheckpointError(
             f"{place} has no {TOKENIZER_FILE}: the checkpoint was saved without one; give it to moe.save as "
