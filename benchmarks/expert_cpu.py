@@ -9,6 +9,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from duel import machine
@@ -21,7 +22,7 @@ N_EXPERTS, TOP_K = 16, 2
 SIZES = (1, 8, 64, 512, 4096)  # tokens
 
 
-def contestants(d_model: int, d_ff: int, tokens: int) -> dict[str, tuple[Callable[[], None], Callable[[], None]]]:
+def contestants(d_model: int, d_ff: int, tokens: int) -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
     """Name -> (forward, forward + backward) on the same tensors."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(tokens, d_model, generator=generator)
@@ -31,11 +32,12 @@ def contestants(d_model: int, d_ff: int, tokens: int) -> dict[str, tuple[Callabl
     dy = torch.randn(tokens, d_model, generator=generator)
     inputs = (x, w_in, w_out, weights)
 
-    def through_op(impl: str) -> tuple[Callable[[], None], Callable[[], None]]:
+    def through_op(impl: str) -> tuple[Callable[[], Any], Callable[[], Any]]:
         leaves = [t.clone().requires_grad_() for t in inputs]
+        a, b, c, d = leaves
 
         def both() -> None:
-            torch.autograd.grad(ops.expert_mlp(*leaves, ids, "swiglu", impl), leaves, dy)
+            torch.autograd.grad(ops.expert_mlp(a, b, c, d, ids, "swiglu", impl), leaves, dy)
 
         return lambda: ops.expert_mlp(*inputs, ids, "swiglu", impl), both
 
@@ -50,7 +52,7 @@ def contestants(d_model: int, d_ff: int, tokens: int) -> dict[str, tuple[Callabl
     }
 
 
-def medians(calls: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
+def medians(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
     """Median ms of each call, run in turns after two rounds that do not count."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for round_ in range(rounds + 2):
