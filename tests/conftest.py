@@ -1,6 +1,7 @@
 """What the tests share: an error measure that has no scale, a tiny model shape, one thread."""
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -14,6 +15,13 @@ torch.set_num_threads(1)
 # A time limit per example would make results depend on how busy the machine is.
 settings.register_profile("tests", deadline=None, derandomize=True, max_examples=30)
 settings.load_profile("tests")
+
+
+@pytest.fixture(autouse=True)
+def _denormals() -> Iterator[None]:
+    """Training in this process sets denormal numbers to zero (moe.train.cpu.tune_cpu); the next test has them again."""
+    yield
+    torch.set_flush_denormal(False)
 
 
 def rel(got: Tensor, want: Tensor) -> float:

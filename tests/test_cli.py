@@ -1,6 +1,5 @@
 """The command line: errors in one line, statuses, lazy imports, and generation equal to the model's own."""
 
-import dataclasses
 import os
 import random
 import subprocess
@@ -129,12 +128,3 @@ def test_help_loads_no_torch():
     assert done.returncode == 0, done.stderr
     assert "generate" in done.stdout
     assert "\x1b" not in done.stdout
-
-
-def test_shipped_replicas_follow_the_replica_rule():
-    base = moe.load_config("gpt4-8k")
-    for name in ("replica-tiny", "replica-nano", "replica-small", "replica-1b"):
-        cfg = moe.load_config(name)
-        shape = {"d_model": cfg.d_model, "n_layers": cfg.n_layers, "vocab_size": cfg.vocab_size}
-        scaled = base.scaled(**shape, max_seq_len=cfg.max_seq_len, name=name)
-        assert cfg == dataclasses.replace(scaled, train=cfg.train)

@@ -4,7 +4,6 @@ import random
 from pathlib import Path
 
 import pytest
-import torch
 
 from moe import Config, load_config
 from moe.data import is_held_out, prepare
@@ -26,16 +25,6 @@ WORDS = (
     "rain",
     "fell",
 )
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """The models here are too small for more, and results are compared to the last digit."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-    torch.set_flush_denormal(False)
 
 
 @pytest.fixture(scope="session")
