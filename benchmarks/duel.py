@@ -73,14 +73,20 @@ class Side:
         raise SystemExit(f"{self.name} ended before it answered; its error is above")
 
 
-def alternate(sides: list[Side], rounds: int) -> None:
-    """Run all sides once per round, in turns, after one round that does not count."""
+def alternate(sides: list[Side], rounds: int, runs: int = 2) -> None:
+    """Let the sides take turns, `rounds` of them, `runs` timed runs a turn.
+
+    Each turn begins with a run that does not count: while a process waits, the machine's caches, and on some machines
+    its idle memory pages, go to others.
+    """
     try:
         for side in sides:
             side.start()
-        for round_ in range(rounds + 1):
+        for _ in range(rounds):
             for side in sides:
-                side.run(keep=round_ > 0)
+                side.run(keep=False)
+                for _ in range(runs):
+                    side.run()
     finally:
         for side in sides:
             side.stop()
@@ -103,6 +109,8 @@ def fastest(candidates: list[Side]) -> Side:
             side.stop()
     for name, seconds in times.items():
         print(f"  {name}: {seconds * 1e3:.0f} ms")
+    if not times:
+        raise SystemExit("none of the candidates runs here")
     return min((s for s in candidates if s.name in times), key=lambda s: times[s.name])
 
 

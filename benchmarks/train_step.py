@@ -56,10 +56,11 @@ def _step(model: Any, loss: Callable, batch: int, seq_len: int, dtype: str, torc
     generator = torch.Generator().manual_seed(0)
     vocab_size = model.get_input_embeddings().num_embeddings if hasattr(model, "lm_head") else model.cfg.vocab_size
     tokens = torch.randint(vocab_size, (batch, seq_len + 1), generator=generator)
+    inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
     def step() -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16"):
-            value = loss(tokens[:, :-1], tokens[:, 1:])
+            value = loss(inputs, targets)
         value.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
