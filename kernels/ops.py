@@ -46,7 +46,20 @@ def expert_mlp(
         dtype = torch.get_autocast_dtype(x_TD.device.type)
         x_TD, w_in_EGFD, w_out_EDF = x_TD.to(dtype), w_in_EGFD.to(dtype), w_out_EDF.to(dtype)
     _check_expert_mlp(x_TD, w_in_EGFD, w_out_EDF, weights_TK, ids_TK, activation)
-    return _expert_mlp(x_TD, w_in_EGFD, w_out_EDF, weights_TK, ids_TK, activation, _choose(impl, x_TD))[0]
+    inputs = (x_TD, w_in_EGFD, w_out_EDF, weights_TK, ids_TK)
+    impl = _choose(impl, x_TD)
+    if _is_plain_cpu_inference(inputs):
+        return _forward(*inputs, activation, impl)[0]
+    return _expert_mlp(*inputs, activation, impl)[0]
+
+
+def _is_plain_cpu_inference(inputs: tuple[Tensor, ...]) -> bool:
+    """Whether the op may be called without torch's dispatcher, whose cost shows when a CPU decodes single tokens."""
+    return (
+        not torch.compiler.is_compiling()
+        and not torch.is_grad_enabled()
+        and all(type(t) in (Tensor, torch.nn.Parameter) and t.device.type == "cpu" for t in inputs)
+    )
 
 
 def _choose(impl: str | None, x_TD: Tensor) -> str:
@@ -89,6 +102,12 @@ def _expert_mlp(
     x: Tensor, w_in: Tensor, w_out: Tensor, weights: Tensor, ids: Tensor, activation: str, impl: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns y and what the backward reads: pre-activations, sorted order, ends of the experts' rows."""
+    return _forward(x, w_in, w_out, weights, ids, activation, impl)
+
+
+def _forward(
+    x: Tensor, w_in: Tensor, w_out: Tensor, weights: Tensor, ids: Tensor, activation: str, impl: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if impl == "reference":
         y = reference.expert_mlp(x, w_in, w_out, weights, ids, activation)
         return y, x.new_empty(0), ids.new_empty(0), ids.new_empty(0, dtype=torch.int32)

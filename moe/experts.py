@@ -42,14 +42,17 @@ class Router(nn.Module):
         self.bias_update_rate = cfg.bias_update_rate
         self.register_buffer("bias_E", torch.zeros(n_experts) if cfg.bias_update_rate else None)
 
-    def forward(self, x_BSD: Tensor) -> Routing:
-        """x_BSD -> the routing of its B*S tokens, in that order."""
+    def forward(self, x_BSD: Tensor, with_losses: bool = True) -> Routing:
+        """x_BSD -> the routing of its B*S tokens, in that order; without losses both are 0."""
         wide = at_least_fp32(x_BSD.dtype)
         with torch.autocast(x_BSD.device.type, enabled=False):
             logits_BSE = F.linear(x_BSD.to(wide), self.weight.to(wide))
             weights_TK, ids_TK = reference.topk_gate(logits_BSE.flatten(0, 1), self.top_k, self.bias_E)
             counts_BE = expert_counts(ids_TK.view(len(x_BSD), -1), logits_BSE.shape[-1])
-            balance, z = balance_loss(logits_BSE, counts_BE), z_loss(logits_BSE)
+            if with_losses:
+                balance, z = balance_loss(logits_BSE, counts_BE), z_loss(logits_BSE)
+            else:
+                balance = z = logits_BSE.new_zeros(())
         return Routing(counts_BE.sum(0), ids_TK, weights_TK, balance, z)
 
     @torch.no_grad()
@@ -93,9 +96,9 @@ class MoE(nn.Module):
         self.w_in_EGFD = nn.Parameter(torch.empty(cfg.n_experts, n_gates, cfg.d_ff, d_model))
         self.w_out_EDF = nn.Parameter(torch.empty(cfg.n_experts, d_model, cfg.d_ff))
 
-    def forward(self, x_BSD: Tensor) -> tuple[Tensor, Routing]:
+    def forward(self, x_BSD: Tensor, with_losses: bool = True) -> tuple[Tensor, Routing]:
         """x_BSD -> [B, S, D] and what the router did."""
-        routing = self.router(x_BSD)
+        routing = self.router(x_BSD, with_losses)
         y_TD = ops.expert_mlp(
             x_BSD.flatten(0, 1),
             self.w_in_EGFD,

@@ -42,15 +42,15 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         wide = at_least_fp32(x.dtype)
+        x_wide, weight = x.to(wide), self.weight.to(wide)
         with torch.autocast(x.device.type, enabled=False):
-            x_wide, weight = x.to(wide), self.weight.to(wide)
-            if x.device.type == "cpu" and torch.is_grad_enabled():
+            if x.device.type == "cpu":
                 return _CpuRMSNorm.apply(x_wide, weight, self.eps).to(x.dtype)
             return F.rms_norm(x_wide, weight.shape, weight, self.eps).to(x.dtype)
 
 
 class _CpuRMSNorm(torch.autograd.Function):
-    """RMS norm for training on a CPU, where torch has no fused one: fewer passes over memory."""
+    """RMS norm for a CPU, where torch has no fused one: fewer passes over memory, fewer operations."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:

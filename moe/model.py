@@ -26,7 +26,8 @@ class Output:
     """What a forward pass gives.
 
     `loss` is the training objective: cross-entropy + the weighted balance and z losses. `losses` holds its parts,
-    unweighted, as scalars: "lm" (mean over the targets, nats), "balance" and "z" (means over the layers).
+    unweighted, as scalars: "lm" (mean over the targets, nats), "balance" and "z" (means over the layers, 0 with a
+    cache).
     """
 
     logits_BSV: Tensor | None = None
@@ -70,7 +71,8 @@ class Block(nn.Module):
         self, x_BSD: Tensor, rope: tuple[Tensor, Tensor], cache: LayerCache | None = None, start: int = 0
     ) -> tuple[Tensor, Routing]:
         x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), rope, cache, start)
-        y_BSD, routing = self.moe(self.moe_norm(x_BSD))
+        # A step of generation has no use for the balance losses.
+        y_BSD, routing = self.moe(self.moe_norm(x_BSD), with_losses=cache is None)
         return x_BSD + y_BSD, routing
 
 
