@@ -1,7 +1,8 @@
 """Which way of computing the expert MLP is fastest on this CPU, from one token to thousands?
 
 `reference`, `grouped` (our loop over experts, what the model uses on CPU) and torch's `grouped_mm` in the same
-forward and backward, in turns, for float32. Prints medians in ms and each one's time relative to `grouped`.
+forward and backward, in turns, for float32. Prints medians in ms and each one's time relative to `grouped`. The last
+is called without the op and autograd around it, which the first two pay for.
 Run: python benchmarks/expert_cpu.py [--rounds 15]
 """
 

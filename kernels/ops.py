@@ -64,7 +64,8 @@ def _is_plain_cpu_inference(inputs: tuple[Tensor, ...]) -> bool:
 
 def _choose(impl: str | None, x_TD: Tensor) -> str:
     if impl is None:
-        # On CPU the loop wins at every T measured (benchmarks/expert_cpu.py); grouped_mm on CUDA knows bfloat16 only.
+        # On CPU `reference` is slower at every T measured (benchmarks/expert_cpu.py); grouped_mm on CUDA knows
+        # bfloat16 only.
         return "grouped" if x_TD.device.type == "cpu" or x_TD.dtype == torch.bfloat16 else "reference"
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl = {impl!r}: must be one of {', '.join(IMPLEMENTATIONS)}, or None for the fastest")
