@@ -1,8 +1,8 @@
 """The expert MLP as one matrix product per expert over rows sorted by expert: forward and hand-written backward.
 
-Two bodies of the same computation: `loop_*` runs expert after expert, so that an expert's intermediate rows are used
-while they are in the cache (the fast one on CPU); `grouped_mm_*` runs torch's grouped product with the group offsets
-on the device, without a host sync (CUDA). Saved for the backward: the pre-activations and the sort, nothing else.
+Two bodies of the same computation: `loop_*` runs expert after expert, in any dtype and with intermediate rows of one
+expert at a time (CPU); `grouped_mm_*` runs torch's grouped product with the group offsets on the device, without a
+host sync (CUDA). Saved for the backward: the pre-activations and the sort, nothing else.
 
 Shape suffixes as in reference.py; rows of R are sorted by expert, and within an expert by token.
 """
