@@ -1,8 +1,9 @@
 """The expert MLP as one matrix product per expert over rows sorted by expert: forward and hand-written backward.
 
-Two bodies of the same computation: `loop_*` runs expert after expert, in any dtype and with intermediate rows of one
-expert at a time (CPU); `grouped_mm_*` runs torch's grouped product with the group offsets on the device, without a
-host sync (CUDA). Saved for the backward: the pre-activations and the sort, nothing else.
+Two bodies of the same computation: `grouped_mm_*` runs torch's grouped product with the group offsets on the device,
+without a host sync (CUDA and CPU, where the dtype allows); `loop_*` runs expert after expert on a CPU, in any dtype
+and with intermediate rows of one expert at a time. Saved for the backward: the pre-activations and the sort, nothing
+else.
 
 Shape suffixes as in reference.py; rows of R are sorted by expert, and within an expert by token.
 """
@@ -12,6 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
+
+# Looked up once: the look-up takes as long as the product of one token.
+_silu_out, _silu_backward_out = torch.ops.aten.silu.out, torch.ops.aten.silu_backward.grad_input
+_gelu_out, _gelu_backward_out = torch.ops.aten.gelu.out, torch.ops.aten.gelu_backward.grad_input
 
 
 def sort_by_expert(ids_TK: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
@@ -28,9 +33,11 @@ def inverse(order_R: Tensor) -> Tensor:
     return torch.empty_like(order_R).scatter_(0, order_R, torch.arange(len(order_R), device=order_R.device))
 
 
-def combine(y_RD: Tensor, order_R: Tensor, top_k: int, weights_TK: Tensor | None) -> Tensor:
-    """Sum each token's `top_k` rows, in the order of its slots, weighted where weights are given -> [T, D]."""
-    rows_R = inverse(order_R)
+def combine(y_RD: Tensor, rows_R: Tensor, top_k: int, weights_TK: Tensor | None = None) -> Tensor:
+    """Sum each token's `top_k` rows, in the order of its slots, weighted where weights are given -> [T, D].
+
+    `rows_R`: flat (token, slot) -> row of `y_RD`, the `inverse` of the sort.
+    """
     if y_RD.device.type == "cpu" and y_RD.dtype in (torch.float32, torch.float64) and len(rows_R):
         # On CPU this gathers, weighs and sums in one pass.
         starts_T = torch.arange(0, len(rows_R), top_k)
@@ -45,9 +52,9 @@ def combine(y_RD: Tensor, order_R: Tensor, top_k: int, weights_TK: Tensor | None
 def _activate_into(h_RGF: Tensor, activation: str, out_RF: Tensor) -> Tensor:
     """act(h) written into `out_RF`."""
     if activation == "swiglu":
-        torch.ops.aten.silu.out(h_RGF[:, 0], out=out_RF)
+        _silu_out(h_RGF[:, 0], out=out_RF)
         return out_RF.mul_(h_RGF[:, 1])
-    return torch.ops.aten.gelu.out(h_RGF[:, 0], approximate="tanh", out=out_RF)
+    return _gelu_out(h_RGF[:, 0], approximate="tanh", out=out_RF)
 
 
 def _activation_backward(
@@ -61,26 +68,33 @@ def _activation_backward(
     w_R1 = weights_R.unsqueeze(1)
     if activation == "swiglu":
         gate, up = h_RGF[:, 0], h_RGF[:, 1]
-        silu = torch.ops.aten.silu.out(gate, out=dh_RGF[:, 1])
+        silu = _silu_out(gate, out=dh_RGF[:, 1])
         torch.mul(silu, up, out=act_RF)
         dweights_R = torch.linalg.vecdot(da_RF, act_RF)
         da_RF.mul_(w_R1)
         silu.mul_(da_RF)
-        torch.ops.aten.silu_backward.grad_input(da_RF.mul_(up), gate, grad_input=dh_RGF[:, 0])
+        _silu_backward_out(da_RF.mul_(up), gate, grad_input=dh_RGF[:, 0])
     else:
-        torch.ops.aten.gelu.out(h_RGF[:, 0], approximate="tanh", out=act_RF)
+        _gelu_out(h_RGF[:, 0], approximate="tanh", out=act_RF)
         dweights_R = torch.linalg.vecdot(da_RF, act_RF)
         da_RF.mul_(w_R1)
-        torch.ops.aten.gelu_backward.grad_input(da_RF, h_RGF[:, 0], approximate="tanh", grad_input=dh_RGF[:, 0])
+        _gelu_backward_out(da_RF, h_RGF[:, 0], approximate="tanh", grad_input=dh_RGF[:, 0])
     act_RF.mul_(w_R1)
     return dweights_R
+
+
+def _sorted_rows(x_TD: Tensor, dy_TD: Tensor, weights_TK: Tensor, order_R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What the backwards start from: x, dy and the routing weights (in the dtype of x), sorted by expert."""
+    token_R = order_R // weights_TK.shape[1]
+    weights_R = weights_TK.flatten()[order_R].to(x_TD.dtype)
+    return x_TD.index_select(0, token_R), dy_TD.index_select(0, token_R), weights_R
 
 
 def _flat(w_EGFD: Tensor) -> Tensor:
     return w_EGFD.flatten(1, 2)  # gate rows then up rows: [E, G*F, D]
 
 
-# ------------------------------------------------------------------------------------------------------ CPU: a loop
+# ---------------------------------------------------------------------------------------------- a loop over experts
 
 
 def loop_forward(
@@ -101,7 +115,27 @@ def loop_forward(
         torch.mm(x_RD[start:end], w_in[e].t(), out=h.flatten(1))
         act = _activate_into(h, activation, act_NF[: end - start])
         torch.mm(act, w_out_EDF[e].t(), out=y_RD[start:end])
-    return combine(y_RD, order_R, top_k, weights_TK), h_RGF, order_R, ends_E
+    return combine(y_RD, inverse(order_R), top_k, weights_TK), h_RGF, order_R, ends_E
+
+
+def one_token_top2(
+    x_1D: Tensor, w_in_EGFD: Tensor, w_out_EDF: Tensor, weights_12: Tensor, ids_12: Tensor, activation: str
+) -> Tensor:
+    """The forward of a single token with two experts -> y [1, D]. Keeps nothing for a backward.
+
+    Any two experts are a slice with a step, so their weights are one strided batch without a copy, and the batched
+    product gives each expert a thread.
+    """
+    first, second = ids_12[0].tolist()
+    low, high = min(first, second), max(first, second)
+    pair = slice(low, high + 1, high - low)
+    n_gates, n_hidden = w_in_EGFD.shape[1:3]
+    h_2H = torch.bmm(x_1D.expand(2, 1, -1), w_in_EGFD[pair].flatten(1, 2).transpose(1, 2))
+    act_21F = h_2H.new_empty(2, 1, n_hidden)
+    _activate_into(h_2H.view(2, n_gates, n_hidden), activation, act_21F[:, 0])
+    weights_21 = weights_12.t() if first < second else weights_12.t().flip(0)
+    act_21F.mul_(weights_21.unsqueeze(2))
+    return torch.bmm(act_21F, w_out_EDF[pair].transpose(1, 2)).sum(0)
 
 
 def loop_backward(
@@ -116,10 +150,7 @@ def loop_backward(
     activation: str,
 ) -> Gradients:
     """Returns the gradients of x, w_in, w_out and the routing weights; an expert without tokens gets zeros."""
-    top_k = weights_TK.shape[1]
-    token_R = order_R // top_k
-    x_RD, dy_RD = x_TD.index_select(0, token_R), dy_TD.index_select(0, token_R)
-    weights_R = weights_TK.flatten()[order_R].to(x_TD.dtype)
+    x_RD, dy_RD, weights_R = _sorted_rows(x_TD, dy_TD, weights_TK, order_R)
     dx_RD, dweights_R = torch.empty_like(x_RD), torch.empty_like(weights_R)
     # Not empty_like: it would keep a transposed layout, of which `_flat` is a copy and no view.
     dw_in_EGFD, dw_out_EDF = w_in_EGFD.new_empty(w_in_EGFD.shape), w_out_EDF.new_empty(w_out_EDF.shape)
@@ -139,12 +170,9 @@ def loop_backward(
         torch.mm(dy_RD[rows].t(), act, out=dw_out_EDF[e])
         torch.mm(dh.flatten(1).t(), x_RD[rows], out=dw_in[e])
         torch.mm(dh.flatten(1), w_in[e], out=dx_RD[rows])
-    return (
-        combine(dx_RD, order_R, top_k, None),
-        dw_in_EGFD,
-        dw_out_EDF,
-        dweights_R[inverse(order_R)].view_as(weights_TK).to(weights_TK.dtype),
-    )
+    rows_R = inverse(order_R)
+    dweights_TK = dweights_R[rows_R].view_as(weights_TK).to(weights_TK.dtype)
+    return combine(dx_RD, rows_R, weights_TK.shape[1]), dw_in_EGFD, dw_out_EDF, dweights_TK
 
 
 def _runs(ends_E: Tensor) -> list[tuple[int, int, int]]:
@@ -153,7 +181,7 @@ def _runs(ends_E: Tensor) -> list[tuple[int, int, int]]:
     return [(e, start, end) for e, (start, end) in enumerate(zip([0, *ends], ends, strict=False)) if end > start]
 
 
-# --------------------------------------------------------------------------------------- CUDA: torch's grouped product
+# -------------------------------------------------------------------------------------------- torch's grouped product
 
 
 def grouped_mm_forward(
@@ -166,7 +194,7 @@ def grouped_mm_forward(
     h_RGF = F.grouped_mm(x_RD, _flat(w_in_EGFD).transpose(1, 2), offs=ends_E).unflatten(1, w_in_EGFD.shape[1:3])
     act_RF = _activate_into(h_RGF, activation, torch.empty_like(h_RGF[:, 0]))
     y_RD = F.grouped_mm(act_RF, w_out_EDF.transpose(1, 2), offs=ends_E)
-    return combine(y_RD, order_R, top_k, weights_TK), h_RGF, order_R, ends_E
+    return combine(y_RD, inverse(order_R), top_k, weights_TK), h_RGF, order_R, ends_E
 
 
 def grouped_mm_backward(
@@ -181,17 +209,14 @@ def grouped_mm_backward(
     activation: str,
 ) -> Gradients:
     """As `loop_backward`, without a host sync."""
-    top_k = weights_TK.shape[1]
-    token_R = order_R // top_k
-    x_RD, dy_RD = x_TD.index_select(0, token_R), dy_TD.index_select(0, token_R)
-    weights_R = weights_TK.flatten()[order_R].to(x_TD.dtype)
+    x_RD, dy_RD, weights_R = _sorted_rows(x_TD, dy_TD, weights_TK, order_R)
     da_RF = F.grouped_mm(dy_RD, w_out_EDF, offs=ends_E)
     act_RF, dh_RGF = torch.empty_like(da_RF), torch.empty_like(h_RGF)
     dweights_R = _activation_backward(h_RGF, da_RF, weights_R, activation, dh_RGF, act_RF)
-    dh_RH = dh_RGF.flatten(1)
+    dh_RH, rows_R = dh_RGF.flatten(1), inverse(order_R)
     return (
-        combine(F.grouped_mm(dh_RH, _flat(w_in_EGFD), offs=ends_E), order_R, top_k, None),
+        combine(F.grouped_mm(dh_RH, _flat(w_in_EGFD), offs=ends_E), rows_R, weights_TK.shape[1]),
         F.grouped_mm(dh_RH.t(), x_RD, offs=ends_E).view_as(w_in_EGFD),
         F.grouped_mm(dy_RD.t(), act_RF, offs=ends_E),
-        dweights_R[inverse(order_R)].view_as(weights_TK).to(weights_TK.dtype),
+        dweights_R[rows_R].view_as(weights_TK).to(weights_TK.dtype),
     )

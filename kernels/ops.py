@@ -49,6 +49,8 @@ def expert_mlp(
     inputs = (x_TD, w_in_EGFD, w_out_EDF, weights_TK, ids_TK)
     impl = _choose(impl, x_TD)
     if _is_plain_cpu_inference(inputs):
+        if impl == "grouped" and ids_TK.shape == (1, 2):
+            return grouped.one_token_top2(*inputs, activation)
         return _forward(*inputs, activation, impl)[0]
     return _expert_mlp(*inputs, activation, impl)[0]
 
@@ -112,8 +114,18 @@ def _forward(
     if impl == "reference":
         y = reference.expert_mlp(x, w_in, w_out, weights, ids, activation)
         return y, x.new_empty(0), ids.new_empty(0), ids.new_empty(0, dtype=torch.int32)
-    forward = grouped.loop_forward if x.device.type == "cpu" else grouped.grouped_mm_forward
+    forward = grouped.grouped_mm_forward if _takes_grouped_mm(x, w_in, w_out) else grouped.loop_forward
     return forward(x, w_in, w_out, weights, ids, activation)
+
+
+def _takes_grouped_mm(x: Tensor, w_in: Tensor, w_out: Tensor) -> bool:
+    """Whether torch's grouped product takes the operands: not float64, and rows that begin at multiples of 16 bytes.
+
+    On CPU it then is the faster body at every size (benchmarks/expert_cpu.py).
+    """
+    dtypes = (torch.bfloat16, torch.float32) if x.device.type == "cpu" else (torch.bfloat16,)
+    rows = (x.shape[1], w_in.shape[2], w_out.shape[2])
+    return x.dtype in dtypes and all(n * x.element_size() % 16 == 0 for n in rows)
 
 
 @_expert_mlp.register_fake
@@ -143,7 +155,7 @@ def _expert_mlp_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if impl == "reference":
         return reference.expert_mlp_backward(dy, x, w_in, w_out, weights, ids, activation)
-    backward = grouped.loop_backward if x.device.type == "cpu" else grouped.grouped_mm_backward
+    backward = grouped.grouped_mm_backward if _takes_grouped_mm(x, w_in, w_out) else grouped.loop_backward
     return backward(dy.contiguous(), x, w_in, w_out, weights, h, order, ends, activation)
 
 

@@ -27,8 +27,10 @@ def topk_gate(logits_TE: Tensor, top_k: int, bias_E: Tensor | None = None) -> tu
     """
     scores_TE = logits_TE if bias_E is None else logits_TE.softmax(-1) + bias_E
     # A stable sort, because topk leaves the order of ties open and so differs between devices.
-    ids_TK = scores_TE.detach().sort(dim=-1, descending=True, stable=True).indices[:, :top_k].contiguous()
-    return logits_TE.gather(1, ids_TK).softmax(-1), ids_TK
+    scores_TE, ids_TE = scores_TE.sort(dim=-1, descending=True, stable=True)
+    ids_TK = ids_TE[:, :top_k].contiguous()
+    chosen_TK = scores_TE[:, :top_k] if bias_E is None else logits_TE.gather(1, ids_TK)
+    return chosen_TK.softmax(-1), ids_TK
 
 
 def activate(h_RGF: Tensor, activation: str) -> Tensor:

@@ -13,17 +13,22 @@ from torch import Tensor
 
 from moe.config import ExpertsConfig, RouterConfig
 from moe.kernels import ops, reference
-from moe.layers import at_least_fp32
+from moe.layers import at_least_fp32, cast, without_autocast
 
 
 class Routing(NamedTuple):
     """What one layer's router did in one forward pass."""
 
-    counts_E: Tensor  # int64, routed tokens per expert; they sum to T * K
+    n_experts: int
     ids_TK: Tensor  # int64, the chosen experts in falling order of score
     weights_TK: Tensor  # at least float32, each row sums to 1
     balance: Tensor  # scalar, the balance loss (1 when even), before its weight
     z: Tensor  # scalar, the z-loss, before its weight
+
+    @property
+    def counts_E(self) -> Tensor:
+        """Routed tokens per expert, int64; they sum to T * K."""
+        return expert_counts(self.ids_TK.view(1, -1), self.n_experts)[0]
 
 
 class Router(nn.Module):
@@ -45,15 +50,15 @@ class Router(nn.Module):
     def forward(self, x_BSD: Tensor, with_losses: bool = True) -> Routing:
         """x_BSD -> the routing of its B*S tokens, in that order; without losses both are 0."""
         wide = at_least_fp32(x_BSD.dtype)
-        with torch.autocast(x_BSD.device.type, enabled=False):
-            logits_BSE = F.linear(x_BSD.to(wide), self.weight.to(wide))
+        with without_autocast(x_BSD.device.type):
+            logits_BSE = F.linear(cast(x_BSD, wide), cast(self.weight, wide))
             weights_TK, ids_TK = reference.topk_gate(logits_BSE.flatten(0, 1), self.top_k, self.bias_E)
-            counts_BE = expert_counts(ids_TK.view(len(x_BSD), -1), logits_BSE.shape[-1])
-            if with_losses:
-                balance, z = balance_loss(logits_BSE, counts_BE), z_loss(logits_BSE)
-            else:
+            if not with_losses:
                 balance = z = logits_BSE.new_zeros(())
-        return Routing(counts_BE.sum(0), ids_TK, weights_TK, balance, z)
+            else:
+                counts_BE = expert_counts(ids_TK.view(len(x_BSD), -1), len(self.weight))
+                balance, z = balance_loss(logits_BSE, counts_BE), z_loss(logits_BSE)
+        return Routing(len(self.weight), ids_TK, weights_TK, balance, z)
 
     @torch.no_grad()
     def update_bias(self, counts_E: Tensor) -> None:

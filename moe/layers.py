@@ -5,6 +5,7 @@ C head width.
 """
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +15,24 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moe.config import AttentionConfig, RopeConfig
+from moe.config import AttentionConfig, Config, RopeConfig
 
 
 def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which norms, rotations, routers and losses compute."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x.to(dtype), but for free where x has it: in a step of generation the call would count."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[object]:
+    """Autocast off for a block of code; where it is off already, for free."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
 
 
 class Linear(nn.Linear):
@@ -42,11 +55,17 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         wide = at_least_fp32(x.dtype)
-        x_wide, weight = x.to(wide), self.weight.to(wide)
-        with torch.autocast(x.device.type, enabled=False):
-            if x.device.type == "cpu":
-                return _CpuRMSNorm.apply(x_wide, weight, self.eps).to(x.dtype)
-            return F.rms_norm(x_wide, weight.shape, weight, self.eps).to(x.dtype)
+        x_wide, weight = cast(x, wide), cast(self.weight, wide)
+        with without_autocast(x.device.type):
+            if x.device.type != "cpu":
+                return cast(F.rms_norm(x_wide, weight.shape, weight, self.eps), x.dtype)
+            if torch.is_grad_enabled():
+                return cast(_CpuRMSNorm.apply(x_wide, weight, self.eps), x.dtype)
+            return cast((x_wide * _inverse_rms(x_wide, self.eps)).mul_(weight), x.dtype)
+
+
+def _inverse_rms(x: Tensor, eps: float) -> Tensor:
+    return (torch.linalg.vecdot(x, x) / x.shape[-1]).add_(eps).rsqrt_().unsqueeze(-1)
 
 
 class _CpuRMSNorm(torch.autograd.Function):
@@ -54,7 +73,7 @@ class _CpuRMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        scale = (torch.linalg.vecdot(x, x) / x.shape[-1] + eps).rsqrt().unsqueeze(-1)
+        scale = _inverse_rms(x, eps)
         ctx.save_for_backward(x, weight, scale)
         return (x * scale).mul_(weight)
 
@@ -109,18 +128,22 @@ def _fp32(x: float) -> float:
 def rope_tables(
     start: int, length: int, head_dim: int, cfg: RopeConfig, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin of positions start .. start + length - 1: two [length, 1, head_dim / 2] of at least float32."""
+    """cos and signed sin for `rotate`, of positions start .. start + length - 1: two [length, 1, head_dim].
+
+    At least float32. Both halves of a head hold the same cosines, and opposite sines.
+    """
     wide = at_least_fp32(dtype)
     frequencies, temperature = rope_frequencies(head_dim, cfg)
     positions = torch.arange(start, start + length, device=device, dtype=wide)
     angles = torch.outer(positions, torch.tensor(frequencies, device=device, dtype=wide))
-    return (angles.cos() * temperature).unsqueeze(1), (angles.sin() * temperature).unsqueeze(1)
+    cos, sin = angles.cos() * temperature, angles.sin() * temperature
+    return torch.cat([cos, cos], -1).unsqueeze(1), torch.cat([-sin, sin], -1).unsqueeze(1)
 
 
 def rotate(x_BSHC: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x[i], x[i + C/2]) by its position's angle: the rotate-half form."""
-    a, b = x_BSHC.to(cos.dtype).chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x_BSHC.dtype)
+    """Turn each pair (x[i], x[i + C/2]) by its position's angle: the rotate-half form, with tables of `rope_tables`."""
+    x = cast(x_BSHC, cos.dtype)
+    return cast(torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin), x_BSHC.dtype)
 
 
 # -------------------------------------------------------------------------------------------------------- attention
@@ -139,6 +162,22 @@ class LayerCache:
         self.k_BNPC[:, :, start:end] = k_BNSC
         self.v_BNPC[:, :, start:end] = v_BNSC
         return self.k_BNPC[:, :, :end], self.v_BNPC[:, :, :end]
+
+
+class KVCache:
+    """Keys and values of all layers for `batch` sequences of up to `max_len` positions; `length` are filled."""
+
+    def __init__(self, cfg: Config, batch: int, max_len: int, dtype: torch.dtype, device: torch.device | str) -> None:
+        shape = (batch, cfg.attention.n_kv_heads, max_len, cfg.attention.head_dim)
+        self.layers = [
+            LayerCache(torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device))
+            for _ in range(cfg.n_layers)
+        ]
+        # The rotations of all its positions, made once.
+        self.rope = rope_tables(0, max_len, cfg.attention.head_dim, cfg.attention.rope, dtype, torch.device(device))
+        self.batch = batch
+        self.max_len = max_len
+        self.length = 0
 
 
 class Attention(nn.Module):
@@ -160,20 +199,23 @@ class Attention(nn.Module):
         q_BSHC = rotate(self.wq(x_BSD).unflatten(-1, (-1, self.head_dim)), *rope)
         k_BSNC = rotate(self.wk(x_BSD).unflatten(-1, (-1, self.head_dim)), *rope)
         v_BSNC = self.wv(x_BSD).unflatten(-1, (-1, self.head_dim))
-        q, k, v = q_BSHC.transpose(1, 2), k_BSNC.transpose(1, 2), v_BSNC.transpose(1, 2)
+        k, v = k_BSNC.transpose(1, 2), v_BSNC.transpose(1, 2)
         if cache is not None:
             k, v = cache.append(start, k, v)
-        return self.wo(_attend(q, k, v).transpose(1, 2).flatten(2))
+        return self.wo(_attend(q_BSHC, k, v))
 
 
-def _attend(q_BHSC: Tensor, k_BNPC: Tensor, v_BNPC: Tensor) -> Tensor:
-    """Causal attention of the last S of P positions -> [B, H, S, C]."""
-    S, P = q_BHSC.shape[2], k_BNPC.shape[2]
+def _attend(q_BSHC: Tensor, k_BNPC: Tensor, v_BNPC: Tensor) -> Tensor:
+    """Causal attention of the last S of P positions -> [B, S, H*C]."""
+    B, S, H, C = q_BSHC.shape
+    N, P = k_BNPC.shape[1:3]
     if S == 1:
         # One position sees everything, so the heads that share a key head can be rows of one query: a single product.
-        q_BNHC = q_BHSC.unflatten(1, (k_BNPC.shape[1], -1)).flatten(3)
-        return F.scaled_dot_product_attention(q_BNHC, k_BNPC, v_BNPC).flatten(1, 2).unsqueeze(2)
+        return F.scaled_dot_product_attention(q_BSHC.reshape(B, N, H // N, C), k_BNPC, v_BNPC).reshape(B, 1, H * C)
+    q_BHSC = q_BSHC.transpose(1, 2)
     if S == P:
-        return F.scaled_dot_product_attention(q_BHSC, k_BNPC, v_BNPC, is_causal=True, enable_gqa=True)
-    mask_SP = torch.ones(S, P, dtype=torch.bool, device=q_BHSC.device).tril(P - S)
-    return F.scaled_dot_product_attention(q_BHSC, k_BNPC, v_BNPC, attn_mask=mask_SP, enable_gqa=True)
+        y_BHSC = F.scaled_dot_product_attention(q_BHSC, k_BNPC, v_BNPC, is_causal=True, enable_gqa=True)
+    else:
+        mask_SP = torch.ones(S, P, dtype=torch.bool, device=q_BHSC.device).tril(P - S)
+        y_BHSC = F.scaled_dot_product_attention(q_BHSC, k_BNPC, v_BNPC, attn_mask=mask_SP, enable_gqa=True)
+    return y_BHSC.transpose(1, 2).flatten(2)

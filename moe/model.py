@@ -15,10 +15,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from moe.config import Config
+from moe.decode import DecodeStep
 from moe.experts import MoE, Routing
 from moe.kernels import ops
 from moe.kernels.reference import IGNORE_INDEX
-from moe.layers import Attention, LayerCache, Linear, RMSNorm, rope_tables
+from moe.layers import Attention, KVCache, LayerCache, Linear, RMSNorm, rope_tables
 
 
 @dataclass
@@ -26,28 +27,14 @@ class Output:
     """What a forward pass gives.
 
     `loss` is the training objective: cross-entropy + the weighted balance and z losses. `losses` holds its parts,
-    unweighted, as scalars: "lm" (mean over the targets, nats), "balance" and "z" (means over the layers, 0 with a
-    cache).
+    unweighted, as scalars: "lm" (mean over the targets, nats), "balance" and "z" (means over the layers); with a
+    cache there are none.
     """
 
     logits_BSV: Tensor | None = None
     loss: Tensor | None = None
     losses: dict[str, Tensor] = field(default_factory=dict)
     routing: list[Routing] = field(default_factory=list)
-
-
-class KVCache:
-    """Keys and values of all layers for `batch` sequences of up to `max_len` positions; `length` are filled."""
-
-    def __init__(self, cfg: Config, batch: int, max_len: int, dtype: torch.dtype, device: torch.device | str) -> None:
-        shape = (batch, cfg.attention.n_kv_heads, max_len, cfg.attention.head_dim)
-        self.layers = [
-            LayerCache(torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device))
-            for _ in range(cfg.n_layers)
-        ]
-        self.batch = batch
-        self.max_len = max_len
-        self.length = 0
 
 
 class Embedding(nn.Embedding):
@@ -112,7 +99,7 @@ class Transformer(nn.Module):
         start = cache.length if cache is not None else 0
         self._check_input(tokens_BS, targets_BS, cache, start + tokens_BS.shape[1])
         x_BSD = self.embedding(tokens_BS)
-        rope = self._rope(start, tokens_BS.shape[1], x_BSD)
+        rope = self._rope(start, tokens_BS.shape[1], x_BSD, cache)
         out = Output()
         for i, block in enumerate(self.blocks):
             if self.activation_checkpointing and torch.is_grad_enabled() and cache is None:
@@ -123,8 +110,9 @@ class Transformer(nn.Module):
         if cache is not None:
             cache.length = start + tokens_BS.shape[1]
         x_BSD = self.norm(x_BSD)
-        out.losses["balance"] = torch.stack([r.balance for r in out.routing]).mean()
-        out.losses["z"] = torch.stack([r.z for r in out.routing]).mean()
+        if cache is None:
+            out.losses["balance"] = torch.stack([r.balance for r in out.routing]).mean()
+            out.losses["z"] = torch.stack([r.z for r in out.routing]).mean()
         if targets_BS is None:
             out.logits_BSV = self.head(x_BSD)
             return out
@@ -139,7 +127,10 @@ class Transformer(nn.Module):
         new_tokens = list(stream(self, prompt_BS, max_new_tokens, **sampling))
         return torch.stack([*prompt_BS.unbind(1), *new_tokens], dim=1)
 
-    def _rope(self, start: int, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    def _rope(self, start: int, length: int, like: Tensor, cache: KVCache | None) -> tuple[Tensor, Tensor]:
+        if cache is not None:
+            cos, sin = cache.rope
+            return cos[start : start + length], sin[start : start + length]
         attention = self.cfg.attention
         return rope_tables(start, length, attention.head_dim, attention.rope, like.dtype, like.device)
 
@@ -263,11 +254,11 @@ def stream(
     weight = model.embedding.weight
     cache = KVCache(model.cfg, batch, max(max_len, length), weight.dtype, weight.device)
     generator = torch.Generator(weight.device).manual_seed(seed)
-    tokens_BS = prompt_BS
-    for _ in range(max_new_tokens):
-        logits_BV = model(tokens_BS, cache=cache).logits_BSV[:, -1]
+    step = DecodeStep(model, cache) if DecodeStep.fits(model) else None
+    logits_BV = model(prompt_BS, cache=cache).logits_BSV[:, -1]
+    for n in range(1, max_new_tokens + 1):
         next_B = sample(logits_BV, temperature, top_k, top_p, generator)
         yield next_B
-        if cache.length == model.cfg.max_seq_len:
+        if n == max_new_tokens or cache.length == model.cfg.max_seq_len:
             return
-        tokens_BS = next_B.unsqueeze(1)
+        logits_BV = step(next_B) if step else model(next_B.unsqueeze(1), cache=cache).logits_BSV[:, -1]

@@ -183,7 +183,7 @@ def attention(n_heads: int, n_kv_heads: int, d_model: int = 12, head_dim: int = 
 def by_hand(module: Attention, x: Tensor, n_heads: int, n_kv_heads: int) -> Tensor:
     """Head by head: a full softmax over what a position may see; query head h reads key head h // (H / N)."""
     C, S = module.head_dim, x.shape[1]
-    cos, sin = (t.squeeze(1) for t in tables(0, S, C))
+    cos, sin = (t.squeeze(1)[:, C // 2 :] for t in tables(0, S, C))
 
     def head(weight: Tensor, h: int, turn: bool) -> Tensor:
         y = x @ weight[h * C : (h + 1) * C].T

@@ -88,12 +88,18 @@ def op(impl: str | None) -> Run:
     return run
 
 
-def grouped_mm(inputs: Inputs, dy: Tensor, activation: str) -> tuple[Tensor, ...]:
-    """The pair of functions that CUDA runs, called directly."""
-    y, h, order, ends = grouped.grouped_mm_forward(*inputs, activation)
-    return y, *grouped.grouped_mm_backward(dy.to(y.dtype), *inputs[:4], h, order, ends, activation)
+def pair(forward: Callable, backward: Callable) -> Run:
+    """A forward and a backward of grouped.py, called directly."""
+
+    def run(inputs: Inputs, dy: Tensor, activation: str) -> tuple[Tensor, ...]:
+        y, h, order, ends = forward(*inputs, activation)
+        return y, *backward(dy.to(y.dtype), *inputs[:4], h, order, ends, activation)
+
+    return run
 
 
+grouped_mm = pair(grouped.grouped_mm_forward, grouped.grouped_mm_backward)
+loop = pair(grouped.loop_forward, grouped.loop_backward)
 RUNS: dict[str, tuple[Run, torch.dtype]] = {
     "reference-fp64": (op("reference"), torch.float64),
     "reference-fp32": (op("reference"), torch.float32),
@@ -103,6 +109,8 @@ RUNS: dict[str, tuple[Run, torch.dtype]] = {
     "grouped-bf16": (op("grouped"), torch.bfloat16),
     "grouped_mm-fp32": (grouped_mm, torch.float32),
     "grouped_mm-bf16": (grouped_mm, torch.bfloat16),
+    "loop-fp32": (loop, torch.float32),
+    "loop-bf16": (loop, torch.bfloat16),
 }
 
 
@@ -229,6 +237,17 @@ def test_expanded_gradient(impl: str) -> None:
     y.sum().backward()  # the gradient arrives as one element with strides of 0
     want = by_autograd(inputs, torch.ones_like(inputs.x), "swiglu")
     assert_close((y, *(t.grad for t in leaves[:4] if t.grad is not None)), want, 1e-13)
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+@pytest.mark.parametrize("ids", [[[1, 4]], [[4, 1]], [[0, 1]], [[2]], [[4, 0, 2]], [[1, 4], [4, 0]]], ids=str)
+def test_without_gradients(ids: list[list[int]], activation: str) -> None:
+    """A CPU that generates takes shortcuts: past the dispatcher, and for one token with two experts past the sort."""
+    for dtype, tolerance in ((torch.float64, 1e-14), (torch.float32, 1e-6)):
+        inputs = make(len(ids), 5, len(ids[0]), activation=activation)._replace(ids=torch.tensor(ids))
+        with torch.no_grad():
+            got = ops.expert_mlp(*inputs.to(dtype), activation)
+        assert rel(got, by_autograd(inputs.leaves(), upstream(inputs), activation)[0]) < tolerance
 
 
 @pytest.mark.parametrize("name", RUNS)
