@@ -3,13 +3,20 @@
 They work under `torch.compile(fullgraph=True)` and activation checkpointing. Shape suffixes as in reference.py.
 """
 
+import importlib.util
+import os
+
 import torch
 from torch import Tensor
 
 from moe.kernels import cross_entropy, grouped, reference
 
-ACTIVATIONS = {"swiglu": 2, "gelu": 1}  # name -> G, the number of F-wide input projections
-IMPLEMENTATIONS = ("reference", "grouped")
+ACTIVATIONS = {"swiglu": 2, "gelu": 1, "swiglu_oai": 2}  # name -> G, the number of F-wide input projections
+IMPLEMENTATIONS = ("reference", "grouped", "triton")
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+# On CPU tensors the Triton kernels run only in Triton's interpreter, which has to be chosen before they are imported.
+INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
 
 
 # ------------------------------------------------------------------------------------------------------- expert MLP
@@ -23,18 +30,26 @@ def expert_mlp(
     ids_TK: Tensor,
     activation: str = "swiglu",
     impl: str | None = None,
+    *,
+    b_in_EGF: Tensor | None = None,
+    b_out_ED: Tensor | None = None,
+    recompute: bool = False,
 ) -> Tensor:
     """The routed expert MLP: y[t] = sum over k of weights[t, k] * MLP_{ids[t, k]}(x[t]). Dropless.
 
     Args:
         x_TD: tokens, [T, D] floating point.
-        w_in_EGFD: [E, G, F, D], G = 2 (gate, then up) for "swiglu" and 1 for "gelu".
-        w_out_EDF: [E, D, F].
+        w_in_EGFD: [E, G, F, D], G = 1 for "gelu" and else 2: gate, then up. Any strides: a view of weights stored
+            transposed, or with gate and up in turns, is read where it is.
+        w_out_EDF: [E, D, F], any strides.
         weights_TK: routing weights, [T, K] floating point, commonly float32.
         ids_TK: chosen experts, [T, K] int64 in [0, E).
-        activation: "swiglu", silu(gate) * up, or "gelu" in the tanh form.
-        impl: "reference" (any device and dtype), "grouped" (CPU: any dtype; CUDA: bfloat16), or None for the fastest
-            that is eligible.
+        activation: "swiglu", silu(gate) * up; "gelu" in the tanh form; "swiglu_oai", gpt-oss's clamped form.
+        impl: "reference" (any device and dtype), "grouped" (CPU: any dtype; CUDA: bfloat16; no biases), "triton" (CUDA:
+            bfloat16, float16, float32; on CPU in Triton's interpreter), or None for the fastest that is eligible.
+        b_in_EGF, b_out_ED: biases of the two products.
+        recompute: keep x alone for the backward, which then computes the pre-activations again ("triton"; the
+            others have no use for it).
 
     Returns:
         y_TD in the dtype of x (under autocast: in autocast's dtype).
@@ -45,14 +60,15 @@ def expert_mlp(
     if torch.is_autocast_enabled(x_TD.device.type):
         dtype = torch.get_autocast_dtype(x_TD.device.type)
         x_TD, w_in_EGFD, w_out_EDF = x_TD.to(dtype), w_in_EGFD.to(dtype), w_out_EDF.to(dtype)
-    _check_expert_mlp(x_TD, w_in_EGFD, w_out_EDF, weights_TK, ids_TK, activation)
+        b_in_EGF, b_out_ED = (None if b is None else b.to(dtype) for b in (b_in_EGF, b_out_ED))
+    _check_expert_mlp(x_TD, w_in_EGFD, w_out_EDF, weights_TK, ids_TK, activation, b_in_EGF, b_out_ED)
     inputs = (x_TD, w_in_EGFD, w_out_EDF, weights_TK, ids_TK)
-    impl = _choose(impl, x_TD)
-    if _is_plain_cpu_inference(inputs):
-        if impl == "grouped" and ids_TK.shape == (1, 2):
+    impl = _choose(impl, x_TD, activation, b_in_EGF is not None or b_out_ED is not None)
+    if impl == "grouped" and _is_plain_cpu_inference(inputs):
+        if ids_TK.shape == (1, 2):
             return grouped.one_token_top2(*inputs, activation)
-        return _forward(*inputs, activation, impl)[0]
-    return _expert_mlp(*inputs, activation, impl)[0]
+        return _forward_grouped(*inputs, activation)[0]
+    return _expert_mlp(*inputs, b_in_EGF, b_out_ED, activation, impl, recompute)[0]
 
 
 def _is_plain_cpu_inference(inputs: tuple[Tensor, ...]) -> bool:
@@ -64,21 +80,55 @@ def _is_plain_cpu_inference(inputs: tuple[Tensor, ...]) -> bool:
     )
 
 
-def _choose(impl: str | None, x_TD: Tensor) -> str:
+def _choose(impl: str | None, x_TD: Tensor, activation: str, biases: bool) -> str:
     if impl is None:
-        # On CPU `reference` is slower at every T measured (benchmarks/expert_cpu.py); grouped_mm on CUDA knows
-        # bfloat16 only.
-        return "grouped" if x_TD.device.type == "cpu" or x_TD.dtype == torch.bfloat16 else "reference"
+        if _why_not_triton(x_TD) is None and x_TD.device.type != "cpu":
+            return "triton"
+        return "reference" if _why_not_grouped(x_TD, activation, biases) else "grouped"
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl = {impl!r}: must be one of {', '.join(IMPLEMENTATIONS)}, or None for the fastest")
-    if impl == "grouped" and x_TD.device.type != "cpu" and x_TD.dtype != torch.bfloat16:
-        raise ValueError(
-            f'impl = "grouped": on {x_TD.device.type} it needs bfloat16, not {x_TD.dtype}; use "reference"'
-        )
+    reason = None
+    if impl == "grouped":
+        reason = _why_not_grouped(x_TD, activation, biases)
+    elif impl == "triton":
+        reason = _why_not_triton(x_TD)
+    if reason:
+        raise ValueError(f'impl = "{impl}": {reason}; use "reference"')
     return impl
 
 
-def _check_expert_mlp(x: Tensor, w_in: Tensor, w_out: Tensor, weights: Tensor, ids: Tensor, activation: str) -> None:
+def _why_not_grouped(x_TD: Tensor, activation: str, biases: bool) -> str | None:
+    if biases:
+        return "it takes no biases"
+    if activation == "swiglu_oai":
+        return "it does not know swiglu_oai"
+    if x_TD.device.type != "cpu" and x_TD.dtype != torch.bfloat16:
+        return f"on {x_TD.device.type} it needs bfloat16, not {x_TD.dtype}"
+    return None
+
+
+def _why_not_triton(x_TD: Tensor) -> str | None:
+    if not HAS_TRITON:
+        return "the triton package is not installed"
+    if x_TD.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"it needs bfloat16, float16 or float32, not {x_TD.dtype}"
+    if x_TD.device.type == "cpu" and not INTERPRETED:
+        return "it runs on CUDA; on a CPU only in the interpreter, with TRITON_INTERPRET=1 set before the import"
+    if x_TD.device.type not in ("cpu", "cuda"):
+        return f"it does not run on {x_TD.device.type}"
+    return None
+
+
+def _check_expert_mlp(
+    x: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    weights: Tensor,
+    ids: Tensor,
+    activation: str,
+    b_in: Tensor | None,
+    b_out: Tensor | None,
+) -> None:
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation = {activation!r}: must be one of {', '.join(ACTIVATIONS)}")
     if x.ndim != 2 or w_in.ndim != 4 or w_out.ndim != 3 or ids.ndim != 2 or weights.shape != ids.shape:
@@ -94,6 +144,9 @@ def _check_expert_mlp(x: Tensor, w_in: Tensor, w_out: Tensor, weights: Tensor, i
             f"shapes do not fit together: x {list(x.shape)}, w_in {list(w_in.shape)}, w_out {list(w_out.shape)}, "
             f"ids {list(ids.shape)}"
         )
+    for name, bias, shape in (("b_in", b_in, w_in.shape[:3]), ("b_out", b_out, w_out.shape[:2])):
+        if bias is not None and (bias.shape != shape or bias.dtype != x.dtype):
+            raise ValueError(f"{name} must be {list(shape)} {x.dtype}; got {list(bias.shape)} {bias.dtype}")
     if not x.dtype == w_in.dtype == w_out.dtype:
         raise ValueError(f"x, w_in and w_out must have one dtype; got {x.dtype}, {w_in.dtype}, {w_out.dtype}")
     if ids.dtype != torch.int64:
@@ -102,18 +155,31 @@ def _check_expert_mlp(x: Tensor, w_in: Tensor, w_out: Tensor, weights: Tensor, i
 
 @torch.library.custom_op("gpt4_moe::expert_mlp", mutates_args=())
 def _expert_mlp(
-    x: Tensor, w_in: Tensor, w_out: Tensor, weights: Tensor, ids: Tensor, activation: str, impl: str
+    x: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    weights: Tensor,
+    ids: Tensor,
+    b_in: Tensor | None,
+    b_out: Tensor | None,
+    activation: str,
+    impl: str,
+    recompute: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns y and what the backward reads: pre-activations, sorted order, ends of the experts' rows."""
-    return _forward(x, w_in, w_out, weights, ids, activation, impl)
-
-
-def _forward(
-    x: Tensor, w_in: Tensor, w_out: Tensor, weights: Tensor, ids: Tensor, activation: str, impl: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns y and what the backward reads: pre-activations, sorted order, where the experts' rows end or begin."""
     if impl == "reference":
-        y = reference.expert_mlp(x, w_in, w_out, weights, ids, activation)
+        y = reference.expert_mlp(x, w_in, w_out, weights, ids, activation, b_in, b_out)
         return y, x.new_empty(0), ids.new_empty(0), ids.new_empty(0, dtype=torch.int32)
+    if impl == "grouped":
+        return _forward_grouped(x, w_in, w_out, weights, ids, activation)
+    from moe.kernels import expert_mlp as fused
+
+    return fused.forward(x, fused.Experts(w_in, w_out, b_in, b_out), weights, ids, activation, not recompute)
+
+
+def _forward_grouped(
+    x: Tensor, w_in: Tensor, w_out: Tensor, weights: Tensor, ids: Tensor, activation: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     forward = grouped.grouped_mm_forward if _takes_grouped_mm(x, w_in, w_out) else grouped.loop_forward
     return forward(x, w_in, w_out, weights, ids, activation)
 
@@ -129,14 +195,16 @@ def _takes_grouped_mm(x: Tensor, w_in: Tensor, w_out: Tensor) -> bool:
 
 
 @_expert_mlp.register_fake
-def _(
-    x: Tensor, w_in: Tensor, w_out: Tensor, weights: Tensor, ids: Tensor, activation: str, impl: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(x, w_in, w_out, weights, ids, b_in, b_out, activation, impl, recompute):
     # new_empty(shape), here and below: results are contiguous whatever the layout of the inputs, and fakes must say so.
+    y, n_rows = x.new_empty(x.shape), ids.numel()
     if impl == "reference":
-        return x.new_empty(x.shape), x.new_empty(0), ids.new_empty(0), ids.new_empty(0, dtype=torch.int32)
-    h = x.new_empty(ids.numel(), *w_in.shape[1:3])
-    return x.new_empty(x.shape), h, ids.new_empty(ids.numel()), ids.new_empty(len(w_in), dtype=torch.int32)
+        return y, x.new_empty(0), ids.new_empty(0), ids.new_empty(0, dtype=torch.int32)
+    if impl == "grouped":
+        h = x.new_empty(n_rows, *w_in.shape[1:3])
+        return y, h, ids.new_empty(n_rows), ids.new_empty(len(w_in), dtype=torch.int32)
+    h = x.new_empty(0 if recompute else n_rows, w_in.shape[1] * w_in.shape[2])
+    return y, h, ids.new_empty(2, n_rows, dtype=torch.int32), ids.new_empty(len(w_in) + 1, dtype=torch.int32)
 
 
 @torch.library.custom_op("gpt4_moe::expert_mlp_backward", mutates_args=())
@@ -150,32 +218,49 @@ def _expert_mlp_backward(
     h: Tensor,
     order: Tensor,
     ends: Tensor,
+    b_in: Tensor | None,
+    b_out: Tensor | None,
     activation: str,
     impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if impl == "reference":
-        return reference.expert_mlp_backward(dy, x, w_in, w_out, weights, ids, activation)
-    backward = grouped.grouped_mm_backward if _takes_grouped_mm(x, w_in, w_out) else grouped.loop_backward
-    return backward(dy.contiguous(), x, w_in, w_out, weights, h, order, ends, activation)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of x, w_in, w_out, weights, b_in, b_out; empty for a bias that is not there."""
+    if impl == "grouped":
+        grouped_mm = _takes_grouped_mm(x, w_in, w_out)
+        backward = grouped.grouped_mm_backward if grouped_mm else grouped.loop_backward
+        found = (*backward(dy.contiguous(), x, w_in, w_out, weights, h, order, ends, activation), None, None)
+    elif impl == "reference":
+        found = reference.expert_mlp_backward(dy, x, w_in, w_out, weights, ids, activation, b_in, b_out)
+    else:
+        from moe.kernels import expert_mlp as fused
+
+        found = fused.backward(dy, x, fused.Experts(w_in, w_out, b_in, b_out), weights, h, order, ends, activation)
+    dx, dw_in, dw_out, dweights, db_in, db_out = found
+    none = x.new_empty(0)
+    return dx, dw_in, dw_out, dweights, none if db_in is None else db_in, none.clone() if db_out is None else db_out
 
 
 @_expert_mlp_backward.register_fake
-def _(dy, x, w_in, w_out, weights, ids, h, order, ends, activation, impl):
-    return tuple(t.new_empty(t.shape) for t in (x, w_in, w_out, weights))
+def _(dy, x, w_in, w_out, weights, ids, h, order, ends, b_in, b_out, activation, impl):
+    biases = (x.new_empty(0 if b is None else b.shape) for b in (b_in, b_out))
+    return *(t.new_empty(t.shape) for t in (x, w_in, w_out, weights)), *biases
 
 
 def _expert_mlp_setup(ctx, inputs, output) -> None:
-    x, w_in, w_out, weights, ids, ctx.activation, ctx.impl = inputs
+    *tensors, ctx.activation, ctx.impl, _ = inputs
     # Only y has a gradient: without this, autograd would fill zeros of the size of the pre-activations.
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, w_in, w_out, weights, ids, *output[1:])
+    ctx.save_for_backward(*tensors, *output[1:])
 
 
 def _expert_mlp_autograd(ctx, dy: Tensor | None, *_unused: None):
     if dy is None:
-        return (None,) * 7
-    gradients = _expert_mlp_backward(dy, *ctx.saved_tensors, ctx.activation, ctx.impl)
-    return *gradients, None, None, None
+        return (None,) * 10
+    x, w_in, w_out, weights, ids, b_in, b_out, *saved = ctx.saved_tensors
+    *gradients, db_in, db_out = _expert_mlp_backward(
+        dy, x, w_in, w_out, weights, ids, *saved, b_in, b_out, ctx.activation, ctx.impl
+    )
+    biases = (None if b is None else db for b, db in ((b_in, db_in), (b_out, db_out)))
+    return *gradients, None, *biases, None, None, None
 
 
 _expert_mlp.register_autograd(_expert_mlp_autograd, setup_context=_expert_mlp_setup)

@@ -1,12 +1,17 @@
 """What the tests share: an error measure that has no scale, a tiny model shape, one thread."""
 
 import math
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 from hypothesis import settings
 from torch import Tensor
+
+# Without a GPU the Triton kernels run in Triton's interpreter, which has to be chosen before they are imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from moe.config import AttentionConfig, Config, ExpertsConfig
 

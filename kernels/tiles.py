@@ -1,0 +1,186 @@
+"""Tile sizes of the Triton kernels: an explicit table by GPU architecture and shape class. Nothing is tuned silently.
+
+`moe.kernels.tune` measures other choices on a machine and writes the better ones to a file that `choose` reads first.
+"""
+
+import json
+import os
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cache
+from pathlib import Path
+
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One product: BN output columns and BK of the summed dimension at a time.
+
+    For a weight gradient, whose output has no row tiles, `rows` is the other side of its output tile.
+    """
+
+    columns: int
+    depth: int
+    warps: int = 8
+    stages: int = 3
+    group: int = 8  # row tiles that walk the columns together
+    split: int = 1  # pieces in which the epilogue takes the tile
+    rows: int = 0
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """The products of one forward and backward; all but the weight gradients share the tiles of `rows` rows."""
+
+    rows: int
+    up: Tile
+    down: Tile
+    down_backward: Tile
+    dx: Tile
+    dw: Tile
+    tma: bool = False  # the products of expert_tma.py, where the operands allow it
+
+
+PRODUCTS = ("up", "down", "down_backward", "dx", "dw")
+SHAPE_CLASSES = ("few", "some", "many")  # rows per expert: up to 16, up to 64, more
+
+_TINY = Tile(32, 32, warps=4, stages=2, group=2)
+_SM80 = {
+    "few": Tiles(
+        16,
+        up=Tile(64, 128, 4, 4),
+        down=Tile(64, 128, 4, 4),
+        down_backward=Tile(64, 64, 4, 3),
+        dx=Tile(64, 64, 4, 4),
+        dw=Tile(128, 16, 4, 3, rows=64),
+    ),
+    "some": Tiles(
+        64,
+        up=Tile(128, 64, 4, 3),
+        down=Tile(128, 64, 4, 3),
+        down_backward=Tile(64, 64, 8, 3),
+        dx=Tile(128, 64, 4, 3),
+        dw=Tile(128, 32, 8, 3, rows=128),
+    ),
+    "many": Tiles(
+        128,
+        up=Tile(128, 64, 8, 3),
+        down=Tile(128, 64, 8, 3),
+        down_backward=Tile(64, 64, 8, 3, split=2),
+        dx=Tile(128, 64, 8, 3),
+        dw=Tile(128, 64, 8, 3, rows=128),
+    ),
+}
+# float32 operands take twice the shared memory and run on other units: half the depth.
+_FLOAT32 = {
+    "few": Tiles(16, *[Tile(32, 64, 4, 2)] * 4, dw=Tile(64, 16, 4, 2, rows=32)),
+    "some": Tiles(32, *[Tile(64, 32, 4, 2)] * 4, dw=Tile(64, 32, 4, 2, rows=64)),
+    "many": Tiles(64, *[Tile(64, 32, 4, 2)] * 4, dw=Tile(64, 32, 4, 2, rows=64)),
+}
+_SM90_TMA = {
+    "many": Tiles(
+        128,
+        up=Tile(256, 64, 8, 3),
+        down=Tile(256, 64, 8, 3, split=2),
+        down_backward=Tile(128, 64, 8, 3, split=2),
+        dx=Tile(256, 64, 8, 3, split=2),
+        dw=Tile(256, 64, 8, 3, rows=128),
+        tma=True,
+    ),
+}
+TABLE: dict[str, dict[str, Tiles]] = {"sm_80": _SM80, "sm_90": _SM80, "sm_90 tma": _SM90_TMA, "gfx942": _SM80}
+_INTERPRETER = Tiles(16, *[_TINY] * 4, dw=Tile(32, 16, warps=4, stages=2, group=2, rows=32))
+_INTERPRETER_TMA = Tiles(
+    16,
+    up=_TINY,
+    down=replace(_TINY, split=2),
+    down_backward=replace(_TINY, split=4),
+    dx=replace(_TINY, split=2),
+    dw=Tile(32, 16, warps=4, stages=2, group=2, rows=32),
+    tma=True,
+)
+
+
+def shape_class(n_rows: int, n_experts: int) -> str:
+    per_expert = n_rows / n_experts
+    return "few" if per_expert <= 16 else "some" if per_expert <= 64 else "many"
+
+
+def choose(device: torch.device, dtype: torch.dtype, n_rows: int, n_experts: int, tma: bool) -> Tiles:
+    """The tiles for R routed rows. A machine's own file (see `tune`) counts before the table.
+
+    Args:
+        tma: whether TMA can read the operands.
+    """
+    if INTERPRETED:
+        return _INTERPRETER_TMA if tma else _INTERPRETER
+    size = shape_class(n_rows, n_experts)
+    if dtype == torch.float32:
+        return _FLOAT32[size]
+    row = architecture(device)
+    for key in (f"{row} tma", row) if tma else (row,):
+        if found := (tuned().get(f"{key} {size}") or TABLE.get(key, {}).get(size)):
+            return found
+    raise KeyError(f"no tiles for {row}, {size}")
+
+
+def programs(device: torch.device) -> int:
+    """How many persistent programs a device runs at once: one per multiprocessor."""
+    return 3 if INTERPRETED else _multiprocessors(device)
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@cache
+def architecture(device: torch.device) -> str:
+    """The row of the table for a device: the newest entry that is not newer than it."""
+    if torch.version.hip:
+        return "gfx942"
+    return "sm_90" if torch.cuda.get_device_capability(device)[0] >= 9 else "sm_80"
+
+
+def tuned_path() -> Path:
+    """Where `tune` writes: GPT4_MOE_TILES, or a file of this GPU's in the user's cache folder."""
+    if given := os.environ.get("GPT4_MOE_TILES"):
+        return Path(given)
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return root / "gpt4-moe" / f"tiles-{torch.cuda.get_device_name().replace(' ', '-')}.json"
+
+
+@cache
+def tuned() -> dict[str, Tiles]:
+    """The tuned tiles of this machine by architecture and shape class; empty where `tune` never ran."""
+    path = tuned_path()
+    return load(path) if path.exists() else {}
+
+
+def load(path: Path) -> dict[str, Tiles]:
+    """Read a file of `save`.
+
+    Raises:
+        ValueError: it is not such a file; the message names it.
+    """
+    try:
+        table = json.loads(path.read_text())
+        return {
+            size: Tiles(**{**values, **{name: Tile(**values[name]) for name in PRODUCTS}})
+            for size, values in table.items()
+        }
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path}: not a file of tile sizes ({error!r}); delete it, or run moe.kernels.tune") from error
+
+
+def save(path: Path, table: dict[str, Tiles]) -> None:
+    """Write tuned tiles, complete or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps({size: asdict(tiles) for size, tiles in table.items()}, indent=1) + "\n")
+    temporary.replace(path)
+
+
+assert {f.name for f in fields(Tiles)} == {"rows", "tma", *PRODUCTS}
