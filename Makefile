@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN ?= runs/demo
 
-.PHONY: demo test test-all lint bench clean
+.PHONY: demo test test-all lint bench aot gpu clean
 
 # torch goes in first and alone: an open range in a dependency could pull gigabytes of CUDA packages.
 $(VENV)/.installed: pyproject.toml
@@ -37,6 +37,14 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python benchmarks/generate.py
 	$(BIN)/python benchmarks/expert_cpu.py
+
+# Compiles every Triton kernel for A100, H100 and MI300, on a machine without a GPU too; fails on spills.
+aot: $(VENV)/.installed
+	$(BIN)/python -m moe.kernels.ahead
+
+# On a machine with a CUDA GPU, with the python that has its torch: no .venv. FLAGS=--quick, FLAGS=--dry-run.
+gpu:
+	$(PYTHON) benchmarks/gpu.py $(FLAGS)
 
 clean:
 	rm -rf $(VENV) runs data dist .pytest_cache .ruff_cache

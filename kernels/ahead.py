@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from moe.kernels import expert_mlp, expert_pointer, expert_tma, routing, tiles
+from moe.kernels import expert_mlp, expert_pointer, expert_tma, routing, rows, tiles
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -34,7 +34,7 @@ TARGETS = {
 }
 SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "gfx942": 65_536}  # bytes a block; the compiler does not check
 MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "gfx942": 304}
-MODULES = (routing, expert_pointer, expert_tma)
+MODULES = (routing, rows, expert_pointer, expert_tma)
 _TYPES = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from moe.kernels import expert_pointer, expert_tma, routing, tiles
-from moe.kernels.expert_pointer import Experts, bias_gradient, combine
+from moe.kernels.expert_pointer import Experts
 from moe.kernels.routing import Routes
+from moe.kernels.rows import bias_gradient, combine
 from moe.kernels.tiles import Tiles
 
 

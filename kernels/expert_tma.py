@@ -19,9 +19,9 @@ from moe.kernels.expert_pointer import (
     _swizzle,
     activate,
     down_backward_epilogue,
-    gather_kernel,
 )
 from moe.kernels.routing import Routes
+from moe.kernels.rows import gather
 from moe.kernels.tiles import Tiles
 
 
@@ -187,11 +187,7 @@ def fits(x_TD: Tensor, experts: Experts) -> bool:
 
 def rows(x_TD: Tensor, routes: Routes, top_k: int) -> Tensor:
     """A copy of the tokens in the order of the rows, [R, D]: TMA on Hopper cannot gather."""
-    R, D = len(routes.order_R), x_TD.shape[1]
-    x_TD = x_TD if x_TD.stride(1) == 1 else x_TD.contiguous()
-    out_RD, BD = x_TD.new_empty(R, D), min(1024, triton.next_power_of_2(D))
-    gather_kernel[(R, triton.cdiv(D, BD))](x_TD, out_RD, routes.order_R, D, x_TD.stride(0), K=top_k, BD=BD)
-    return out_RD
+    return gather(x_TD, routes, top_k)
 
 
 def up(

@@ -19,6 +19,78 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
 
 
+# -------------------------------------------------------------------------------------------------------------- gate
+
+
+def topk_gate(
+    logits_TE: Tensor, top_k: int, bias_E: Tensor | None = None, impl: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """Choose `top_k` experts per token and weigh them by a softmax over the chosen logits.
+
+    Args:
+        logits_TE: [T, E] floating point.
+        bias_E: added to the softmax scores for choosing only.
+        impl: "reference", "triton" (float32 on CUDA, or the interpreter: one launch), or None for the fastest.
+
+    Returns:
+        weights_TK in the dtype of the logits, each row summing to 1, and ids_TK int64, in falling order of score; ties
+        go to the lower expert.
+
+    Raises:
+        ValueError: `impl` cannot run here; the message says why.
+    """
+    reason = _why_not_triton(logits_TE)
+    if reason is None and logits_TE.dtype != torch.float32:
+        reason = f"the gate needs float32, not {logits_TE.dtype}"
+    if impl == "triton" and reason:
+        raise ValueError(f'impl = "triton": {reason}; use "reference"')
+    if impl == "triton" or (impl is None and reason is None and logits_TE.device.type != "cpu"):
+        return _topk_gate(logits_TE, bias_E, top_k)
+    return reference.topk_gate(logits_TE, top_k, bias_E)
+
+
+@torch.library.custom_op("gpt4_moe::topk_gate", mutates_args=())
+def _topk_gate(logits: Tensor, bias: Tensor | None, top_k: int) -> tuple[Tensor, Tensor]:
+    from moe.kernels import routing
+
+    weights, ids, _ = routing.gate(logits, top_k, bias)
+    return weights, ids
+
+
+@_topk_gate.register_fake
+def _(logits, bias, top_k):
+    shape = len(logits), top_k
+    return logits.new_empty(shape), logits.new_empty(shape, dtype=torch.int64)
+
+
+@torch.library.custom_op("gpt4_moe::topk_gate_backward", mutates_args=())
+def _topk_gate_backward(dweights: Tensor, weights: Tensor, ids: Tensor, n_experts: int) -> Tensor:
+    from moe.kernels import routing
+
+    return routing.gate_backward(dweights, weights, ids, n_experts)
+
+
+@_topk_gate_backward.register_fake
+def _(dweights, weights, ids, n_experts):
+    return weights.new_empty(len(weights), n_experts)
+
+
+def _topk_gate_setup(ctx, inputs, output) -> None:
+    ctx.n_experts = inputs[0].shape[1]
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _topk_gate_autograd(ctx, dweights: Tensor | None, _ids: None):
+    if dweights is None:
+        return None, None, None
+    return _topk_gate_backward(dweights, *ctx.saved_tensors, ctx.n_experts), None, None
+
+
+_topk_gate.register_autograd(_topk_gate_autograd, setup_context=_topk_gate_setup)
+
+
 # ------------------------------------------------------------------------------------------------------- expert MLP
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe.experts import MoE
-from moe.kernels import ops, reference
+from moe.kernels import ops
 from moe.layers import KVCache, LayerCache, RMSNorm, at_least_fp32, cast, rotate
 
 
@@ -90,7 +90,7 @@ class DecodeStep:
     def _experts(self, moe: MoE, x_BD: Tensor) -> Tensor:
         router = moe.router
         logits_BE = F.linear(cast(x_BD, self.wide), cast(router.weight, self.wide))
-        weights_BK, ids_BK = reference.topk_gate(logits_BE, router.top_k, router.bias_E)
+        weights_BK, ids_BK = ops.topk_gate(logits_BE, router.top_k, router.bias_E)
         return ops.expert_mlp(x_BD, moe.w_in_EGFD, moe.w_out_EDF, weights_BK, ids_BK, moe.activation)
 
     def _norm_weight(self, norm: RMSNorm) -> Tensor:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe.config import ExpertsConfig, RouterConfig
-from moe.kernels import ops, reference
+from moe.kernels import ops
 from moe.layers import at_least_fp32, cast, without_autocast
 
 
@@ -52,7 +52,7 @@ class Router(nn.Module):
         wide = at_least_fp32(x_BSD.dtype)
         with without_autocast(x_BSD.device.type):
             logits_BSE = F.linear(cast(x_BSD, wide), cast(self.weight, wide))
-            weights_TK, ids_TK = reference.topk_gate(logits_BSE.flatten(0, 1), self.top_k, self.bias_E)
+            weights_TK, ids_TK = ops.topk_gate(logits_BSE.flatten(0, 1), self.top_k, self.bias_E)
             if not with_losses:
                 balance = z = logits_BSE.new_zeros(())
             else:

@@ -29,6 +29,7 @@ from moe.checkpoint import (
 )
 from moe.config import AttentionConfig, Config, ConfigError, ExpertsConfig, RopeConfig, RouterConfig
 from moe.files import atomic_directory
+from moe.hf_experts import register_experts as register_experts
 from moe.model import Transformer
 from moe.tensorfiles import (
     INDEX_FILE,

@@ -27,6 +27,7 @@ RANK = {
     "moe.streaming": 5,
     "moe.tensorfiles": 5,
     "moe.checkpoint": 5,
+    "moe.hf_experts": 3,
     "moe.hf": 5,
     "moe.data": 5,
     "moe.parallel": 5,

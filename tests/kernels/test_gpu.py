@@ -1,0 +1,125 @@
+"""What needs a CUDA GPU: large shapes, bfloat16, offsets beyond 2^31, bitwise repeatability, graphs, the model."""
+
+import pytest
+import torch
+
+from moe.kernels import ops
+from tests.conftest import rel, tiny_config
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+LIMIT = {torch.bfloat16: 2e-2, torch.float16: 5e-3, torch.float32: 1e-5}
+
+
+def tensors(T: int, E: int, K: int, D: int, width: int, dtype: torch.dtype, gates: int = 2) -> list[torch.Tensor]:
+    g = torch.Generator("cuda").manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=g, device="cuda", dtype=dtype)
+
+    weights = torch.randn(T, K, generator=g, device="cuda").softmax(-1)
+    ids = torch.rand(T, E, generator=g, device="cuda").argsort(1)[:, :K]
+    return [normal(T, D), normal(E, gates, width, D) / D**0.5, normal(E, D, width) / width**0.5, weights, ids]
+
+
+def run(inputs: list[torch.Tensor], activation: str = "swiglu", impl: str | None = "triton") -> torch.Tensor:
+    x, w_in, w_out, weights, ids = inputs
+    return ops.expert_mlp(x, w_in, w_out, weights, ids, activation, impl)
+
+
+def step(inputs: list[torch.Tensor], activation: str, impl: str | None, **settings: bool) -> list[torch.Tensor]:
+    leaves = x, w_in, w_out, weights = [t.detach().requires_grad_() for t in inputs[:4]]
+    y = ops.expert_mlp(x, w_in, w_out, weights, inputs[4], activation, impl, **settings)
+    dy = torch.randn(y.shape, generator=torch.Generator("cuda").manual_seed(1), device="cuda").to(y.dtype)
+    return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    ("T", "E", "K", "D", "width"),
+    [
+        (64, 4, 2, 64, 128),
+        (727, 5, 2, 577, 859),
+        (8192, 16, 2, 512, 1024),
+        (4096, 64, 8, 256, 128),
+        (1, 16, 2, 512, 1024),
+        (300, 7, 7, 256, 512),
+    ],
+    ids=lambda v: str(v),
+)
+@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+def test_small_and_large_against_float64(
+    T: int, E: int, K: int, D: int, width: int, dtype: torch.dtype, activation: str
+) -> None:
+    inputs = tensors(T, E, K, D, width, dtype, ops.ACTIVATIONS[activation])
+    want = step([t.double() if t.is_floating_point() else t for t in inputs], activation, "reference")
+    for name, a, b in zip(
+        ("y", "dx", "dw_in", "dw_out", "dweights"), step(inputs, activation, "triton"), want, strict=True
+    ):
+        assert rel(a, b) < LIMIT[dtype], name
+        worst = (a.double() - b).abs().max() / b.abs().max()
+        assert worst < 2 * LIMIT[dtype], name
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_twice_gives_the_same_bits(recompute: bool) -> None:
+    inputs = tensors(8192, 16, 2, 512, 1024, torch.bfloat16)
+    first, second = (step(inputs, "swiglu", "triton", recompute=recompute) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_rows_beyond_the_reach_of_32_bits() -> None:
+    """R * 2F and E * 2F * D above 2^31: the last rows and the last expert must be right."""
+    T, E, K, D, width = 24576, 16, 2, 4096, 24576
+    x, w_in, w_out, weights, ids = tensors(T, E, K, D, width, torch.bfloat16)
+    assert T * K * 2 * width > 2**31
+    assert E * 2 * width * D > 2**31
+    with torch.no_grad():
+        y = ops.expert_mlp(x, w_in, w_out, weights, ids, "swiglu", "triton")
+        last = slice(T - 64, T)
+        want = ops.expert_mlp(x[last], w_in, w_out, weights[last], ids[last], "swiglu", "reference")
+    assert rel(y[last], want) < 2e-2
+
+
+def test_a_cuda_graph_replays_with_new_routing() -> None:
+    inputs = tensors(256, 16, 2, 512, 1024, torch.bfloat16)
+    other = tensors(256, 16, 2, 512, 1024, torch.bfloat16)
+    other[4] = (other[4] + 3) % 16
+    with torch.no_grad():
+        for _ in range(2):
+            run(inputs)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = run(inputs)
+        for target, source in zip(inputs, other, strict=True):
+            target.copy_(source)
+        graph.replay()
+        assert torch.equal(y, run(other))
+
+
+def test_compiled_and_checkpointed() -> None:
+    inputs = tensors(512, 8, 2, 256, 512, torch.bfloat16)
+    plain = step(inputs, "swiglu", "triton")
+    compiled = torch.compile(lambda *inputs: run(list(inputs)), fullgraph=True)
+    leaves = [t.detach().requires_grad_() for t in inputs[:4]]
+    y = compiled(*leaves, inputs[4])
+    dy = torch.randn(y.shape, generator=torch.Generator("cuda").manual_seed(1), device="cuda").to(y.dtype)
+    for a, b in zip([y, *torch.autograd.grad(y, leaves, dy)], plain, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_default_on_cuda_is_triton_and_the_model_trains_with_it() -> None:
+    import moe
+
+    assert ops._choose(None, torch.empty(4, 8, device="cuda", dtype=torch.bfloat16), "swiglu", False) == "triton"
+    model = moe.Transformer(tiny_config(d_model=32)).cuda()
+    tokens = torch.randint(61, (4, 33), device="cuda")
+    optimizer, losses = torch.optim.AdamW(model.parameters(), lr=1e-2), []
+    for _ in range(20):
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = model(tokens[:, :-1], tokens[:, 1:]).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
