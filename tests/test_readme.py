@@ -1,8 +1,10 @@
 """Every command and every example of README.md runs as it stands there.
 
-`make test` is what runs this, so it is left out; `make demo` is run by its own slow test, shortened.
+`make test` is what runs this, so it is left out; `make demo` and `make gpu` are run by slow tests of their own,
+shortened; what `make aot` runs is run by kernels/test_ahead.py.
 """
 
+import json
 import os
 import re
 import shlex
@@ -44,7 +46,7 @@ def commands() -> list[list[str]]:
 def test_every_command_is_known() -> None:
     """A new kind of command in README needs a test here."""
     assert {words[0] for words in commands()} <= {"make", "moe", "python"}
-    assert {words[1] for words in commands() if words[0] == "make"} <= {"demo", "test"}
+    assert {words[1] for words in commands() if words[0] == "make"} <= {"demo", "test", "aot", "gpu"}
 
 
 def test_moe_commands_run_in_order(tmp_path: Path) -> None:
@@ -80,3 +82,13 @@ def test_make_demo(tmp_path: Path) -> None:
     assert (run_dir / "pictures" / "loss.png").stat().st_size > 10_000
     assert (run_dir / "final" / "model.safetensors").is_file()
     assert (run_dir / "samples.txt").read_text(encoding="utf-8").strip()
+
+
+@pytest.mark.slow
+def test_make_gpu_goes_through_without_a_gpu(tmp_path: Path) -> None:
+    flags = f"FLAGS=--dry-run --out {tmp_path}"
+    run(["make", "gpu", f"PYTHON={sys.executable}", flags], ROOT)
+    record = json.loads((tmp_path / "record.json").read_text())
+    assert {part["status"] for part in record["parts"].values()} == {"ok"}
+    assert {"tests", "expert_mlp", "hf_layer", "replica_1b"} == set(record["parts"])
+    assert "| gpt4-moe |" in (tmp_path / "README.md").read_text()

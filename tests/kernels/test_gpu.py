@@ -26,9 +26,9 @@ def run(inputs: list[torch.Tensor], activation: str = "swiglu", impl: str | None
     return ops.expert_mlp(x, w_in, w_out, weights, ids, activation, impl)
 
 
-def step(inputs: list[torch.Tensor], activation: str, impl: str | None, **settings: bool) -> list[torch.Tensor]:
+def step(inputs: list[torch.Tensor], activation: str, impl: str | None, recompute: bool = False) -> list[torch.Tensor]:
     leaves = x, w_in, w_out, weights = [t.detach().requires_grad_() for t in inputs[:4]]
-    y = ops.expert_mlp(x, w_in, w_out, weights, inputs[4], activation, impl, **settings)
+    y = ops.expert_mlp(x, w_in, w_out, weights, inputs[4], activation, impl, recompute=recompute)
     dy = torch.randn(y.shape, generator=torch.Generator("cuda").manual_seed(1), device="cuda").to(y.dtype)
     return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
 
@@ -100,9 +100,13 @@ def test_a_cuda_graph_replays_with_new_routing() -> None:
 def test_compiled_and_checkpointed() -> None:
     inputs = tensors(512, 8, 2, 256, 512, torch.bfloat16)
     plain = step(inputs, "swiglu", "triton")
-    compiled = torch.compile(lambda *inputs: run(list(inputs)), fullgraph=True)
-    leaves = [t.detach().requires_grad_() for t in inputs[:4]]
-    y = compiled(*leaves, inputs[4])
+
+    @torch.compile(fullgraph=True)
+    def compiled(x, w_in, w_out, weights, ids):
+        return ops.expert_mlp(x, w_in, w_out, weights, ids, "swiglu", "triton")
+
+    leaves = x, w_in, w_out, weights = [t.detach().requires_grad_() for t in inputs[:4]]
+    y = compiled(x, w_in, w_out, weights, inputs[4])
     dy = torch.randn(y.shape, generator=torch.Generator("cuda").manual_seed(1), device="cuda").to(y.dtype)
     for a, b in zip([y, *torch.autograd.grad(y, leaves, dy)], plain, strict=True):
         assert torch.equal(a, b)
