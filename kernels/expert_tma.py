@@ -56,20 +56,27 @@ def up_kernel(
             a = x.load([row, k])
             b = w.load([e, 0, pn * BH, k]).reshape(BN, BK)
             acc = tl.dot(a, b.T, acc)
-        f = pn * BH
         r0, r1, r2 = _ragged(first, size, row - first)
+        # Gate and up; or, without a gate, two halves of the columns, which need half the memory on their way out.
+        left, right = tl.split(acc.reshape(BM, 2, BN // 2).permute(0, 2, 1))
+        f = pn * BH
         if G == 2:
-            gate, up = tl.split(acc.reshape(BM, 2, BH).permute(0, 2, 1))
             if STORE_H:
-                h.store([r0, r1, r2, 0, f], gate.to(h.dtype).reshape(1, 1, BM, 1, BH))
-                h.store([r0, r1, r2, 1, f], up.to(h.dtype).reshape(1, 1, BM, 1, BH))
-            y = activate(gate, up, ACT)
+                h.store([r0, r1, r2, 0, f], left.to(h.dtype).reshape(1, 1, BM, 1, BN // 2))
+                h.store([r0, r1, r2, 1, f], right.to(h.dtype).reshape(1, 1, BM, 1, BN // 2))
+            if STORE_ACT:
+                act.store([r0, r1, r2, f], activate(left, right, ACT).to(act.dtype).reshape(1, 1, BM, BN // 2))
         else:
             if STORE_H:
-                h.store([r0, r1, r2, 0, f], acc.to(h.dtype).reshape(1, 1, BM, 1, BH))
-            y = activate(acc, acc, ACT)
-        if STORE_ACT:
-            act.store([r0, r1, r2, f], y.to(act.dtype).reshape(1, 1, BM, BH))
+                h.store([r0, r1, r2, 0, f], left.to(h.dtype).reshape(1, 1, BM, 1, BN // 2))
+            if STORE_ACT:
+                act.store([r0, r1, r2, f], activate(left, left, ACT).to(act.dtype).reshape(1, 1, BM, BN // 2))
+            if STORE_H:
+                h.store([r0, r1, r2, 0, f + BN // 2], right.to(h.dtype).reshape(1, 1, BM, 1, BN // 2))
+            if STORE_ACT:
+                act.store(
+                    [r0, r1, r2, f + BN // 2], activate(right, right, ACT).to(act.dtype).reshape(1, 1, BM, BN // 2)
+                )
 
 
 @triton.jit
@@ -207,8 +214,8 @@ def up(
     n = tiles.programs(x_RD.device)
     up_kernel[(n,)](
         _box(x_RD, sizes.rows, tile.depth), _box(w, 1, G, BH, tile.depth),
-        create_ragged_descriptor(h_RJ.view(R, G, F), [sizes.rows, 1, BH]) if store_h else None,
-        create_ragged_descriptor(act_RF, [sizes.rows, BH]) if store_act else None,
+        create_ragged_descriptor(h_RJ.view(R, G, F), [sizes.rows, 1, tile.columns // 2]) if store_h else None,
+        create_ragged_descriptor(act_RF, [sizes.rows, tile.columns // 2]) if store_act else None,
         routes.tile_expert_M, routes.tile_row_M, routes.n_tiles, routes.offsets, D, F, n,
         G=G, ACT=ACTIVATION_CODES[activation], STORE_H=store_h, STORE_ACT=store_act,
         BM=sizes.rows, BN=tile.columns, BK=tile.depth, GROUP_M=tile.group,

@@ -52,7 +52,7 @@ _SM80 = {
         16,
         up=Tile(64, 128, 4, 4),
         down=Tile(64, 128, 4, 4),
-        down_backward=Tile(64, 64, 4, 3),
+        down_backward=Tile(32, 64, 4, 3),
         dx=Tile(64, 64, 4, 4),
         dw=Tile(128, 16, 4, 3, rows=64),
     ),
@@ -77,7 +77,7 @@ _SM80 = {
 _FLOAT32 = {
     "few": Tiles(16, *[Tile(32, 64, 4, 2)] * 4, dw=Tile(64, 16, 4, 2, rows=32)),
     "some": Tiles(32, *[Tile(64, 32, 4, 2)] * 4, dw=Tile(64, 32, 4, 2, rows=64)),
-    "many": Tiles(64, *[Tile(64, 32, 4, 2)] * 4, dw=Tile(64, 32, 4, 2, rows=64)),
+    "many": Tiles(64, *[Tile(64, 32, 8, 2)] * 4, dw=Tile(64, 32, 4, 2, rows=64)),
 }
 _SM90_TMA = {
     "many": Tiles(
