@@ -77,7 +77,14 @@ _SM80 = {
 _FLOAT32 = {
     "few": Tiles(16, *[Tile(32, 64, 4, 2)] * 4, dw=Tile(64, 16, 4, 2, rows=32)),
     "some": Tiles(32, *[Tile(64, 32, 4, 2)] * 4, dw=Tile(64, 32, 4, 2, rows=64)),
-    "many": Tiles(64, *[Tile(64, 32, 8, 2)] * 4, dw=Tile(64, 32, 4, 2, rows=64)),
+    "many": Tiles(
+        64,
+        up=Tile(64, 32, 4, 2),
+        down=Tile(64, 32, 4, 2),
+        down_backward=Tile(64, 32, 8, 2),
+        dx=Tile(64, 32, 4, 2),
+        dw=Tile(64, 32, 4, 2, rows=64),
+    ),
 }
 _SM90_TMA = {
     "many": Tiles(
