@@ -129,6 +129,20 @@ def machine() -> str:
     return f"{cpu}, {os.cpu_count()} cores; Python {platform.python_version()}, {', '.join(versions)}"
 
 
+def stop_without_gpu(dry_run: bool) -> None:
+    """End a script that measures on a CUDA GPU where there is none, unless it only goes through its motions."""
+    import torch
+
+    if not dry_run and not torch.cuda.is_available():
+        raise SystemExit("this benchmark needs a CUDA GPU; --dry-run goes through it on a CPU")
+
+
+def write_record(path: Path | None, record: dict[str, Any]) -> None:
+    """Write what a benchmark found as JSON, where a path is given."""
+    if path:
+        path.write_text(json.dumps(record, indent=1) + "\n")
+
+
 def _serve() -> None:
     """The process of one side: prepare, say so, then time one call for each line of input."""
     script, maker, settings = sys.argv[1:4]

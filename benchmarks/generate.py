@@ -6,13 +6,12 @@ is faster. Run: python benchmarks/generate.py [--config replica-nano] [--rounds 
 """
 
 import argparse
-import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from duel import Side, alternate, fastest, machine
+from duel import Side, alternate, fastest, machine, write_record
 
 CONFIGS = ("replica-nano", "replica-small")
 PROMPT, NEW = 32, 128  # tokens
@@ -111,8 +110,7 @@ def main() -> None:
             moe.save(model, directory + "/ours")
             hf.save(model, directory + "/hf")
             records += [compare(config, batch, arguments.rounds, directory) for batch in (1, 8)]
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"machine": machine(), "records": records}, indent=1) + "\n")
+    write_record(arguments.json, {"machine": machine(), "records": records})
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ Run: python benchmarks/hf_layer.py [--quick] [--dry-run] [--json FILE]
 """
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
@@ -15,7 +14,7 @@ if "--dry-run" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
-from duel import machine
+from duel import machine, stop_without_gpu, write_record
 from expert_mlp import difference, medians
 
 MIXTRAL = {"hidden_size": 4096, "intermediate_size": 14336, "num_local_experts": 8, "num_experts_per_tok": 2}
@@ -83,11 +82,8 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true", help="toy sizes on a CPU, in the interpreter")
     parser.add_argument("--json", type=Path, help="also write the record here")
     arguments = parser.parse_args()
-    if not arguments.dry_run and not torch.cuda.is_available():
-        raise SystemExit("this benchmark needs a CUDA GPU; --dry-run goes through it on a CPU")
-    record = run(arguments.quick, arguments.dry_run)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+    stop_without_gpu(arguments.dry_run)
+    write_record(arguments.json, run(arguments.quick, arguments.dry_run))
 
 
 if __name__ == "__main__":

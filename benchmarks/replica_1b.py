@@ -16,7 +16,7 @@ if "--dry-run" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
-from duel import machine
+from duel import machine, stop_without_gpu, write_record
 
 
 def run(steps: int, dry: bool) -> dict[str, Any]:
@@ -64,11 +64,8 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true", help="replica-tiny for two steps on a CPU")
     parser.add_argument("--json", type=Path, help="also write the record here")
     arguments = parser.parse_args()
-    if not arguments.dry_run and not torch.cuda.is_available():
-        raise SystemExit("this benchmark needs a CUDA GPU; --dry-run goes through it on a CPU")
-    record = run(arguments.steps, arguments.dry_run)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+    stop_without_gpu(arguments.dry_run)
+    write_record(arguments.json, run(arguments.steps, arguments.dry_run))
 
 
 if __name__ == "__main__":

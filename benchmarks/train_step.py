@@ -6,12 +6,11 @@ does. Run: python benchmarks/train_step.py [--config replica-nano] [--rounds 7]
 """
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from duel import Side, alternate, fastest, machine
+from duel import Side, alternate, fastest, machine, write_record
 
 SHAPES = {"replica-nano": (16, 256), "replica-small": (8, 512)}  # sequences, tokens each
 HF_EXPERTS = ("grouped_mm", "eager", "batched_mm")
@@ -108,8 +107,7 @@ def main() -> None:
     arguments = parser.parse_args()
     print(machine(), "\n")
     records = [compare(config, arguments.rounds) for config in arguments.config or SHAPES]
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"machine": machine(), "records": records}, indent=1) + "\n")
+    write_record(arguments.json, {"machine": machine(), "records": records})
 
 
 if __name__ == "__main__":

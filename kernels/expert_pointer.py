@@ -46,7 +46,7 @@ def sigmoid(x):
 SWIGLU = tl.constexpr(0)
 GELU = tl.constexpr(1)
 SWIGLU_OAI = tl.constexpr(2)
-ACTIVATION_CODES = {"swiglu": 0, "gelu": 1, "swiglu_oai": 2}
+ACTIVATION_CODES = {"swiglu": SWIGLU.value, "gelu": GELU.value, "swiglu_oai": SWIGLU_OAI.value}
 
 
 @triton.jit
@@ -216,9 +216,7 @@ def down_kernel(
 
 
 @triton.jit
-def down_backward_epilogue(
-    da, h, dh, act, rows, live, weight, first, F, G: tl.constexpr, ACT: tl.constexpr, BN: tl.constexpr
-):
+def _epilogue(da, h, dh, act, rows, live, weight, first, F, G: tl.constexpr, ACT: tl.constexpr, BN: tl.constexpr):
     """From da, the gradient of the unweighted activation: stores dh and weight * act; returns <da, act> per row."""
     f = first + tl.arange(0, BN)
     inside = live[:, None] & (f < F)[None, :]
@@ -240,6 +238,35 @@ def down_backward_epilogue(
 
 
 @triton.jit
+def _epilogue_in_halves(
+    da, h, dh, act, rows, live, weight, first, F,
+    G: tl.constexpr, ACT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    BH: tl.constexpr = BN // 2
+    left, right = tl.split(da.reshape(BM, 2, BH).permute(0, 2, 1))
+    part = _epilogue(left, h, dh, act, rows, live, weight, first, F, G, ACT, BH)
+    return part + _epilogue(right, h, dh, act, rows, live, weight, first + BH, F, G, ACT, BH)
+
+
+@triton.jit
+def down_backward_epilogue(
+    da, h, dh, act, rows, live, weight, first, F,
+    G: tl.constexpr, ACT: tl.constexpr, SPLIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """`_epilogue` of a tile [BM, BN] in SPLIT pieces (1, 2 or 4), which need fewer registers."""
+    if SPLIT == 1:
+        part = _epilogue(da, h, dh, act, rows, live, weight, first, F, G, ACT, BN)
+    elif SPLIT == 2:
+        part = _epilogue_in_halves(da, h, dh, act, rows, live, weight, first, F, G, ACT, BM, BN)
+    else:
+        BH: tl.constexpr = BN // 2
+        left, right = tl.split(da.reshape(BM, 2, BH).permute(0, 2, 1))
+        part = _epilogue_in_halves(left, h, dh, act, rows, live, weight, first, F, G, ACT, BM, BH)
+        part += _epilogue_in_halves(right, h, dh, act, rows, live, weight, first + BH, F, G, ACT, BM, BH)
+    return part
+
+
+@triton.jit
 def down_backward_kernel(
     dy, w, h, weights, dh, act, dweights, order, tile_expert, tile_row, offsets, M, R, D, F,
     stride_dy, stride_we, stride_wd, stride_wf,
@@ -249,8 +276,7 @@ def down_backward_kernel(
 ):  # fmt: skip
     """da = dy[token] @ w_out; then dh, weight * act(h), and this column tile's share of the weights' gradient.
 
-    The gradient of a routing weight is <dy, y> = <da, act(h)>, so y is never needed again. The epilogue takes the
-    tile in SPLIT pieces, which need fewer registers.
+    The gradient of a routing weight is <dy, y> = <da, act(h)>, so y is never needed again.
     """
     pm, pn = _swizzle(tl.program_id(0), M, tl.cdiv(F, BN), GROUP_M)
     e = tl.load(tile_expert + pm)
@@ -267,12 +293,7 @@ def down_backward_kernel(
         BK, EVEN_K, K_FIRST, PRECISION,
     )  # fmt: skip
     weight = tl.load(weights + flat, mask=live, other=0.0).to(tl.float32)
-    if SPLIT == 1:
-        part = down_backward_epilogue(acc, h, dh, act, rows, live, weight, pn * BN, F, G, ACT, BN)
-    else:
-        left, right = tl.split(acc.reshape(BM, 2, BN // 2).permute(0, 2, 1))
-        part = down_backward_epilogue(left, h, dh, act, rows, live, weight, pn * BN, F, G, ACT, BN // 2)
-        part += down_backward_epilogue(right, h, dh, act, rows, live, weight, pn * BN + BN // 2, F, G, ACT, BN // 2)
+    part = down_backward_epilogue(acc, h, dh, act, rows, live, weight, pn * BN, F, G, ACT, SPLIT, BM, BN)
     tl.store(dweights + pn.to(tl.int64) * R + flat, part, mask=live)
 
 

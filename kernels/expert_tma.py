@@ -36,6 +36,15 @@ def _ragged(first, size, row):
 
 
 @triton.jit
+def _tile(tile, tile_expert, tile_row, offsets, num_m, num_n, GROUP_M: tl.constexpr):
+    """A tile's expert, first row and column tile, and the expert's first row and number of rows."""
+    pm, pn = _swizzle(tile, num_m, num_n, GROUP_M)
+    e = tl.load(tile_expert + pm)
+    first = tl.load(offsets + e)
+    return e, tl.load(tile_row + pm), pn, first, tl.load(offsets + e + 1) - first
+
+
+@triton.jit
 def up_kernel(
     x, w, h, act, tile_expert, tile_row, n_tiles, offsets, D, F, n_programs,
     G: tl.constexpr, ACT: tl.constexpr, STORE_H: tl.constexpr, STORE_ACT: tl.constexpr,
@@ -46,11 +55,7 @@ def up_kernel(
     num_n = tl.cdiv(F, BH)
     num_m = tl.load(n_tiles)
     for tile in tl.range(tl.program_id(0), num_m * num_n, n_programs):
-        pm, pn = _swizzle(tile, num_m, num_n, GROUP_M)
-        e = tl.load(tile_expert + pm)
-        row = tl.load(tile_row + pm)
-        first = tl.load(offsets + e)
-        size = tl.load(offsets + e + 1) - first
+        e, row, pn, first, size = _tile(tile, tile_expert, tile_row, offsets, num_m, num_n, GROUP_M)
         acc = tl.zeros((BM, BN), dtype=tl.float32)
         for k in range(0, D, BK):
             a = x.load([row, k])
@@ -60,23 +65,17 @@ def up_kernel(
         # Gate and up; or, without a gate, two halves of the columns, which need half the memory on their way out.
         left, right = tl.split(acc.reshape(BM, 2, BN // 2).permute(0, 2, 1))
         f = pn * BH
-        if G == 2:
-            if STORE_H:
-                h.store([r0, r1, r2, 0, f], left.to(h.dtype).reshape(1, 1, BM, 1, BN // 2))
-                h.store([r0, r1, r2, 1, f], right.to(h.dtype).reshape(1, 1, BM, 1, BN // 2))
-            if STORE_ACT:
+        if STORE_H:
+            h.store([r0, r1, r2, 0, f], left.to(h.dtype).reshape(1, 1, BM, 1, BN // 2))
+            h.store([r0, r1, r2, G - 1, f + BH - BN // 2], right.to(h.dtype).reshape(1, 1, BM, 1, BN // 2))
+        if STORE_ACT:
+            if G == 2:
                 act.store([r0, r1, r2, f], activate(left, right, ACT).to(act.dtype).reshape(1, 1, BM, BN // 2))
-        else:
-            if STORE_H:
-                h.store([r0, r1, r2, 0, f], left.to(h.dtype).reshape(1, 1, BM, 1, BN // 2))
-            if STORE_ACT:
-                act.store([r0, r1, r2, f], activate(left, left, ACT).to(act.dtype).reshape(1, 1, BM, BN // 2))
-            if STORE_H:
-                h.store([r0, r1, r2, 0, f + BN // 2], right.to(h.dtype).reshape(1, 1, BM, 1, BN // 2))
-            if STORE_ACT:
-                act.store(
-                    [r0, r1, r2, f + BN // 2], activate(right, right, ACT).to(act.dtype).reshape(1, 1, BM, BN // 2)
-                )
+            else:
+                left = activate(left, left, ACT).to(act.dtype)
+                right = activate(right, right, ACT).to(act.dtype)
+                act.store([r0, r1, r2, f], left.reshape(1, 1, BM, BN // 2))
+                act.store([r0, r1, r2, f + BN // 2], right.reshape(1, 1, BM, BN // 2))
 
 
 @triton.jit
@@ -89,11 +88,7 @@ def down_kernel(
     num_n = tl.cdiv(N, BN)
     num_m = tl.load(n_tiles)
     for tile in tl.range(tl.program_id(0), num_m * num_n, n_programs):
-        pm, pn = _swizzle(tile, num_m, num_n, GROUP_M)
-        e = tl.load(tile_expert + pm)
-        row = tl.load(tile_row + pm)
-        first = tl.load(offsets + e)
-        size = tl.load(offsets + e + 1) - first
+        e, row, pn, first, size = _tile(tile, tile_expert, tile_row, offsets, num_m, num_n, GROUP_M)
         acc = tl.zeros((BM, BN), dtype=tl.float32)
         for k in range(0, depth, BK):
             a_tile = a.load([row, k])
@@ -121,34 +116,15 @@ def down_backward_kernel(
     num_n = tl.cdiv(F, BN)
     num_m = tl.load(n_tiles)
     for tile in tl.range(tl.program_id(0), num_m * num_n, n_programs):
-        pm, pn = _swizzle(tile, num_m, num_n, GROUP_M)
-        e = tl.load(tile_expert + pm)
-        row = tl.load(tile_row + pm)
+        e, row, pn, first, size = _tile(tile, tile_expert, tile_row, offsets, num_m, num_n, GROUP_M)
         acc = tl.zeros((BM, BN), dtype=tl.float32)
         for k in range(0, D, BK):
             acc = tl.dot(dy.load([row, k]), w.load([e, k, pn * BN]).reshape(BK, BN), acc)
         rows = row + tl.arange(0, BM)
-        live = rows < tl.load(offsets + e + 1)
+        live = rows < first + size
         flat = tl.load(order + rows, mask=live, other=0)
         weight = tl.load(weights + flat, mask=live, other=0.0).to(tl.float32)
-        if SPLIT == 1:
-            part = down_backward_epilogue(acc, h, dh, act, rows, live, weight, pn * BN, F, G, ACT, BN)
-        else:
-            left, right = tl.split(acc.reshape(BM, 2, BN // 2).permute(0, 2, 1))
-            if SPLIT == 2:
-                part = down_backward_epilogue(left, h, dh, act, rows, live, weight, pn * BN, F, G, ACT, BN // 2)
-                part += down_backward_epilogue(
-                    right, h, dh, act, rows, live, weight, pn * BN + BN // 2, F, G, ACT, BN // 2
-                )
-            else:
-                BQ: tl.constexpr = BN // 4
-                n = pn * BN
-                a0, a1 = tl.split(left.reshape(BM, 2, BQ).permute(0, 2, 1))
-                part = down_backward_epilogue(a0, h, dh, act, rows, live, weight, n, F, G, ACT, BQ)
-                part += down_backward_epilogue(a1, h, dh, act, rows, live, weight, n + BQ, F, G, ACT, BQ)
-                a2, a3 = tl.split(right.reshape(BM, 2, BQ).permute(0, 2, 1))
-                part += down_backward_epilogue(a2, h, dh, act, rows, live, weight, n + 2 * BQ, F, G, ACT, BQ)
-                part += down_backward_epilogue(a3, h, dh, act, rows, live, weight, n + 3 * BQ, F, G, ACT, BQ)
+        part = down_backward_epilogue(acc, h, dh, act, rows, live, weight, pn * BN, F, G, ACT, SPLIT, BM, BN)
         tl.store(dweights + pn.to(tl.int64) * R + flat, part, mask=live)
 
 
@@ -226,8 +202,7 @@ def up(
 
 def down(act_RF: Tensor, experts: Experts, routes: Routes, sizes: Tiles) -> Tensor:
     """As in expert_pointer.py."""
-    tile = sizes.down
-    return _rows_by_weights(act_RF, experts.w_out_EDF, routes, sizes, tile, k_first=True)
+    return _rows_by_weights(act_RF, experts.w_out_EDF, routes, sizes, sizes.down, k_first=True)
 
 
 def dx(dh_RJ: Tensor, experts: Experts, routes: Routes, sizes: Tiles) -> Tensor:

@@ -4,19 +4,16 @@ They work under `torch.compile(fullgraph=True)` and activation checkpointing. Sh
 """
 
 import importlib.util
-import os
 
 import torch
 from torch import Tensor
 
-from moe.kernels import cross_entropy, grouped, reference
+from moe.kernels import cross_entropy, grouped, reference, tiles
 
 ACTIVATIONS = {"swiglu": 2, "gelu": 1, "swiglu_oai": 2}  # name -> G, the number of F-wide input projections
 IMPLEMENTATIONS = ("reference", "grouped", "triton")
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-# On CPU tensors the Triton kernels run only in Triton's interpreter, which has to be chosen before they are imported.
-INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
 
 
 # -------------------------------------------------------------------------------------------------------------- gate
@@ -184,7 +181,7 @@ def _why_not_triton(x_TD: Tensor) -> str | None:
         return "the triton package is not installed"
     if x_TD.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"it needs bfloat16, float16 or float32, not {x_TD.dtype}"
-    if x_TD.device.type == "cpu" and not INTERPRETED:
+    if x_TD.device.type == "cpu" and not tiles.INTERPRETED:
         return "it runs on CUDA; on a CPU only in the interpreter, with TRITON_INTERPRET=1 set before the import"
     if x_TD.device.type not in ("cpu", "cuda"):
         return f"it does not run on {x_TD.device.type}"

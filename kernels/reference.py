@@ -61,12 +61,16 @@ def expert_mlp(
     y_TD = x_TD.new_zeros(x_TD.shape, dtype=torch.promote_types(x_TD.dtype, torch.float32))
     for e in range(len(w_in_EGFD)):
         token, slot = (ids_TK == e).nonzero(as_tuple=True)
-        h = F.linear(x_TD[token], w_in_EGFD[e].flatten(0, 1)).unflatten(-1, w_in_EGFD.shape[1:3])
-        if b_in_EGF is not None:
-            h = h + b_in_EGF[e]
+        h = _pre_activations(x_TD[token], w_in_EGFD[e], None if b_in_EGF is None else b_in_EGF[e])
         y = F.linear(activate(h, activation), w_out_EDF[e], None if b_out_ED is None else b_out_ED[e])
         y_TD = y_TD.index_add(0, token, (weights_TK[token, slot, None] * y).to(y_TD.dtype))
     return y_TD.to(x_TD.dtype)
+
+
+def _pre_activations(x_RD: Tensor, w_GFD: Tensor, b_GF: Tensor | None) -> Tensor:
+    """One expert's h, [R, G, F]."""
+    h_RGF = F.linear(x_RD, w_GFD.flatten(0, 1)).unflatten(-1, w_GFD.shape[:2])
+    return h_RGF if b_GF is None else h_RGF + b_GF
 
 
 def expert_mlp_backward(
@@ -90,11 +94,8 @@ def expert_mlp_backward(
     db_out_ED = None if b_out_ED is None else torch.zeros_like(b_out_ED)
     for e in range(len(w_in_EGFD)):
         token, slot = (ids_TK == e).nonzero(as_tuple=True)
-        w_in = w_in_EGFD[e].flatten(0, 1)
         x, dy, w = x_TD[token], dy_TD[token], weights_TK[token, slot, None].to(x_TD.dtype)
-        h = F.linear(x, w_in).unflatten(-1, w_in_EGFD.shape[1:3])
-        if b_in_EGF is not None:
-            h = h + b_in_EGF[e]
+        h = _pre_activations(x, w_in_EGFD[e], None if b_in_EGF is None else b_in_EGF[e])
         a = activate(h, activation)
         da = dy @ w_out_EDF[e]
         dw = (da * a).sum(-1)
@@ -108,7 +109,7 @@ def expert_mlp_backward(
         dh = dh_RGF.flatten(1)
         dw_out_EDF[e] = dy.t() @ (w * a)
         dw_in_EGFD[e] = (dh.t() @ x).view_as(dw_in_EGFD[e])
-        dx_TD.index_add_(0, token, (dh @ w_in).to(wide))
+        dx_TD.index_add_(0, token, (dh @ w_in_EGFD[e].flatten(0, 1)).to(wide))
     return dx_TD.to(x_TD.dtype), dw_in_EGFD, dw_out_EDF, dweights_TK, db_in_EGF, db_out_ED
 
 

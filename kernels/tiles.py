@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+# On CPU tensors the kernels run only in Triton's interpreter, which has to be chosen before they are imported.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -44,7 +45,6 @@ class Tiles:
 
 
 PRODUCTS = ("up", "down", "down_backward", "dx", "dw")
-SHAPE_CLASSES = ("few", "some", "many")  # rows per expert: up to 16, up to 64, more
 
 _TINY = Tile(32, 32, warps=4, stages=2, group=2)
 _SM80 = {
@@ -111,6 +111,7 @@ _INTERPRETER_TMA = Tiles(
 
 
 def shape_class(n_rows: int, n_experts: int) -> str:
+    """ "few" rows per expert, up to 16; "some", up to 64; or "many"."""
     per_expert = n_rows / n_experts
     return "few" if per_expert <= 16 else "some" if per_expert <= 64 else "many"
 

@@ -20,13 +20,15 @@ from moe.kernels.tiles import PRODUCTS, Tile, Tiles
 
 def candidates(product: str, tile: Tile, tma: bool) -> Iterator[Tile]:
     """Neighbours of a tile: other column widths, depths, warps, pipeline stages and groups."""
-    splits = (
-        (1, 2, 4) if tma and product != "up" and product != "dw" else (1, 2) if product == "down_backward" else (1,)
-    )
+    splits = (1,)
+    if product == "down_backward":
+        splits = (1, 2, 4) if tma else (1, 2)
+    elif tma and product in ("down", "dx"):
+        splits = (1, 2)
     for columns in (64, 128, 256):
         for depth in (32, 64, 128):
             for warps, stages in ((4, 3), (4, 4), (8, 3), (8, 4)):
-                for split in splits if product != "down" and product != "dx" else splits[:2]:
+                for split in splits:
                     yield replace(tile, columns=columns, depth=depth, warps=warps, stages=stages, split=split)
     for group in (4, 16):
         yield replace(tile, group=group)
