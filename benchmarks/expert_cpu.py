@@ -1,19 +1,20 @@
 """Which way of computing the expert MLP is fastest on this CPU, from one token to thousands?
 
-`reference`, `grouped` (our loop over experts, what the model uses on CPU) and torch's `grouped_mm` in the same
-forward and backward, in turns, for float32. Prints medians in ms and each one's time relative to `grouped`. The last
-is called without the op and autograd around it, which the first two pay for.
-Run: python benchmarks/expert_cpu.py [--rounds 15]
+Float32, forward and forward + backward, in turns: the op as the model trains with it and, forward, as it decodes with
+it; the op's `reference`; and the two bodies behind `grouped` without the op and autograd around them, the product of
+torch (which the op takes) and the loop over experts (its stand-in for dtypes and widths torch refuses). Prints medians
+in ms and each one's time relative to the op's. Run: python benchmarks/expert_cpu.py [--rounds 15] [--json FILE]
 """
 
 import argparse
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
-from duel import machine
+from duel import machine, write_record
 
 from moe.kernels import grouped, ops, reference
 from moe.train.cpu import tune_cpu
@@ -22,8 +23,10 @@ SHAPES = {"replica-nano": (192, 512), "replica-small": (384, 1024)}  # D, F
 N_EXPERTS, TOP_K = 16, 2
 SIZES = (1, 8, 64, 512, 4096)  # tokens
 
+Calls = tuple[Callable[[], Any], Callable[[], Any] | None]
 
-def contestants(d_model: int, d_ff: int, tokens: int) -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
+
+def contestants(d_model: int, d_ff: int, tokens: int) -> dict[str, Calls]:
     """Name -> (forward, forward + backward) on the same tensors."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(tokens, d_model, generator=generator)
@@ -33,7 +36,7 @@ def contestants(d_model: int, d_ff: int, tokens: int) -> dict[str, tuple[Callabl
     dy = torch.randn(tokens, d_model, generator=generator)
     inputs = (x, w_in, w_out, weights)
 
-    def through_op(impl: str) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    def through_op(impl: str | None) -> Calls:
         leaves = [t.clone().requires_grad_() for t in inputs]
         a, b, c, d = leaves
 
@@ -42,14 +45,18 @@ def contestants(d_model: int, d_ff: int, tokens: int) -> dict[str, tuple[Callabl
 
         return lambda: ops.expert_mlp(*inputs, ids, "swiglu", impl), both
 
-    def torch_both() -> None:
-        saved = grouped.grouped_mm_forward(*inputs, ids, "swiglu")[1:]
-        grouped.grouped_mm_backward(dy, *inputs, *saved, "swiglu")
+    def body(forward: Callable, backward: Callable) -> Calls:
+        def both() -> None:
+            backward(dy, *inputs, *forward(*inputs, ids, "swiglu")[1:], "swiglu")
+
+        return lambda: forward(*inputs, ids, "swiglu"), both
 
     return {
+        "op": through_op(None),
+        "op, decoding": (lambda: ops.expert_mlp_inference(*inputs, ids, "swiglu"), None),
+        "grouped_mm": body(grouped.grouped_mm_forward, grouped.grouped_mm_backward),
+        "loop": body(grouped.loop_forward, grouped.loop_backward),
         "reference": through_op("reference"),
-        "grouped": through_op("grouped"),
-        "grouped_mm": (lambda: grouped.grouped_mm_forward(*inputs, ids, "swiglu"), torch_both),
     }
 
 
@@ -68,16 +75,20 @@ def medians(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--json", type=Path, help="also write the record here")
+    arguments = parser.parse_args()
     tune_cpu()
     print(machine(), "\n")
+    rows = []
     for config, (d_model, d_ff) in SHAPES.items():
         for tokens in SIZES:
             sides = contestants(d_model, d_ff, tokens)
-            for kind, index in (("forward", 0), ("forward + backward", 1)):
-                result = medians({name: calls[index] for name, calls in sides.items()}, rounds)
-                row = "  ".join(f"{n} {ms:8.2f} ({ms / result['grouped']:4.2f}x)" for n, ms in result.items())
+            for index, kind in enumerate(("forward", "forward + backward")):
+                result = medians({n: call for n, calls in sides.items() if (call := calls[index])}, arguments.rounds)
+                row = "  ".join(f"{n} {ms:8.2f} ({ms / result['op']:4.2f}x)" for n, ms in result.items())
                 print(f"{config:14} T {tokens:5} {kind:18}  {row}")
+                rows.append({"config": config, "tokens": tokens, "kind": kind, "ms": result})
+    write_record(arguments.json, {"machine": machine(), "rows": rows})
 
 
 if __name__ == "__main__":

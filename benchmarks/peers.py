@@ -76,12 +76,27 @@ def scattermoe() -> Layer:
     return layer
 
 
+def moe_ops() -> Layer:
+    """moe-ops' permute, grouped product and unpermute."""
+    module: Any = importlib.import_module("moe_ops")
+
+    def layer(x_TD: Tensor, w_in_EGFD: Tensor, w_out_EDF: Tensor, weights_TK: Tensor, ids_TK: Tensor) -> Tensor:
+        rows_RD, places, ends = module.permute(x_TD, ids_TK.int(), E=len(w_in_EGFD))
+        gate, up = module.grouped_gemm(rows_RD, w_in_EGFD.flatten(1, 2), ends).chunk(2, dim=-1)
+        y_RD = module.grouped_gemm(F.silu(gate) * up, w_out_EDF, ends)
+        return module.unpermute(y_RD, places, weights_TK, num_tokens=len(x_TD), num_topK=ids_TK.shape[1])
+
+    return layer
+
+
 PEERS: dict[str, Callable[[], Layer]] = {
     "transformers grouped_mm": transformers_grouped_mm,
     "torch grouped_mm (our `grouped`)": lambda: ours("grouped"),
     "Liger": liger,
     "ScatterMoE": scattermoe,
+    "moe-ops": moe_ops,
 }
+NEED_A_GPU = ("Liger", "ScatterMoE", "moe-ops")
 
 
 def importable(device: str) -> dict[str, Layer]:
@@ -90,7 +105,7 @@ def importable(device: str) -> dict[str, Layer]:
         sys.path[:0] = [str(PEERS_FOLDER), *(str(p) for p in sorted(PEERS_FOLDER.iterdir()) if p.is_dir())]
     found = {}
     for name, make in PEERS.items():
-        if device == "cpu" and name in ("Liger", "ScatterMoE"):
+        if device == "cpu" and name in NEED_A_GPU:
             print(f"{name}: needs a GPU")
             continue
         try:

@@ -28,13 +28,28 @@ class Experts(NamedTuple):
 
 
 @triton.jit
-def _swizzle(program, num_m, num_n, GROUP_M: tl.constexpr):
+def swizzle(program, num_m, num_n, GROUP_M: tl.constexpr):
     """The (row tile, column tile) of a program: GROUP_M row tiles walk the columns together and share the weights."""
     per_group = GROUP_M * num_n
     first = program // per_group * GROUP_M
     size = tl.minimum(num_m - first, GROUP_M)
     inner = program % per_group
     return first + inner % size, inner // size
+
+
+@triton.jit
+def walk(program, e, num_n, tile_row, offsets, BM: tl.constexpr, GROUP_M: tl.constexpr):
+    """Of a program of expert `e`: column tile, first row, and the expert's first row and number of rows.
+
+    Programs go expert after expert, and within one as `swizzle` orders them: experts share no weights, so a group of
+    row tiles does not span two.
+    """
+    tile = program // num_n  # not the program's own row tile, but one of the same expert
+    first = tl.load(offsets + e)
+    size = tl.load(offsets + e + 1) - first
+    tiles_before = tile - (tl.load(tile_row + tile) - first) // BM
+    pm, pn = swizzle(program - tiles_before * num_n, tl.cdiv(size, BM), num_n, GROUP_M)
+    return pn, first + pm * BM, first, size
 
 
 @triton.jit
@@ -130,7 +145,7 @@ def _product(
 
 @triton.jit
 def up_kernel(
-    x, w, bias, h, act, order, tile_expert, tile_row, offsets, M, D, F,
+    x, w, bias, h, act, order, tile_expert, tile_row, offsets, D, F,
     stride_x, stride_we, stride_wg, stride_wf, stride_wd,
     K: tl.constexpr, G: tl.constexpr, ACT: tl.constexpr, HAS_BIAS: tl.constexpr,
     STORE_H: tl.constexpr, STORE_ACT: tl.constexpr, PAIRS: tl.constexpr, EVEN_K: tl.constexpr, K_FIRST: tl.constexpr,
@@ -142,12 +157,13 @@ def up_kernel(
     do the weights in memory.
     """
     BH: tl.constexpr = BN // G
-    pm, pn = _swizzle(tl.program_id(0), M, tl.cdiv(F, BH), GROUP_M)
-    e = tl.load(tile_expert + pm)
+    num_n = tl.cdiv(F, BH)
+    e = tl.load(tile_expert + tl.program_id(0) // num_n)
     if e < 0:
         return
-    rows = tl.load(tile_row + pm) + tl.arange(0, BM)
-    live = rows < tl.load(offsets + e + 1)
+    pn, row, first, size = walk(tl.program_id(0), e, num_n, tile_row, offsets, BM, GROUP_M)
+    rows = row + tl.arange(0, BM)
+    live = rows < first + size
     token = tl.load(order + rows, mask=live, other=0) // K
     column = pn * BN + tl.arange(0, BN)
     f = column // G
@@ -182,7 +198,7 @@ def up_kernel(
 
 @triton.jit
 def down_kernel(
-    a, w, bias, y, tile_expert, tile_row, offsets, M, N, depth,
+    a, w, bias, y, tile_expert, tile_row, offsets, N, depth,
     stride_a, stride_we, stride_wn, stride_wk,
     PAIRS: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr, K_FIRST: tl.constexpr,
     PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr,
@@ -191,12 +207,13 @@ def down_kernel(
 
     PAIRS: w has gate and up in turns along k, while a has all gates, then all ups.
     """
-    pm, pn = _swizzle(tl.program_id(0), M, tl.cdiv(N, BN), GROUP_M)
-    e = tl.load(tile_expert + pm)
+    num_n = tl.cdiv(N, BN)
+    e = tl.load(tile_expert + tl.program_id(0) // num_n)
     if e < 0:
         return
-    rows = tl.load(tile_row + pm) + tl.arange(0, BM)
-    live = rows < tl.load(offsets + e + 1)
+    pn, row, first, size = walk(tl.program_id(0), e, num_n, tile_row, offsets, BM, GROUP_M)
+    rows = row + tl.arange(0, BM)
+    live = rows < first + size
     n = pn * BN + tl.arange(0, BN)
     a_columns = tl.arange(0, BK)
     a_step = BK
@@ -268,7 +285,7 @@ def down_backward_epilogue(
 
 @triton.jit
 def down_backward_kernel(
-    dy, w, h, weights, dh, act, dweights, order, tile_expert, tile_row, offsets, M, R, D, F,
+    dy, w, h, weights, dh, act, dweights, order, tile_expert, tile_row, offsets, R, D, F,
     stride_dy, stride_we, stride_wd, stride_wf,
     K: tl.constexpr, G: tl.constexpr, ACT: tl.constexpr, EVEN_K: tl.constexpr, K_FIRST: tl.constexpr,
     PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr,
@@ -278,12 +295,13 @@ def down_backward_kernel(
 
     The gradient of a routing weight is <dy, y> = <da, act(h)>, so y is never needed again.
     """
-    pm, pn = _swizzle(tl.program_id(0), M, tl.cdiv(F, BN), GROUP_M)
-    e = tl.load(tile_expert + pm)
+    num_n = tl.cdiv(F, BN)
+    e = tl.load(tile_expert + tl.program_id(0) // num_n)
     if e < 0:
         return
-    rows = tl.load(tile_row + pm) + tl.arange(0, BM)
-    live = rows < tl.load(offsets + e + 1)
+    pn, row, first, size = walk(tl.program_id(0), e, num_n, tile_row, offsets, BM, GROUP_M)
+    rows = row + tl.arange(0, BM)
+    live = rows < first + size
     flat = tl.load(order + rows, mask=live, other=0)
     n = pn * BN + tl.arange(0, BN)
     w_columns = w + e.to(tl.int64) * stride_we + n.to(tl.int64) * stride_wf
@@ -308,7 +326,7 @@ def weight_gradient_kernel(
     num_n = tl.cdiv(N, BN)
     num_c = tl.cdiv(C, BC)
     e = tl.program_id(0) // (num_n * num_c)
-    pn, pc = _swizzle(tl.program_id(0) % (num_n * num_c), num_n, num_c, GROUP_M)
+    pn, pc = swizzle(tl.program_id(0) % (num_n * num_c), num_n, num_c, GROUP_M)
     n = pn * BN + tl.arange(0, BN)
     c = pc * BC + tl.arange(0, BC)
     r = tl.arange(0, BR)
@@ -361,7 +379,7 @@ def up(
     if M:
         up_kernel[(M * triton.cdiv(F, tile.columns // G),)](
             x_TD, w, experts.b_in_EGF, h_RJ, act_RF, routes.order_R, routes.tile_expert_M, routes.tile_row_M,
-            routes.offsets, M, D, F, x_TD.stride(0), *w.stride(),
+            routes.offsets, D, F, x_TD.stride(0), *w.stride(),
             K=top_k, G=G, ACT=ACTIVATION_CODES[activation], HAS_BIAS=experts.b_in_EGF is not None,
             STORE_H=store_h, STORE_ACT=store_act, PAIRS=pairs, EVEN_K=D % tile.depth == 0,
             K_FIRST=w.stride(3) <= min(w.stride(1), w.stride(2)), PRECISION=_precision(), BM=sizes.rows,
@@ -400,7 +418,7 @@ def _rows_by_weights(
     y_RN = a.new_empty(R, N)
     if M:
         down_kernel[(M * triton.cdiv(N, tile.columns),)](
-            a, w, bias, y_RN, routes.tile_expert_M, routes.tile_row_M, routes.offsets, M, N, depth,
+            a, w, bias, y_RN, routes.tile_expert_M, routes.tile_row_M, routes.offsets, N, depth,
             a.stride(0), w.stride(0), stride_n, stride_k,
             PAIRS=pairs, HAS_BIAS=bias is not None, EVEN_K=depth % tile.depth == 0, K_FIRST=stride_k <= stride_n,
             PRECISION=_precision(), BM=sizes.rows, BN=tile.columns, BK=tile.depth, GROUP_M=tile.group,
@@ -436,7 +454,7 @@ def down_backward(
     if M:
         down_backward_kernel[(M * len(parts_NR),)](
             dy_TD, w, h_RJ, weights_TK, dh_RJ, act_RF, parts_NR, routes.order_R, routes.tile_expert_M,
-            routes.tile_row_M, routes.offsets, M, R, D, F, dy_TD.stride(0), *w.stride(),
+            routes.tile_row_M, routes.offsets, R, D, F, dy_TD.stride(0), *w.stride(),
             K=weights_TK.shape[1], G=G, ACT=ACTIVATION_CODES[activation], EVEN_K=D % tile.depth == 0,
             K_FIRST=w.stride(1) < w.stride(2), PRECISION=_precision(), BM=sizes.rows,
             BN=tile.columns, BK=tile.depth, GROUP_M=tile.group, SPLIT=tile.split,

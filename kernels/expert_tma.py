@@ -16,9 +16,10 @@ from moe.kernels import tiles
 from moe.kernels.expert_pointer import (
     ACTIVATION_CODES,
     Experts,
-    _swizzle,
     activate,
     down_backward_epilogue,
+    swizzle,
+    walk,
 )
 from moe.kernels.routing import Routes
 from moe.kernels.rows import gather
@@ -36,15 +37,6 @@ def _ragged(first, size, row):
 
 
 @triton.jit
-def _tile(tile, tile_expert, tile_row, offsets, num_m, num_n, GROUP_M: tl.constexpr):
-    """A tile's expert, first row and column tile, and the expert's first row and number of rows."""
-    pm, pn = _swizzle(tile, num_m, num_n, GROUP_M)
-    e = tl.load(tile_expert + pm)
-    first = tl.load(offsets + e)
-    return e, tl.load(tile_row + pm), pn, first, tl.load(offsets + e + 1) - first
-
-
-@triton.jit
 def up_kernel(
     x, w, h, act, tile_expert, tile_row, n_tiles, offsets, D, F, n_programs,
     G: tl.constexpr, ACT: tl.constexpr, STORE_H: tl.constexpr, STORE_ACT: tl.constexpr,
@@ -53,9 +45,9 @@ def up_kernel(
     """h = x @ w_in.T (stored on request), act = activation(h). One box of w holds a gate half and an up half."""
     BH: tl.constexpr = BN // G
     num_n = tl.cdiv(F, BH)
-    num_m = tl.load(n_tiles)
-    for tile in tl.range(tl.program_id(0), num_m * num_n, n_programs):
-        e, row, pn, first, size = _tile(tile, tile_expert, tile_row, offsets, num_m, num_n, GROUP_M)
+    for tile in tl.range(tl.program_id(0), tl.load(n_tiles) * num_n, n_programs):
+        e = tl.load(tile_expert + tile // num_n)
+        pn, row, first, size = walk(tile, e, num_n, tile_row, offsets, BM, GROUP_M)
         acc = tl.zeros((BM, BN), dtype=tl.float32)
         for k in range(0, D, BK):
             a = x.load([row, k])
@@ -86,9 +78,9 @@ def down_kernel(
 ):  # fmt: skip
     """y = a @ w: w is [E, N, depth] where K_FIRST (the down-projection), else [E, depth, N] (the gradient of x)."""
     num_n = tl.cdiv(N, BN)
-    num_m = tl.load(n_tiles)
-    for tile in tl.range(tl.program_id(0), num_m * num_n, n_programs):
-        e, row, pn, first, size = _tile(tile, tile_expert, tile_row, offsets, num_m, num_n, GROUP_M)
+    for tile in tl.range(tl.program_id(0), tl.load(n_tiles) * num_n, n_programs):
+        e = tl.load(tile_expert + tile // num_n)
+        pn, row, first, size = walk(tile, e, num_n, tile_row, offsets, BM, GROUP_M)
         acc = tl.zeros((BM, BN), dtype=tl.float32)
         for k in range(0, depth, BK):
             a_tile = a.load([row, k])
@@ -114,9 +106,9 @@ def down_backward_kernel(
 ):  # fmt: skip
     """As in expert_pointer.py, with dy already in the order of the rows."""
     num_n = tl.cdiv(F, BN)
-    num_m = tl.load(n_tiles)
-    for tile in tl.range(tl.program_id(0), num_m * num_n, n_programs):
-        e, row, pn, first, size = _tile(tile, tile_expert, tile_row, offsets, num_m, num_n, GROUP_M)
+    for tile in tl.range(tl.program_id(0), tl.load(n_tiles) * num_n, n_programs):
+        e = tl.load(tile_expert + tile // num_n)
+        pn, row, first, size = walk(tile, e, num_n, tile_row, offsets, BM, GROUP_M)
         acc = tl.zeros((BM, BN), dtype=tl.float32)
         for k in range(0, D, BK):
             acc = tl.dot(dy.load([row, k]), w.load([e, k, pn * BN]).reshape(BK, BN), acc)
@@ -139,7 +131,7 @@ def weight_gradient_kernel(
     per_expert = num_n * num_c
     for tile in tl.range(tl.program_id(0), E * per_expert, n_programs):
         e = tile // per_expert
-        pn, pc = _swizzle(tile % per_expert, num_n, num_c, GROUP_M)
+        pn, pc = swizzle(tile % per_expert, num_n, num_c, GROUP_M)
         first = tl.load(offsets + e)
         size = tl.load(offsets + e + 1) - first
         acc = tl.zeros((BN, BC), dtype=tl.float32)

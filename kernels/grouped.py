@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe.kernels import reference
+
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
 
 # Looked up once: the look-up takes as long as the product of one token.
@@ -127,15 +129,11 @@ def one_token_top2(
     product gives each expert a thread.
     """
     first, second = ids_12[0].tolist()
-    low, high = min(first, second), max(first, second)
-    pair = slice(low, high + 1, high - low)
-    n_gates, n_hidden = w_in_EGFD.shape[1:3]
-    h_2H = torch.bmm(x_1D.expand(2, 1, -1), w_in_EGFD[pair].flatten(1, 2).transpose(1, 2))
-    act_21F = h_2H.new_empty(2, 1, n_hidden)
-    _activate_into(h_2H.view(2, n_gates, n_hidden), activation, act_21F[:, 0])
+    pair = slice(min(first, second), max(first, second) + 1, abs(first - second))
+    h_21H = torch.bmm(x_1D.expand(2, 1, -1), _flat(w_in_EGFD[pair]).transpose(1, 2))
+    act_2F = reference.activate(h_21H.view(2, *w_in_EGFD.shape[1:3]), activation)
     weights_21 = weights_12.t() if first < second else weights_12.t().flip(0)
-    act_21F.mul_(weights_21.unsqueeze(2))
-    return torch.bmm(act_21F, w_out_EDF[pair].transpose(1, 2)).sum(0)
+    return torch.bmm((act_2F * weights_21).to(x_1D.dtype).unsqueeze(1), w_out_EDF[pair].transpose(1, 2)).sum(0)
 
 
 def loop_backward(

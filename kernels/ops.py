@@ -133,20 +133,23 @@ def expert_mlp(
     _check_expert_mlp(x_TD, w_in_EGFD, w_out_EDF, weights_TK, ids_TK, activation, b_in_EGF, b_out_ED)
     inputs = (x_TD, w_in_EGFD, w_out_EDF, weights_TK, ids_TK)
     impl = _choose(impl, x_TD, activation, b_in_EGF is not None or b_out_ED is not None)
-    if impl == "grouped" and _is_plain_cpu_inference(inputs):
-        if ids_TK.shape == (1, 2):
-            return grouped.one_token_top2(*inputs, activation)
-        return _forward_grouped(*inputs, activation)[0]
     return _expert_mlp(*inputs, b_in_EGF, b_out_ED, activation, impl, recompute)[0]
 
 
-def _is_plain_cpu_inference(inputs: tuple[Tensor, ...]) -> bool:
-    """Whether the op may be called without torch's dispatcher, whose cost shows when a CPU decodes single tokens."""
-    return (
-        not torch.compiler.is_compiling()
-        and not torch.is_grad_enabled()
-        and all(type(t) in (Tensor, torch.nn.Parameter) and t.device.type == "cpu" for t in inputs)
-    )
+def expert_mlp_inference(
+    x_TD: Tensor, w_in_EGFD: Tensor, w_out_EDF: Tensor, weights_TK: Tensor, ids_TK: Tensor, activation: str
+) -> Tensor:
+    """`expert_mlp` for a decoding loop that has seen its arguments fit: without checks, autograd and autocast.
+
+    On CPU also without torch's dispatcher, whose cost shows when single tokens are decoded.
+    """
+    inputs = (x_TD, w_in_EGFD, w_out_EDF, weights_TK, ids_TK)
+    impl = _choose(None, x_TD, activation, biases=False)
+    if x_TD.device.type != "cpu" or impl != "grouped":
+        return _expert_mlp(*inputs, None, None, activation, impl, False)[0]
+    if ids_TK.shape == (1, 2):
+        return grouped.one_token_top2(*inputs, activation)
+    return _forward_grouped(*inputs, activation)[0]
 
 
 def _choose(impl: str | None, x_TD: Tensor, activation: str, biases: bool) -> str:

@@ -44,16 +44,18 @@ class DecodeStep:
         self.wide = at_least_fp32(self.dtype)
         self.head_dim = model.cfg.attention.head_dim
         self.d_model = model.cfg.d_model
-        # With x / rms(x) = x * sqrt(D) / sqrt(|x|^2 + D eps), the sqrt(D) can move into the norm's weight.
-        self.eps = model.cfg.norm_eps * self.d_model
+        # x / rms(x) = x * sqrt(D) / sqrt(|x|^2 + D eps): the sqrt(D) moves into the norm's weight, and what is left is
+        # a hypotenuse.
+        self.root_eps = torch.tensor((model.cfg.norm_eps * self.d_model) ** 0.5, dtype=self.wide)
         self.layers = []
         for block, layer_cache in zip(model.blocks, cache.layers, strict=True):
             a = block.attention
-            wqkv_DA = torch.cat([a.wq.weight, a.wk.weight, a.wv.weight]).t()
+            wqkv_DA = torch.cat([w.weight.t() for w in (a.wq, a.wk, a.wv)], 1)
+            wo_AD = a.wo.weight.t().contiguous()
             norms = self._norm_weight(block.attention_norm), self._norm_weight(block.moe_norm)
-            self.layers.append(_Layer(norms[0], wqkv_DA, a.wo.weight.t(), norms[1], block.moe, layer_cache))
+            self.layers.append(_Layer(norms[0], wqkv_DA, wo_AD, norms[1], block.moe, layer_cache))
         self.norm_D = self._norm_weight(model.norm)
-        self.head_DV = model.head.weight.t()
+        self.head_DV = model.head.weight.t().contiguous()
 
     @staticmethod
     def fits(model: Any) -> bool:
@@ -91,12 +93,12 @@ class DecodeStep:
         router = moe.router
         logits_BE = F.linear(cast(x_BD, self.wide), cast(router.weight, self.wide))
         weights_BK, ids_BK = ops.topk_gate(logits_BE, router.top_k, router.bias_E)
-        return ops.expert_mlp(x_BD, moe.w_in_EGFD, moe.w_out_EDF, weights_BK, ids_BK, moe.activation)
+        return ops.expert_mlp_inference(x_BD, moe.w_in_EGFD, moe.w_out_EDF, weights_BK, ids_BK, moe.activation)
 
     def _norm_weight(self, norm: RMSNorm) -> Tensor:
         return norm.weight.to(self.wide) * self.d_model**0.5
 
     def _norm(self, x_BD: Tensor, weight_D: Tensor) -> Tensor:
         x_BD = cast(x_BD, self.wide)
-        scale_B1 = torch.linalg.vecdot(x_BD, x_BD).add_(self.eps).rsqrt_().unsqueeze(1)
-        return cast((x_BD * scale_B1).mul_(weight_D), self.dtype)
+        length_B1 = torch.linalg.vector_norm(x_BD, dim=1, keepdim=True).hypot_(self.root_eps)
+        return cast((x_BD / length_B1).mul_(weight_D), self.dtype)
