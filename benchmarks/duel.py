@@ -95,14 +95,16 @@ def alternate(sides: list[Side], rounds: int, runs: int = 2) -> None:
 def fastest(candidates: list[Side]) -> Side:
     """The side that takes the least time, by one warm-up and the better of two runs each, in processes one at a time.
 
-    A candidate that cannot run here (an implementation the machine or the version lacks) is left out.
+    A candidate that cannot run here (an implementation the machine, its memory or the version lacks) is left out; one
+    whose warm-up takes three times as long as the best is not run again.
     """
     times: dict[str, float] = {}
     for side in candidates:
         try:
             side.start()
-            side.run(keep=False)
-            times[side.name] = min(side.run(keep=False) for _ in range(2))
+            times[side.name] = side.run(keep=False)
+            if times[side.name] < 3 * min(times.values()) or len(times) == 1:
+                times[side.name] = min(side.run(keep=False) for _ in range(2))
         except SystemExit:
             print(f"  {side.name}: does not run here")
         finally:

@@ -70,7 +70,7 @@ def run(quick: bool, dry: bool) -> dict[str, Any]:
         for kind, call in (("forward", forward), ("forward + backward", step)):
             found = medians({n: lambda n=n, call=call: call(n) for n in names}, rounds, device)
             for name, seconds in found.items():
-                ratio = seconds / found["gpt4_moe"]
+                ratio = seconds / found.get("gpt4_moe", float("nan"))
                 print(f"  T {tokens:5} {kind:18} {name:12} {seconds * 1e3:9.3f} ms  {ratio:.2f}x our time")
                 rows.append({"tokens": tokens, "kind": kind, "side": name, "ms": seconds * 1e3, "ratio": ratio})
     return {"machine": machine(), "rows": rows}
@@ -83,7 +83,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the record here")
     arguments = parser.parse_args()
     stop_without_gpu(arguments.dry_run)
-    write_record(arguments.json, run(arguments.quick, arguments.dry_run))
+    record = run(arguments.quick, arguments.dry_run)
+    write_record(arguments.json, record)
+    if not all(row["ratio"] > 0 for row in record["rows"]):
+        raise SystemExit("gpt4_moe did not run, or was wrong, at some size; see above")
 
 
 if __name__ == "__main__":
