@@ -36,29 +36,37 @@ def block_tokens(n_experts: int) -> int:
 
 @triton.jit
 def _gate_kernel(
-    logits, bias, weights, ids, counts, T, stride_t,
-    E: tl.constexpr, P: tl.constexpr, K: tl.constexpr, HAS_BIAS: tl.constexpr, BT: tl.constexpr,
+    logits, bias, given, weights, ids, counts, T, stride_t,
+    E: tl.constexpr, P: tl.constexpr, K: tl.constexpr, HAS_BIAS: tl.constexpr, GIVEN: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    """Choose K experts per token, weigh them by a softmax over the chosen, count the rows per expert of the block."""
+    """Choose K experts per token, weigh them by a softmax over the chosen, count the rows per expert of the block.
+
+    GIVEN: the choice is made already, and the rest is the same.
+    """
     block = tl.program_id(0)
     t = block * BT + tl.arange(0, BT)
     e = tl.arange(0, P)
     inside = (t < T)[:, None] & (e < E)[None, :]
     x = tl.load(logits + t[:, None].to(tl.int64) * stride_t + e[None, :], mask=inside, other=0.0).to(tl.float32)
-    score = tl.where(inside, x, -float("inf"))
-    if HAS_BIAS:
-        top = tl.max(tl.where(e[None, :] < E, x, -float("inf")), axis=1)
-        p = tl.where(e[None, :] < E, tl.exp(x - top[:, None]), 0.0)
-        added = tl.load(bias + e, mask=e < E, other=0.0).to(tl.float32)
-        score = tl.where(inside, p / tl.sum(p, axis=1)[:, None] + added[None, :], -float("inf"))
-    # An expert masked with -inf may still be needed to fill K; only what is taken already is out.
-    score = tl.where(e[None, :] < E, tl.maximum(score, -3.0e38), -float("inf"))
     slot = tl.full((BT, P), K, tl.int32)
-    for j in tl.static_range(K):
-        best = tl.argmax(score, axis=1, tie_break_left=True)
-        hot = e[None, :] == tl.minimum(best, E - 1)[:, None]
-        slot = tl.where(hot, j, slot)
-        score = tl.where(hot, -float("inf"), score)
+    if GIVEN:
+        for j in tl.static_range(K):
+            i = tl.load(given + t.to(tl.int64) * K + j, mask=t < T, other=0)
+            slot = tl.where(e[None, :] == i[:, None], j, slot)
+    else:
+        score = tl.where(inside, x, -float("inf"))
+        if HAS_BIAS:
+            top = tl.max(tl.where(e[None, :] < E, x, -float("inf")), axis=1)
+            p = tl.where(e[None, :] < E, tl.exp(x - top[:, None]), 0.0)
+            added = tl.load(bias + e, mask=e < E, other=0.0).to(tl.float32)
+            score = tl.where(inside, p / tl.sum(p, axis=1)[:, None] + added[None, :], -float("inf"))
+        # An expert masked with -inf may still be needed to fill K; only what is taken already is out.
+        score = tl.where(e[None, :] < E, tl.maximum(score, -3.0e38), -float("inf"))
+        for j in tl.static_range(K):
+            best = tl.argmax(score, axis=1, tie_break_left=True)
+            hot = e[None, :] == tl.minimum(best, E - 1)[:, None]
+            slot = tl.where(hot, j, slot)
+            score = tl.where(hot, -float("inf"), score)
     taken = slot < K
     chosen = tl.where(taken, x, -float("inf"))
     p = tl.where(taken, tl.exp(x - tl.max(chosen, axis=1)[:, None]), 0.0)
@@ -92,7 +100,9 @@ def _gate_backward_kernel(
     tl.store(dlogits + at, out.to(dlogits.dtype.element_ty), mask=live[:, None] & (e < E)[None, :])
 
 
-def gate(logits_TE: Tensor, top_k: int, bias_E: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def gate(
+    logits_TE: Tensor, top_k: int, bias_E: Tensor | None = None, given_TK: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """As reference.topk_gate, in one launch -> weights_TK float32, ids_TK int64, and int32 counts [Z, P] per block."""
     T, E = logits_TE.shape
     P, BT = triton.next_power_of_2(E), block_tokens(E)
@@ -102,8 +112,8 @@ def gate(logits_TE: Tensor, top_k: int, bias_E: Tensor | None = None) -> tuple[T
     counts_ZP = logits_TE.new_empty(triton.cdiv(T, BT), P, dtype=torch.int32)
     if T:
         _gate_kernel[(len(counts_ZP),)](
-            logits_TE, bias_E, weights_TK, ids_TK, counts_ZP, T, logits_TE.stride(0),
-            E=E, P=P, K=top_k, HAS_BIAS=bias_E is not None, BT=BT,
+            logits_TE, bias_E, None if given_TK is None else given_TK.contiguous(), weights_TK, ids_TK, counts_ZP, T,
+            logits_TE.stride(0), E=E, P=P, K=top_k, HAS_BIAS=bias_E is not None, GIVEN=given_TK is not None, BT=BT,
         )  # fmt: skip
     return weights_TK, ids_TK, counts_ZP
 

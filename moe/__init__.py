@@ -23,7 +23,7 @@ _HOME = {
     "load": "moe.checkpoint",
     "load_tokenizer": "moe.checkpoint",
 }
-_MODULES = {"data", "hf", "plan", "train"}
+_MODULES = {"data", "hf", "plan", "profile", "train"}
 
 __all__ = ["Config", "ConfigError", "Transformer", "hf", "load", "load_config", "load_tokenizer", "save"]
 

@@ -22,6 +22,7 @@ class Routing(NamedTuple):
     n_experts: int
     ids_TK: Tensor  # int64, the chosen experts in falling order of score
     weights_TK: Tensor  # at least float32, each row sums to 1
+    logits_TE: Tensor  # at least float32, before any bias
     balance: Tensor  # scalar, the balance loss (1 when even), before its weight
     z: Tensor  # scalar, the z-loss, before its weight
 
@@ -52,13 +53,18 @@ class Router(nn.Module):
         wide = at_least_fp32(x_BSD.dtype)
         with without_autocast(x_BSD.device.type):
             logits_BSE = F.linear(cast(x_BSD, wide), cast(self.weight, wide))
-            weights_TK, ids_TK = ops.topk_gate(logits_BSE.flatten(0, 1), self.top_k, self.bias_E)
+            logits_TE = logits_BSE.flatten(0, 1)
+            weights_TK, ids_TK = self.choose(logits_TE)
             if not with_losses:
                 balance = z = logits_BSE.new_zeros(())
             else:
                 counts_BE = expert_counts(ids_TK.view(len(x_BSD), -1), len(self.weight))
                 balance, z = balance_loss(logits_BSE, counts_BE), z_loss(logits_BSE)
-        return Routing(len(self.weight), ids_TK, weights_TK, balance, z)
+        return Routing(len(self.weight), ids_TK, weights_TK, logits_TE, balance, z)
+
+    def choose(self, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
+        """The weights and ids [T, K] of the chosen experts. A replay puts another function in its place."""
+        return ops.topk_gate(logits_TE, self.top_k, self.bias_E)
 
     @torch.no_grad()
     def update_bias(self, counts_E: Tensor) -> None:

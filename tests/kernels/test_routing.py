@@ -80,7 +80,7 @@ def test_any_ids(T: int, E: int, K: int, tile_rows: int, data: st.DataObject) ->
 def test_the_op(biased: bool) -> None:
     bias = 0.1 * logits(1, 7, seed=1)[0] if biased else None
     x = logits(20, 7).requires_grad_()
-    torch.library.opcheck(ops._topk_gate, (x, bias, 3))
+    torch.library.opcheck(ops._topk_gate, (x, bias, None, 3))
     compiled = torch.compile(lambda x: ops.topk_gate(x, 3, bias, "triton"), fullgraph=True, backend="aot_eager")
     weights, ids = compiled(x)
     want_weights, want_ids = ops.topk_gate(x, 3, bias, "reference")

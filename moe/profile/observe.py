@@ -1,0 +1,181 @@
+"""Sees what every router of a model chooses, in any forward pass, ours or transformers', without asking the caller.
+
+A pass is complete when each router has spoken once, in order; what a backward computes again (activation
+checkpointing) is not a pass. Shape suffixes: L layers, B batch, S sequence, T = B*S tokens, E experts, K experts per
+token.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from moe.experts import Router
+from moe.kernels import ops
+
+
+class Pass(NamedTuple):
+    """The routing of one forward pass. Tensors are detached, on the model's device."""
+
+    ids_LTK: Tensor  # int64, in falling order of score
+    weights_LTK: Tensor  # routing weights, in the router's dtype
+    logits_LTE: Tensor  # router logits, before any bias
+    shape: tuple[int, int]  # B, S
+    tokens_T: Tensor | None  # int64, where the model was called with ids
+
+
+class NotObservable(ValueError):
+    """The model has no router that is known here."""
+
+
+def routers(model: nn.Module) -> list[nn.Module]:
+    """The model's routers in the order of its layers.
+
+    Ours, and those of transformers' models that return (logits, weights, ids), as Mixtral, Qwen3-MoE, OLMoE and
+    gpt-oss do.
+
+    Raises:
+        NotObservable: there is none.
+    """
+    found = [m for m in model.modules() if isinstance(m, Router) or type(m).__name__.endswith("TopKRouter")]
+    if not found:
+        raise NotObservable(
+            f"{type(model).__name__} has no router that is known here: want moe.experts.Router, or a TopKRouter "
+            "of transformers (Mixtral, Qwen3-MoE, OLMoE, gpt-oss)"
+        )
+    return found
+
+
+def n_experts(router: nn.Module) -> int:
+    """Experts of a router: the rows of its weight."""
+    weight: Any = router.weight
+    return len(weight)
+
+
+@contextmanager
+def observe(model: nn.Module, on_pass: Callable[[Pass], None]) -> Iterator[None]:
+    """Calls `on_pass` at the end of every forward pass of `model`.
+
+    Raises:
+        NotObservable: no routers, or, at the call, one whose result is not (logits, weights, ids).
+    """
+    layers = routers(model)
+    spoken: list[tuple[Tensor, Tensor, Tensor]] = []
+    called: dict[str, Tensor] = {}
+
+    def on_call(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        tokens = kwargs.get("input_ids", args[0] if args else None)
+        called.clear()
+        if isinstance(tokens, Tensor) and tokens.ndim == 2 and not tokens.is_floating_point():
+            called["tokens"] = tokens
+
+    def on_router(layer: int) -> Callable[[nn.Module, tuple, Any], None]:
+        def hook(module: nn.Module, args: tuple, output: Any) -> None:
+            # Inside a backward: activation checkpointing runs the layer again.
+            if torch._C._current_graph_task_id() != -1:
+                return
+            if layer == 0:
+                spoken.clear()
+            if layer == len(spoken):
+                spoken.append(_routing(module, output))
+            if len(spoken) == len(layers):
+                ids, weights, logits = (torch.stack(parts) for parts in zip(*spoken, strict=True))
+                spoken.clear()
+                tokens = called.get("tokens")
+                fits = tokens is not None and tokens.numel() == ids.shape[1]
+                shape = (len(tokens), tokens.shape[1]) if tokens is not None and fits else (1, ids.shape[1])
+                on_pass(Pass(ids, weights, logits, shape, tokens.flatten() if tokens is not None and fits else None))
+
+        return hook
+
+    handles = [model.register_forward_pre_hook(on_call, with_kwargs=True)]
+    handles += [router.register_forward_hook(on_router(i)) for i, router in enumerate(layers)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _routing(module: nn.Module, output: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """ids [T, K], weights [T, K] and logits [T, E] from what a router returned."""
+    if isinstance(module, Router):
+        return output.ids_TK.detach(), output.weights_TK.detach(), output.logits_TE.detach()
+    if not (isinstance(output, tuple) and len(output) == 3 and output[2].shape == output[1].shape):
+        raise NotObservable(f"{type(module).__name__} does not return (logits, weights, ids); transformers 5 does")
+    logits, weights, ids = (t.detach().flatten(0, -2) for t in output)
+    return ids, weights, logits
+
+
+# -------------------------------------------------------------------------------------------------------- overriding
+
+
+@contextmanager
+def override(model: nn.Module, given: Callable[[int, int, torch.device], Tensor]) -> Iterator[None]:
+    """Inside the block, the routers take the experts of `given(layer, T, device)`, int64 [T, K], weighed as ever.
+
+    Raises:
+        NotObservable: a router of transformers whose way of weighing is not known here.
+    """
+    handles, ours = [], []
+    for layer, router in enumerate(routers(model)):
+        if isinstance(router, Router):
+            router.choose = _choice(router, layer, given)  # type: ignore[method-assign]
+            ours.append(router)
+        else:
+            if type(router).__name__ not in WEIGHINGS:
+                raise NotObservable(f"{type(router).__name__}: its weights cannot be made for given experts here")
+            handles.append(router.register_forward_hook(_replacement(layer, given)))
+    try:
+        yield
+    finally:
+        for router in ours:
+            del router.choose
+        for handle in handles:
+            handle.remove()
+
+
+def _choice(router: Router, layer: int, given: Callable) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    def choose(logits_TE: Tensor) -> tuple[Tensor, Tensor]:
+        return ops.topk_gate(logits_TE, router.top_k, given_TK=given(layer, len(logits_TE), logits_TE.device))
+
+    return choose
+
+
+def _replacement(layer: int, given: Callable) -> Callable[[nn.Module, tuple, Any], Any]:
+    def hook(module: nn.Module, args: tuple, output: Any) -> Any:
+        logits, _, ids = output
+        new = given(layer, ids.shape[:-1].numel(), ids.device).view(ids.shape)
+        return logits, WEIGHINGS[type(module).__name__](module, logits, new), new
+
+    return hook
+
+
+def _softmax_then_choose(module: Any, logits: Tensor, ids: Tensor) -> Tensor:
+    """Mixtral: the softmax over all experts in float32, renormalised over the chosen."""
+    weights = torch.softmax(logits.float(), dim=-1).gather(-1, ids)
+    return weights / weights.sum(dim=-1, keepdim=True)
+
+
+def _softmax_then_choose_optionally_normed(module: Any, logits: Tensor, ids: Tensor) -> Tensor:
+    """Qwen3-MoE and OLMoE: renormalised where the configuration says so, then in the dtype of the logits."""
+    weights = torch.softmax(logits, dtype=torch.float32, dim=-1).gather(-1, ids)
+    if module.norm_topk_prob:
+        weights = weights / weights.sum(dim=-1, keepdim=True)
+    return weights.to(logits.dtype)
+
+
+def _choose_then_softmax(module: Any, logits: Tensor, ids: Tensor) -> Tensor:
+    """gpt-oss: the softmax over the chosen."""
+    return torch.softmax(logits.gather(-1, ids), dim=-1)
+
+
+WEIGHINGS: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
+    "MixtralTopKRouter": _softmax_then_choose,
+    "Qwen3MoeTopKRouter": _softmax_then_choose_optionally_normed,
+    "OlmoeTopKRouter": _softmax_then_choose_optionally_normed,
+    "GptOssTopKRouter": _choose_then_softmax,
+}

@@ -1,0 +1,347 @@
+"""The routing trace: what every router chose, token by token, in a compact file; read, compared, imported, replayed.
+
+A trace is a directory: `trace.json` and shards `trace-00000.safetensors`, ... Each shard holds whole forward passes:
+
+    ids_TLK      uint8 (int16 from 257 experts on)  chosen experts, in falling order of score
+    weights_TLK  the router's dtype                 their routing weights; absent in an import
+    tokens_T     int32                              token ids; absent where the model was called without
+    passes_P2    int32                              (B, S) of each forward pass, in order; T is the sum of B * S
+
+`trace.json` names the format and version, n_layers, n_experts, top_k, and the shards with their tokens. It is written
+after every shard, so that a recording that was killed can be read up to its last shard.
+
+Shape suffixes: L layers, T tokens, K experts per token, P passes.
+"""
+
+import base64
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn as nn
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from moe.profile import observe
+from moe.profile.observe import Pass
+
+INDEX_FILE = "trace.json"
+FORMAT, VERSION = "gpt4-moe routing trace", 1
+SHARD_TOKENS = 2**18
+
+
+class TraceError(ValueError):
+    """A trace that cannot be read, written or replayed; the message names the file and the remedy."""
+
+
+class Recorder:
+    """Writes passes to a trace; a context manager, or call `close`.
+
+    Args:
+        path: a new or empty directory.
+        n_experts: E. shard_tokens: a shard is written once it holds this many.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], n_experts: int, shard_tokens: int = SHARD_TOKENS) -> None:
+        self.path = Path(path)
+        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise TraceError(f"{self.path}: exists and is not an empty directory; choose another")
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.n_experts = n_experts
+        self.shard_tokens = shard_tokens
+        self._index: dict[str, Any] = {"format": FORMAT, "version": VERSION, "n_experts": n_experts, "shards": []}
+        self._passes: list[dict[str, Tensor]] = []
+        self._tokens = 0
+
+    def add(self, p: Pass) -> None:
+        """Records one forward pass."""
+        if p.ids_LTK.shape[1]:
+            shape = torch.tensor([p.shape], dtype=torch.int32)
+            self._add(p.ids_LTK.transpose(0, 1), p.weights_LTK.transpose(0, 1), p.tokens_T, shape)
+
+    def _add(self, ids_TLK: Tensor, weights_TLK: Tensor | None, tokens_T: Tensor | None, shape_12: Tensor) -> None:
+        dtype = torch.uint8 if self.n_experts <= 256 else torch.int16
+        parts = {"ids_TLK": ids_TLK.to(dtype), "passes_P2": shape_12}
+        parts |= {} if weights_TLK is None else {"weights_TLK": weights_TLK}
+        parts |= {} if tokens_T is None else {"tokens_T": tokens_T.to(torch.int32)}
+        layers = {"n_layers": ids_TLK.shape[1], "top_k": ids_TLK.shape[2]}
+        if self._passes and self._passes[0].keys() != parts.keys():
+            raise TraceError(f"{self.path}: this pass has {sorted(parts)}, those before had {sorted(self._passes[0])}")
+        if "n_layers" in self._index and layers != {key: self._index[key] for key in layers}:
+            raise TraceError(f"{self.path}: this pass has {layers}, those before had another number")
+        self._index |= layers
+        self._passes.append({name: part.cpu().clone() for name, part in parts.items()})
+        self._tokens += len(ids_TLK)
+        if self._tokens >= self.shard_tokens:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._passes:
+            tensors = {n: torch.cat([p[n] for p in self._passes]).contiguous() for n in self._passes[0]}
+            name = f"trace-{len(self._index['shards']):05d}.safetensors"
+            _replace(self.path / name, lambda temporary: save_file(tensors, temporary))
+            self._index["shards"].append({"file": name, "tokens": self._tokens})
+            self._passes, self._tokens = [], 0
+        text = json.dumps(self._index, indent=1) + "\n"
+        _replace(self.path / INDEX_FILE, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+    def close(self) -> None:
+        """Writes what is left."""
+        self._flush()
+
+    def __enter__(self) -> "Recorder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _replace(place: Path, write: Any) -> None:
+    temporary = place.with_name(f".{place.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        temporary.replace(place)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def record(model: nn.Module, path: str | os.PathLike[str]) -> Iterator[Recorder]:
+    """Records every forward pass of `model` inside the block: training, evaluation or generation."""
+    with (
+        Recorder(path, observe.n_experts(observe.routers(model)[0])) as recorder,
+        observe.observe(model, recorder.add),
+    ):
+        yield recorder
+
+
+# ---------------------------------------------------------------------------------------------------------- reading
+
+
+@dataclass(frozen=True)
+class RecordedPass:
+    """One forward pass of a trace."""
+
+    ids_TLK: Tensor  # int64
+    weights_TLK: Tensor | None
+    tokens_T: Tensor | None  # int64
+    shape: tuple[int, int]  # B, S
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A trace on disk. `Trace.open(path)`; iterate for its passes, read a shard at a time."""
+
+    path: Path
+    n_layers: int
+    n_experts: int
+    top_k: int
+    shards: tuple[tuple[str, int], ...]  # file, tokens
+
+    @staticmethod
+    def open(path: str | os.PathLike[str]) -> "Trace":
+        """Raises TraceError: not a trace, or one of a newer version."""
+        index = Path(path) / INDEX_FILE
+        try:
+            content = json.loads(index.read_text(encoding="utf-8"))
+            if content["format"] != FORMAT or content["version"] != VERSION:
+                raise TraceError(f"{index}: format {content['format']!r} version {content['version']}; want {VERSION}")
+            shards = tuple((shard["file"], shard["tokens"]) for shard in content["shards"])
+            sizes = (content.get(key, 0) for key in ("n_layers", "n_experts", "top_k"))
+            return Trace(Path(path), *sizes, shards)
+        except FileNotFoundError:
+            raise TraceError(f"{path}: no {INDEX_FILE} there; record one with moe.profile.record") from None
+        except (ValueError, TypeError, KeyError) as error:
+            if isinstance(error, TraceError):
+                raise
+            raise TraceError(f"{index}: not a routing trace ({error!r})") from error
+
+    @property
+    def tokens(self) -> int:
+        """Tokens recorded."""
+        return sum(tokens for _, tokens in self.shards)
+
+    def __iter__(self) -> Iterator[RecordedPass]:
+        for name, tokens in self.shards:
+            parts = self._read(name)
+            if len(parts["ids_TLK"]) != tokens or int(parts["passes_P2"].long().prod(1).sum()) != tokens:
+                raise TraceError(f"{self.path / name}: holds other than the {tokens} tokens that {INDEX_FILE} says")
+            begin = 0
+            for B, S in parts["passes_P2"].tolist():
+                rows = slice(begin, begin + B * S)
+                weights, ids = parts.get("weights_TLK"), parts.get("tokens_T")
+                yield RecordedPass(
+                    parts["ids_TLK"][rows].long(),
+                    None if weights is None else weights[rows],
+                    None if ids is None else ids[rows].long(),
+                    (B, S),
+                )
+                begin += B * S
+
+    def _read(self, name: str) -> dict[str, Tensor]:
+        try:
+            with safe_open(self.path / name, framework="pt") as file:
+                return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no dict
+        except (SafetensorError, OSError) as error:
+            raise TraceError(f"{self.path / name}: unreadable ({error}); the shards before it are intact") from error
+
+
+def import_routed_experts(
+    path: str | os.PathLike[str],
+    requests: Iterable[np.ndarray | Tensor | str],
+    *,
+    n_layers: int,
+    n_experts: int,
+    top_k: int,
+    tokens: Iterable[list[int]] | None = None,
+) -> Trace:
+    """Makes a trace of what a server returned with its requests, each of them one pass of one sequence.
+
+    Args:
+        requests: vLLM's `CompletionOutput.routed_experts`, arrays [S, L, K]; or SGLang's
+            `meta_info["routed_experts"]`, base64 of int32 in the same order.
+        tokens: the token ids of each request, prompt and completion; those beyond S (servers never run the last
+            sampled token) are dropped.
+
+    Raises:
+        TraceError: an array of another shape, or ids out of range.
+    """
+    token_lists = iter(tokens) if tokens is not None else None
+    with Recorder(path, n_experts) as recorder:
+        for number, request in enumerate(requests):
+            if isinstance(request, str):
+                flat = np.frombuffer(base64.b64decode(request), dtype=np.int32)
+                if flat.size % (n_layers * top_k):
+                    raise TraceError(f"request {number}: {flat.size} ids do not divide into {n_layers} x {top_k}")
+                request = flat.reshape(-1, n_layers, top_k)
+            ids = torch.as_tensor(np.asarray(request).astype(np.int64))
+            if ids.ndim != 3 or ids.shape[1:] != (n_layers, top_k):
+                raise TraceError(f"request {number}: shape {list(ids.shape)}; want [tokens, {n_layers}, {top_k}]")
+            if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < n_experts:
+                raise TraceError(f"request {number}: expert ids outside 0 to {n_experts - 1}")
+            own = None if token_lists is None else torch.tensor(next(token_lists)[: len(ids)], dtype=torch.int32)
+            if own is not None and len(own) != len(ids):
+                raise TraceError(f"request {number}: {len(own)} token ids for {len(ids)} routed tokens")
+            if len(ids):
+                recorder._add(ids, None, own, torch.tensor([[1, len(ids)]], dtype=torch.int32))
+    return Trace.open(path)
+
+
+# --------------------------------------------------------------------------------------------------------- comparing
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How two routings of the same tokens differ, per layer, float64 [L]."""
+
+    tokens: int
+    changed_L: Tensor  # share of tokens with another set of experts
+    first_changed_L: Tensor  # share of tokens with another first choice
+    moved_L: Tensor  # share of routed (token, slot) pairs whose expert the other does not choose for the token
+    log_weight_L: Tensor | None  # mean |ln w - ln w'| over the experts that both choose
+
+
+def compare(one: Trace, other: Trace) -> Comparison:
+    """Train against serve, before against after: the same tokens in the same order, in passes of any shape.
+
+    Raises:
+        TraceError: different models or tokens.
+    """
+    for name in ("n_layers", "n_experts", "top_k", "tokens"):
+        if getattr(one, name) != getattr(other, name):
+            raise TraceError(
+                f"{name} = {getattr(one, name)} in {one.path}, {getattr(other, name)} in {other.path}: "
+                "traces of the same tokens of the same model can be compared"
+            )
+    L = one.n_layers
+    changed, first, moved, log_weight, shared = (torch.zeros(L, dtype=torch.float64) for _ in range(5))
+    weighed, done = True, 0
+    for a, b in _aligned(one, other):
+        if a.tokens_T is not None and b.tokens_T is not None and not torch.equal(a.tokens_T, b.tokens_T):
+            raise TraceError(f"{one.path} and {other.path} have different tokens, the first of them after {done}")
+        same = a.ids_TLK.unsqueeze(3) == b.ids_TLK.unsqueeze(2)  # [T, L, K, K]
+        kept = same.any(3)
+        changed += (~kept).any(2).sum(0)
+        first += (a.ids_TLK[..., 0] != b.ids_TLK[..., 0]).sum(0)
+        moved += (~kept).sum((0, 2))
+        if a.weights_TLK is None or b.weights_TLK is None:
+            weighed = False
+        else:
+            mine, theirs = (w.double().clamp(min=1e-30).log() for w in (a.weights_TLK, b.weights_TLK))
+            gap = (mine.unsqueeze(3) - theirs.unsqueeze(2)).abs()
+            log_weight += torch.where(same, gap, 0.0).sum((0, 2, 3))
+            shared += same.sum((0, 2, 3))
+        done += len(a.ids_TLK)
+    n = max(1, done)
+    return Comparison(
+        done, changed / n, first / n, moved / (n * one.top_k), log_weight / shared.clamp(min=1) if weighed else None
+    )
+
+
+def _aligned(one: Trace, other: Trace) -> Iterator[tuple[RecordedPass, RecordedPass]]:
+    """Both traces in pieces of equal length."""
+    left, right = iter(one), iter(other)
+    a = b = None
+    while True:
+        a = next(left, None) if a is None else a
+        b = next(right, None) if b is None else b
+        if a is None or b is None:
+            return
+        n = min(len(a.ids_TLK), len(b.ids_TLK))
+        yield _part(a, 0, n), _part(b, 0, n)
+        a = _part(a, n, len(a.ids_TLK)) if n < len(a.ids_TLK) else None
+        b = _part(b, n, len(b.ids_TLK)) if n < len(b.ids_TLK) else None
+
+
+def _part(p: RecordedPass, begin: int, end: int) -> RecordedPass:
+    parts = (None if t is None else t[begin:end] for t in (p.weights_TLK, p.tokens_T))
+    return RecordedPass(p.ids_TLK[begin:end], *parts, (1, end - begin))
+
+
+# --------------------------------------------------------------------------------------------------------- replaying
+
+
+@contextmanager
+def replay(model: nn.Module, trace: Trace) -> Iterator[None]:
+    """Inside the block, each forward pass of `model` takes the next recorded pass's experts, not its routers' choice.
+
+    The weights come from the model's own router logits at those experts, so that gradients reach the router; on the
+    model, machine and input of the recording everything is equal to the last bit. Each token's experts must differ.
+
+    Raises:
+        TraceError: at the call, a pass of another size, another model, or no pass left.
+    """
+    layers = observe.routers(model)
+    for name, want in (("n_layers", len(layers)), ("n_experts", observe.n_experts(layers[0]))):
+        if getattr(trace, name) != want:
+            raise TraceError(f"{trace.path}: {name} = {getattr(trace, name)}, but the model has {want}")
+    passes = enumerate(trace)
+    current: dict[str, Any] = {}
+
+    def on_call(_module: nn.Module, _args: tuple, _kwargs: dict[str, Any]) -> None:
+        found = next(passes, None)
+        if found is None:
+            raise TraceError(f"{trace.path}: no pass left to replay; it has {trace.tokens} tokens")
+        current["number"], current["ids"] = found[0], found[1].ids_TLK
+
+    def given(layer: int, tokens: int, device: torch.device) -> Tensor:
+        ids_TLK = current["ids"]
+        if len(ids_TLK) != tokens:
+            raise TraceError(
+                f"{trace.path}: pass {current['number']} has {len(ids_TLK)} tokens, the model was called with {tokens}"
+            )
+        return ids_TLK[:, layer].to(device)
+
+    with observe.override(model, given):
+        handle = model.register_forward_pre_hook(on_call, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()

@@ -1,0 +1,284 @@
+"""Routing statistics against brute-force counts, on our models and on transformers'."""
+
+import math
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import moe
+from moe.experts import Router
+from moe.profile import NotObservable, RoutingProfile, expert_similarity, routing
+from moe.profile.observe import Pass
+from tests.conftest import rel
+
+E, K, V = 6, 2, 40
+
+
+def random_pass(L: int, B: int, S: int, seed: int, skew: float = 0.0) -> Pass:
+    g = torch.Generator().manual_seed(seed)
+    logits = torch.randn(L, B * S, E, generator=g) + skew * torch.arange(E)
+    weights, ids = (t.contiguous() for t in logits.topk(K))
+    return Pass(ids, weights.softmax(-1), logits, (B, S), torch.randint(V, (B * S,), generator=g))
+
+
+@pytest.fixture(scope="module")
+def passes() -> list[Pass]:
+    return [random_pass(3, B, S, seed, 0.3) for seed, (B, S) in enumerate([(2, 7), (1, 12), (3, 4), (1, 1)])]
+
+
+@pytest.fixture(scope="module")
+def profile(passes: list[Pass]) -> RoutingProfile:
+    found = RoutingProfile(E, V)
+    for p in passes:
+        found.update(p)
+    return found
+
+
+def tokens_of(passes: list[Pass], layer: int) -> list[tuple[list[int], list[float], list[float], int]]:
+    """(ids, weights, logits, token id) of each token of a layer."""
+    return [
+        (p.ids_LTK[layer, t].tolist(), p.weights_LTK[layer, t].tolist(), p.logits_LTE[layer, t].tolist(), int(token))
+        for p in passes
+        for t, token in enumerate(p.tokens_T)  # type: ignore[arg-type]
+    ]
+
+
+@pytest.mark.parametrize("layer", range(3))
+def test_counts_are_brute_force_counts(passes: list[Pass], profile: RoutingProfile, layer: int) -> None:
+    tokens = tokens_of(passes, layer)
+    n = len(tokens)
+    assert profile.tokens == n
+    counts = Counter(e for ids, *_ in tokens for e in ids)
+    assert profile.counts_LE[layer].tolist() == [counts[e] for e in range(E)]
+    first = Counter(ids[0] for ids, *_ in tokens)
+    assert profile.first_counts_LE[layer].tolist() == [first[e] for e in range(E)]
+    together = Counter((a, b) for ids, *_ in tokens for a in ids for b in ids)
+    assert profile.coactivation_LEE[layer].tolist() == [[together[a, b] for b in range(E)] for a in range(E)]
+    load = [counts[e] / (n * K) for e in range(E)]
+    mean = 1 / E
+    assert profile.load_LE[layer].tolist() == pytest.approx(load)
+    entropy = -sum(p * math.log(p) for p in load if p) / math.log(E)
+    assert float(profile.load_entropy_L[layer]) == pytest.approx(entropy)
+    cv = (sum((p - mean) ** 2 for p in load) / E) ** 0.5 / mean
+    assert float(profile.load_cv_L[layer]) == pytest.approx(cv)
+    assert float(profile.max_over_mean_L[layer]) == pytest.approx(max(load) / mean)
+    lift = together[0, 1] / n / (counts[0] / n * counts[1] / n)
+    assert float(profile.coactivation_lift_LEE[layer, 0, 1]) == pytest.approx(lift)
+    weight = sum(w for ids, ws, *_ in tokens for e, w in zip(ids, ws, strict=True) if e == 5) / counts[5]
+    assert float(profile.weight_LE[layer, 5]) == pytest.approx(weight, rel=1e-6)
+    words = Counter((e, token) for ids, _, _, token in tokens for e in ids)
+    assert profile.token_counts_LEV[layer].tolist() == [[words[e, v] for v in range(V)] for e in range(E)]
+
+
+@pytest.mark.parametrize("layer", range(3))
+def test_the_routers_confidence(passes: list[Pass], profile: RoutingProfile, layer: int) -> None:
+    entropies, tops, weights = [], [], []
+    for _, ws, logits, _ in tokens_of(passes, layer):
+        total = sum(math.exp(x) for x in logits)
+        p = [math.exp(x) / total for x in logits]
+        entropies.append(-sum(q * math.log(q) for q in p))
+        tops.append(max(p))
+        weights.append(ws[0])
+    n = profile.tokens
+    assert float(profile.router_entropy_L[layer]) == pytest.approx(sum(entropies) / n, rel=1e-6)
+    assert float(profile.top_probability_L[layer]) == pytest.approx(sum(tops) / n, rel=1e-6)
+    assert float(profile.top_weight_L[layer]) == pytest.approx(sum(weights) / n, rel=1e-6)
+
+
+@pytest.mark.parametrize("layer", range(3))
+def test_per_pass_figures(passes: list[Pass], profile: RoutingProfile, layer: int) -> None:
+    ratios, pairs, repeats = [], 0, 0
+    dropped = dict.fromkeys(profile.capacity_factors, 0)
+    for p in passes:
+        B, S = p.shape
+        ids = p.ids_LTK[layer].tolist()
+        counts = Counter(e for row in ids for e in row)
+        ratios.append(max(counts.values()) * E / (B * S * K))
+        for factor in dropped:
+            dropped[factor] += sum(max(0, c - math.ceil(factor * B * S * K / E)) for c in counts.values())
+        for b in range(B):
+            for s in range(1, S):
+                pairs += 1
+                repeats += ids[b * S + s][0] == ids[b * S + s - 1][0]
+    assert float(profile.pass_max_over_mean_L[layer]) == pytest.approx(sum(ratios) / len(passes))
+    for factor, n in dropped.items():
+        assert float(profile.drop_rate_L(factor)[layer]) == pytest.approx(n / (profile.tokens * K))
+    assert dropped[1.0] > 0
+    assert float(profile.repeat_rate_L[layer]) == pytest.approx(repeats / pairs)
+    first = Counter(ids[0] for ids, *_ in tokens_of(passes, layer))
+    expected = sum((n / profile.tokens) ** 2 for n in first.values())
+    assert float(profile.expected_repeat_rate_L[layer]) == pytest.approx(expected)
+    with pytest.raises(ValueError, match=r"capacity_factor = 3: was not counted; counted were 1, 1.25, 1.5, 2"):
+        profile.drop_rate_L(3)
+
+
+def test_neighbouring_layers(passes: list[Pass], profile: RoutingProfile) -> None:
+    chosen = [p.ids_LTK[:2, :, 0].T.tolist() for p in passes]
+    pairs = Counter((a, b) for rows in chosen for a, b in rows)
+    assert profile.next_layer_counts[0].tolist() == [[pairs[a, b] for b in range(E)] for a in range(E)]
+    # The second layer chooses what the first chose, the third at random: all of the information, and next to none.
+    g = torch.Generator().manual_seed(0)
+    one, other = torch.randint(E, (2, 20000, 1), generator=g)
+    ids = torch.stack([one, (one + 1) % E, other])
+    told = RoutingProfile(E)
+    told.update(Pass(ids, torch.ones(ids.shape), torch.zeros(3, 20000, E), (1, 20000), None))
+    assert float(told.next_layer_information[0]) == pytest.approx(1.0)
+    assert 0 <= float(told.next_layer_information[1]) < 0.002
+
+
+def test_sources_have_shares_and_errors() -> None:
+    """Against numpy-free arithmetic, and a difference put there by hand."""
+    profile = RoutingProfile(E)
+    shares: dict[str, list[float]] = {"text": [], "code": []}
+    for seed in range(30):
+        source, skew = ("text", 0.0) if seed % 2 else ("code", 0.5)
+        p = random_pass(1, 2, 50, seed, skew)
+        profile.source = source
+        profile.update(p)
+        shares[source] += [float((p.ids_LTK[0].view(2, -1)[b] == 5).sum()) / (50 * K) for b in range(2)]
+    for source, values in shares.items():
+        found, mean = profile.sources[source], sum(values) / len(values)
+        variance = sum((v - mean) ** 2 for v in values) / (len(values) - 1)
+        assert found.sequences == len(values)
+        assert float(found.mean_LE[0, 5]) == pytest.approx(mean)
+        assert float(found.error_LE[0, 5]) == pytest.approx((variance / len(values)) ** 0.5)
+    difference, z = profile.specialisation("code", "text")
+    assert float(difference[0, 5]) > 0.05
+    assert float(z[0, 5]) > 4
+    assert float(difference.sum()) == pytest.approx(0, abs=1e-9)
+    with pytest.raises(ValueError, match="source 'poems': not profiled; there are code, text"):
+        profile.specialisation("code", "poems")
+
+
+def test_load_over_time_keeps_every_pass_in_few_spans(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moe.profile.statistics.MAX_SPANS", 8)
+    profile = RoutingProfile(E)
+    passes = [random_pass(2, 1, 5, seed) for seed in range(53)]
+    for p in passes:
+        profile.update(p)
+    n, load_NLE = profile.load_over_time
+    assert len(n) <= 8
+    assert int(n.sum()) == 53
+    begin = 0
+    for span, load_LE in zip(n.tolist(), load_NLE, strict=True):
+        ids = torch.cat([p.ids_LTK for p in passes[begin : begin + span]], 1).flatten(1)
+        want = torch.stack([torch.bincount(row, minlength=E) for row in ids]).double()
+        assert rel(load_LE, want / want.sum(1, keepdim=True)) < 1e-12
+        begin += span
+
+
+def test_top_tokens_dead_and_duplicate_experts() -> None:
+    """Expert 3 reads token 7 and nothing else; expert 5 nothing at all."""
+    tokens = torch.arange(200) % 10
+    ids = torch.where(tokens == 7, 3, tokens % 3)[None, :, None]
+    profile = RoutingProfile(E, V)
+    profile.update(Pass(ids, torch.ones(ids.shape), torch.zeros(1, 200, E), (4, 50), tokens))
+    assert profile.top_tokens(0, 3) == [(7, pytest.approx(10.0))]
+    assert profile.dead_experts() == [(0, 4), (0, 5)]
+    weights = torch.randn(E, 2, 30, 20)
+    weights[4] = weights[1] * 2
+    similarity = expert_similarity(weights)
+    assert float(similarity[1, 4]) == pytest.approx(1.0, abs=1e-6)
+    assert float(similarity[0, 1].abs()) < 0.2
+
+
+# ------------------------------------------------------------------------------------------------------------- models
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_our_model_in_training(checkpointing: bool) -> None:
+    """One pass per step, activation checkpointing's second run not counted; the same as the model's own report."""
+    cfg = moe.load_config("replica-tiny").scaled(d_model=192, n_layers=3, vocab_size=64, max_seq_len=32)
+    torch.manual_seed(0)
+    model = moe.Transformer(cfg)
+    model.activation_checkpointing = checkpointing
+    tokens = torch.randint(64, (2, 17))
+    with routing(model, 64) as p:
+        for _ in range(2):
+            out = model(tokens[:, :-1], tokens[:, 1:])
+            out.loss.backward()
+    assert p.passes == 2
+    assert p.tokens == 2 * 32
+    assert p.counts_LE.tolist() == [(2 * r.counts_E).tolist() for r in out.routing]
+    assert int(p.token_counts_LEV.sum()) == 2 * 32 * 2 * 3
+    model(tokens)
+    assert p.passes == 2, "outside the block nothing is seen"
+
+
+MODELS = {
+    "Mixtral": {"intermediate_size": 48, "num_local_experts": E, "num_experts_per_tok": K},
+    "Qwen3Moe": {"moe_intermediate_size": 24, "num_experts": E, "num_experts_per_tok": K, "norm_topk_prob": True},
+    "Olmoe": {"intermediate_size": 40, "num_experts": E, "num_experts_per_tok": K},
+    "GptOss": {"intermediate_size": 48, "num_local_experts": E, "num_experts_per_tok": K},
+}
+
+
+def hf_model(name: str) -> Any:
+    transformers = pytest.importorskip("transformers", minversion="5.0")
+    config = getattr(transformers, f"{name}Config")(
+        vocab_size=97,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        **MODELS[name],
+    )
+    config._attn_implementation = "eager"
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{name}ForCausalLM")(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.3)
+    return model
+
+
+def own_logits(model: Any, tokens: Tensor) -> Tensor:
+    """[L, T, E]: the router logits that the model itself gives when asked."""
+    return torch.stack(model(tokens, output_router_logits=True).router_logits)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_transformers_models(name: str) -> None:
+    """The profile against statistics from the model's own router logits."""
+    model = hf_model(name)
+    tokens = torch.randint(3, 97, (2, 13), generator=torch.Generator().manual_seed(1))
+    with routing(model, 97) as p, torch.no_grad():
+        model(input_ids=tokens)
+    logits = own_logits(model, tokens).detach()
+    ids = logits.topk(K).indices
+    counts = torch.stack([torch.bincount(row.flatten(), minlength=E) for row in ids])
+    assert p.passes == 1
+    assert torch.equal(p.counts_LE, counts)
+    entropy = torch.distributions.Categorical(logits=logits.double()).entropy().mean(1)
+    assert rel(p.router_entropy_L, entropy) < 1e-6
+    assert rel(p.top_probability_L, logits.double().softmax(-1).amax(-1).mean(1)) < 1e-6
+    words = torch.zeros(2, E, 97, dtype=torch.int32)
+    for layer, token in enumerate(tokens.flatten().expand(2, -1)):
+        for t, v in enumerate(token):
+            words[layer, ids[layer, t], v] += 1
+    assert torch.equal(p.token_counts_LEV, words)
+
+
+def test_a_model_without_routers() -> None:
+    with pytest.raises(NotObservable, match=r"Linear has no router that is known here"), routing(torch.nn.Linear(2, 2)):
+        pass
+    with routing(moe.Transformer(moe.load_config("replica-tiny"))) as p:
+        pass
+    with pytest.raises(ValueError, match="nothing was profiled yet"):
+        _ = p.counts_LE
+
+
+def test_hooks_are_gone_after_an_error() -> None:
+    model = moe.Transformer(moe.load_config("replica-tiny"))
+    with pytest.raises(RuntimeError, match="stop"), routing(model):
+        raise RuntimeError("stop")
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert all("choose" not in vars(m) for m in model.modules() if isinstance(m, Router))

@@ -1,0 +1,187 @@
+"""The routing trace: what is read is what was chosen; replayed bit for bit; compared; imported; broken files."""
+
+import base64
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import moe
+from moe.profile import Recorder, Trace, TraceError, compare, import_routed_experts, record, replay
+from moe.profile.observe import Pass
+from tests.profile.test_statistics import MODELS, hf_model
+
+
+def our_model(bias_rate: float = 0.0) -> Any:
+    cfg = moe.load_config("replica-tiny").scaled(d_model=192, n_layers=2, vocab_size=64, max_seq_len=32)
+    cfg = cfg.with_overrides([f"router.bias_update_rate={bias_rate}"])
+    torch.manual_seed(0)
+    model: Any = moe.Transformer(cfg)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.moe.router.weight.normal_(0, 0.2)
+            if bias_rate:
+                block.moe.router.bias_E.normal_(0, 0.1)
+    return model
+
+
+TOKENS = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(0))
+
+
+def step(model: Any, ours: bool) -> tuple[Tensor, list[Tensor]]:
+    """Logits, and all gradients of a training step."""
+    model.zero_grad()
+    if ours:
+        model(TOKENS[:, :-1], TOKENS[:, 1:]).loss.backward()
+        logits = model(TOKENS).logits_BSV
+    else:
+        out = model(input_ids=TOKENS, labels=TOKENS)
+        out.loss.backward()
+        logits = out.logits
+    return logits.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("name", ["ours", "ours, biased", *MODELS])
+def test_replay_is_exact_to_the_last_bit(tmp_path: Path, name: str) -> None:
+    ours = name.startswith("ours")
+    model = our_model(0.01 if "biased" in name else 0.0) if ours else hf_model(name)
+    with record(model, tmp_path / "trace"):
+        want, want_gradients = step(model, ours)
+    with replay(model, Trace.open(tmp_path / "trace")):
+        got, gradients = step(model, ours)
+    assert torch.equal(got, want)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, want_gradients, strict=True))
+    again, _ = step(model, ours)
+    assert torch.equal(again, want), "after the block the routers choose for themselves"
+
+
+def test_replay_follows_the_trace_and_not_the_router(tmp_path: Path) -> None:
+    """Another model's trace changes the logits, and its experts are the ones that get gradients."""
+    model = our_model()
+    ids = torch.tensor([[[3, 5]] * 18] * 2)
+    with Recorder(tmp_path / "t", 16) as recorder:
+        recorder.add(Pass(ids, torch.full(ids.shape, 0.5), torch.zeros(2, 18, 16), (2, 9), None))
+    before = model(TOKENS).logits_BSV
+    with replay(model, Trace.open(tmp_path / "t")):
+        out = model(TOKENS)
+    assert not torch.allclose(out.logits_BSV, before)
+    assert all(set(r.ids_TK.flatten().tolist()) == {3, 5} for r in out.routing)
+    out.logits_BSV.sum().backward()
+    gradient = model.blocks[0].moe.w_out_EDF.grad
+    assert {e for e in range(16) if gradient[e].abs().sum() > 0} == {3, 5}
+
+
+@pytest.mark.parametrize("n_experts", [16, 300])
+def test_what_is_read_is_what_was_added(tmp_path: Path, n_experts: int) -> None:
+    passes = []
+    for seed, (B, S) in enumerate([(2, 5), (1, 30), (4, 4), (1, 1)]):
+        g = torch.Generator().manual_seed(seed)
+        ids = torch.rand(3, B * S, n_experts, generator=g).topk(2).indices
+        passes.append(
+            Pass(
+                ids,
+                torch.rand(ids.shape, generator=g),
+                torch.zeros(1),
+                (B, S),
+                torch.randint(999, (B * S,), generator=g),
+            )
+        )
+    with Recorder(tmp_path / "t", n_experts, shard_tokens=32) as recorder:
+        for p in passes:
+            recorder.add(p)
+    trace = Trace.open(tmp_path / "t")
+    assert (trace.n_layers, trace.n_experts, trace.top_k, trace.tokens) == (3, n_experts, 2, 57)
+    assert len(trace.shards) == 2
+    for got, p in zip(trace, passes, strict=True):
+        assert torch.equal(got.ids_TLK, p.ids_LTK.transpose(0, 1))
+        assert got.weights_TLK is not None
+        assert torch.equal(got.weights_TLK, p.weights_LTK.transpose(0, 1))
+        assert got.tokens_T is not None
+        assert torch.equal(got.tokens_T, p.tokens_T)
+        assert got.shape == p.shape
+
+
+def test_compare(tmp_path: Path) -> None:
+    """Two tokens in three are alike; the third has one other expert and its order turned round."""
+    one = torch.tensor([[[0, 1], [2, 3], [4, 5]]])
+    two = torch.tensor([[[0, 1], [2, 3], [6, 4]]])
+    w_one, w_two = torch.tensor([[[0.5, 0.5]] * 3]), torch.tensor([[[0.5, 0.5], [0.75, 0.25], [0.5, 0.5]]])
+    for name, ids, w, shapes in (("a", one, w_one, [(1, 3)]), ("b", two, w_two, [(1, 2), (1, 1)])):
+        with Recorder(tmp_path / name, 16) as recorder:
+            begin = 0
+            for B, S in shapes:
+                rows = slice(begin, begin + S)
+                recorder.add(Pass(ids[:, rows], w[:, rows], torch.zeros(1), (B, S), None))
+                begin += S
+    found = compare(Trace.open(tmp_path / "a"), Trace.open(tmp_path / "b"))
+    assert found.tokens == 3
+    assert found.changed_L.tolist() == pytest.approx([1 / 3])
+    assert found.first_changed_L.tolist() == pytest.approx([1 / 3])
+    assert found.moved_L.tolist() == pytest.approx([1 / 6])
+    gaps = [0, 0, abs(np.log(0.5 / 0.75)), abs(np.log(0.5 / 0.25)), 0]
+    assert found.log_weight_L is not None
+    assert found.log_weight_L.tolist() == pytest.approx([sum(gaps) / 5], rel=1e-6)
+    same = compare(Trace.open(tmp_path / "a"), Trace.open(tmp_path / "a"))
+    assert same.changed_L.tolist() == [0]
+
+
+def test_import_from_servers(tmp_path: Path) -> None:
+    g = np.random.default_rng(0)
+    arrays = [np.stack([[g.permutation(8)[:2] for _ in range(3)] for _ in range(n)]) for n in (5, 9)]
+    requests = [arrays[0].astype(np.int32), base64.b64encode(arrays[1].astype(np.int32).tobytes()).decode()]
+    trace = import_routed_experts(
+        tmp_path / "t", requests, n_layers=3, n_experts=8, top_k=2, tokens=[list(range(6)), list(range(10))]
+    )
+    for got, want in zip(trace, arrays, strict=True):
+        assert got.ids_TLK.tolist() == want.tolist()
+        assert got.weights_TLK is None
+        assert got.shape == (1, len(want))
+        assert got.tokens_T is not None
+        assert got.tokens_T.tolist() == list(range(len(want)))
+    for bad, message in (
+        (arrays[0][:, :2], r"request 0: shape \[5, 2, 2\]; want \[tokens, 3, 2\]"),
+        (arrays[0] + 7, "request 0: expert ids outside 0 to 7"),
+        (base64.b64encode(b"1234" * 5).decode(), "request 0: 5 ids do not divide into 3 x 2"),
+    ):
+        with pytest.raises(TraceError, match=message):
+            import_routed_experts(tmp_path / message[:12], [bad], n_layers=3, n_experts=8, top_k=2)
+
+
+def test_what_bad_traces_and_calls_get(tmp_path: Path) -> None:
+    model = our_model()
+    with record(model, tmp_path / "t"):
+        model(TOKENS)
+    trace = Trace.open(tmp_path / "t")
+    with replay(model, trace), pytest.raises(TraceError, match=r"pass 0 has 18 tokens, the model was called with 2"):
+        model(TOKENS[:1, :2])
+    with replay(model, trace):
+        model(TOKENS)
+        with pytest.raises(TraceError, match=r"no pass left to replay; it has 18 tokens"):
+            model(TOKENS)
+    with pytest.raises(TraceError, match=r"exists and is not an empty directory"), record(model, tmp_path / "t"):
+        pass
+    with pytest.raises(TraceError, match=r"no trace.json there"):
+        Trace.open(tmp_path / "nothing")
+    small = moe.Transformer(moe.load_config("replica-tiny").scaled(d_model=192, n_layers=1))
+    with pytest.raises(TraceError, match=r"n_layers = 2, but the model has 1"), replay(small, trace):
+        pass
+    shard = tmp_path / "t" / trace.shards[0][0]
+    shard.write_bytes(shard.read_bytes()[:-7])
+    with pytest.raises(TraceError, match=r"trace-00000.safetensors: unreadable"):
+        list(trace)
+    (tmp_path / "t" / "trace.json").write_text(json.dumps({"format": "other", "version": 9}))
+    with pytest.raises(TraceError, match=r"format 'other' version 9"):
+        Trace.open(tmp_path / "t")
+
+
+def test_a_killed_recording_is_readable_up_to_its_last_shard(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path / "t", 16, shard_tokens=10)
+    ids = torch.zeros(1, 6, 1, dtype=torch.int64)
+    for _ in range(3):  # two make a shard; the third is lost, as nothing closes the recorder
+        recorder.add(Pass(ids, torch.ones(ids.shape), torch.zeros(1), (1, 6), None))
+    assert Trace.open(tmp_path / "t").tokens == 12
+    assert len(list(Trace.open(tmp_path / "t"))) == 2
