@@ -154,8 +154,7 @@ class Trace:
             if content["format"] != FORMAT or content["version"] != VERSION:
                 raise TraceError(f"{index}: format {content['format']!r} version {content['version']}; want {VERSION}")
             shards = tuple((shard["file"], shard["tokens"]) for shard in content["shards"])
-            sizes = (content.get(key, 0) for key in ("n_layers", "n_experts", "top_k"))
-            return Trace(Path(path), *sizes, shards)
+            return Trace(Path(path), content.get("n_layers", 0), content["n_experts"], content.get("top_k", 0), shards)
         except FileNotFoundError:
             raise TraceError(f"{path}: no {INDEX_FILE} there; record one with moe.profile.record") from None
         except (ValueError, TypeError, KeyError) as error:
@@ -301,8 +300,8 @@ def _aligned(one: Trace, other: Trace) -> Iterator[tuple[RecordedPass, RecordedP
 
 
 def _part(p: RecordedPass, begin: int, end: int) -> RecordedPass:
-    parts = (None if t is None else t[begin:end] for t in (p.weights_TLK, p.tokens_T))
-    return RecordedPass(p.ids_TLK[begin:end], *parts, (1, end - begin))
+    weights, tokens = (None if t is None else t[begin:end] for t in (p.weights_TLK, p.tokens_T))
+    return RecordedPass(p.ids_TLK[begin:end], weights, tokens, (1, end - begin))
 
 
 # --------------------------------------------------------------------------------------------------------- replaying
