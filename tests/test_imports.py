@@ -35,6 +35,7 @@ RANK = {
     "moe.train": 7,
     "moe.serve": 7,
     "moe.cli": 8,
+    "moe.cli_profile": 8,
     "moe.__main__": 9,
 }
 MODEL_RANK = RANK["moe.model"]

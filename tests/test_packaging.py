@@ -82,7 +82,8 @@ def test_sdist_holds_sources_and_tests_and_rebuilds_the_wheel(archives: dict[str
         wanted = sources("kernels", "*.py") | sources("configs", "*.toml") | sources("tests", "*.py")
         assert wanted | {"pyproject.toml", "README.md", "LICENSE", "moe/model.py"} <= set(names)
         assert not [n for n in names if n.startswith(("benchmarks/", ".")) and n != ".gitignore"]
-        sdist.extractall(tmp_path, filter="data")
+        sdist.extraction_filter = getattr(tarfile, "data_filter", None)  # Python 3.11.4 and later have it
+        sdist.extractall(tmp_path)
     (unpacked,) = tmp_path.iterdir()
     code = f"from hatchling import build; print(build.build_wheel({str(tmp_path)!r}))"
     subprocess.run([sys.executable, "-c", code], cwd=unpacked, check=True, capture_output=True)

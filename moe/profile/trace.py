@@ -16,7 +16,7 @@ Shape suffixes: L layers, T tokens, K experts per token, P passes.
 import base64
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from moe.profile import observe
@@ -86,7 +86,7 @@ class Recorder:
         if self._passes:
             tensors = {n: torch.cat([p[n] for p in self._passes]).contiguous() for n in self._passes[0]}
             name = f"trace-{len(self._index['shards']):05d}.safetensors"
-            _replace(self.path / name, lambda temporary: save_file(tensors, temporary))
+            _replace(self.path / name, lambda temporary: temporary.write_bytes(save(tensors)))
             self._index["shards"].append({"file": name, "tokens": self._tokens})
             self._passes, self._tokens = [], 0
         text = json.dumps(self._index, indent=1) + "\n"
@@ -103,7 +103,8 @@ class Recorder:
         self.close()
 
 
-def _replace(place: Path, write: Any) -> None:
+def _replace(place: Path, write: Callable[[Path], Any]) -> None:
+    """The file is there whole, or not at all."""
     temporary = place.with_name(f".{place.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
@@ -183,6 +184,25 @@ class Trace:
                     (B, S),
                 )
                 begin += B * S
+
+    def counts_PLE(self) -> np.ndarray:
+        """Routed tokens per pass, layer and expert, int64."""
+        layers = np.arange(self.n_layers)[None, :, None]
+        counts = [np.zeros((0, self.n_layers, self.n_experts), dtype=np.int64)]
+        for p in self:
+            counts.append(np.zeros((1, self.n_layers, self.n_experts), dtype=np.int64))
+            np.add.at(counts[-1][0], (layers, p.ids_TLK.numpy()), 1)
+        return np.concatenate(counts)
+
+    def ids_TLK(self, max_tokens: int) -> np.ndarray:
+        """The first `max_tokens` tokens' experts, int64."""
+        found: list[np.ndarray] = []
+        for p in self:
+            if sum(map(len, found)) >= max_tokens:
+                break
+            found.append(p.ids_TLK.numpy())
+        empty = np.zeros((0, self.n_layers, self.top_k), dtype=np.int64)
+        return np.concatenate([empty, *found])[:max_tokens]
 
     def _read(self, name: str) -> dict[str, Tensor]:
         try:

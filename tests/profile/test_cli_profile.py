@@ -1,0 +1,77 @@
+"""`moe profile`: the commands in their order, their figures against the library's, and what bad calls get."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import moe
+from moe import cli, profile
+from moe.data import prepare
+
+
+def run(*args: Any) -> Any:
+    with pytest.raises(SystemExit) as exit_:
+        cli.main([str(a) for a in args])
+    return exit_.value.code
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny untrained model and prepared data of two sources."""
+    root = tmp_path_factory.mktemp("profile")
+    for source, word in (("prose", "and so it was that"), ("code", "def f(x): return x")):
+        (root / source).mkdir()
+        for i in range(40):
+            (root / source / f"{i}.txt").write_text(f"{word} {i} " * (20 + i))
+    prepare([f"prose={root / 'prose'}", f"code={root / 'code'}"], root / "data", vocab_size=300)
+    cfg = moe.load_config("replica-tiny").scaled(d_model=192, n_layers=2, vocab_size=300, max_seq_len=64)
+    moe.save(moe.Transformer(cfg), root / "model")
+    return root
+
+
+def test_from_routing_to_placement(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--data", place / "data", "--tokens", 2000, "--seq-len", 32, "--batch", 4]
+    assert (
+        run("profile", "routing", place / "model", *arguments, "--trace", tmp_path / "t", "--out", tmp_path / "p") == 0
+    )
+    printed = capsys.readouterr().out
+    figures = json.loads((tmp_path / "p").read_text())
+    trace = profile.Trace.open(tmp_path / "t")
+    assert trace.tokens == figures["tokens"] > 1000
+    assert trace.counts_PLE().sum(0).tolist() == figures["counts_LE"]
+    assert set(figures["sources"]) == {"prose", "code"}
+    assert f"{figures['tokens']:,} tokens in {figures['passes']:,} passes" in printed
+    assert "share of prose / code" in printed or "share of code / prose" in printed
+    assert "layer 1: the tokens an expert serves most" in printed
+
+    assert run("profile", "placement", tmp_path / "t", "--gpus", 4, "--redundant", 4, "--out", tmp_path / "g") == 0
+    counts = trace.counts_PLE()
+    want = profile.place(counts[::2].sum(0).astype(float), 4, 4)
+    assert json.loads((tmp_path / "g").read_text())["gpus"] == [[list(held) for held in gpus] for gpus in want.gpus]
+    assert f"{want.max_over_mean(counts[1::2]).mean():.3f}" in capsys.readouterr().out
+
+    assert run("profile", "serving", tmp_path / "t", "--config", "gpt4-8k") == 0
+    touched = profile.decode_steps(trace.ids_TLK(10**6), 16)[-1].distinct
+    gigabytes = touched * moe.plan.params(moe.load_config("gpt4-8k")).expert * 2 / 1e9
+    assert f"{gigabytes:,.2f}" in capsys.readouterr().out
+
+    assert run("profile", "compare", tmp_path / "t", tmp_path / "t") == 0
+    assert "0.000%" in capsys.readouterr().out
+
+
+def test_what_bad_calls_get(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ids = np.zeros((3, 2, 2), dtype=np.int64) + np.array([0, 1])
+    profile.import_routed_experts(tmp_path / "one", [ids], n_layers=2, n_experts=16, top_k=2)
+    for arguments, status, message in (
+        (["placement", tmp_path / "one", "--gpus", 2], 2, "has 1 passes; 2 are needed"),
+        (["placement", tmp_path / "none", "--gpus", 2], 1, "no trace.json there"),
+        (["serving", tmp_path / "one", "--config", "gpt5"], 2, "gpt5"),
+        (["compare", tmp_path / "one", tmp_path / "none"], 1, "no trace.json there"),
+        (["routing", place / "model", "--data", tmp_path], 1, "no prepared data"),
+        (["routing", place / "data", "--data", place / "data"], 1, "config.toml"),
+    ):
+        assert run("profile", *arguments) == status
+        assert message in capsys.readouterr().err
