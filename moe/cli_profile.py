@@ -31,6 +31,7 @@ def routing(
     batch: int = 16,
     trace: Path | None = None,
     out: Path | None = None,
+    pictures: Path | None = None,
     device: str | None = None,
 ) -> int:
     """Run held-out text through a model and show what its routers do with it.
@@ -43,6 +44,7 @@ def routing(
         batch: Sequences of a forward pass.
         trace: Record the routing here, for placement, serving, compare and replay.
         out: Write all figures to this JSON file.
+        pictures: Draw load, sources and co-activation into this directory.
         device: cuda or cpu. Default: cuda where there is one.
     """
     import contextlib
@@ -74,6 +76,11 @@ def routing(
     if out is not None:
         out.write_text(json.dumps(_figures(p), indent=1) + "\n", encoding="utf-8")
         print(f"all figures: {out}")
+    if pictures is not None:
+        from moe.profile.pictures import draw
+
+        draw(p, pictures)
+        print(f"pictures: {pictures}")
     if trace is not None:
         print(f"trace: {trace}")
     return 0
@@ -122,7 +129,15 @@ def placement(
 
 
 @profile_app.command
-def serving(trace: Positional[Path], /, *, config: str | None = None, bandwidth: float = 3350.0, bits: int = 16) -> int:
+def serving(
+    trace: Positional[Path],
+    /,
+    *,
+    config: str | None = None,
+    bandwidth: float = 3350.0,
+    bits: int = 16,
+    pictures: Path | None = None,
+) -> int:
     """Tokens per expert in a decoding step, and what the weights it reads cost, by batch size.
 
     Args:
@@ -130,6 +145,7 @@ def serving(trace: Positional[Path], /, *, config: str | None = None, bandwidth:
         config: Also bytes and time for the experts of this model: a shipped configuration or a TOML file.
         bandwidth: GB/s of the memory that holds the weights. Default: one H100 SXM.
         bits: Of a weight.
+        pictures: Draw it into this directory.
     """
     from moe import plan, profile
     from moe.config import load_config
@@ -151,6 +167,10 @@ def serving(trace: Positional[Path], /, *, config: str | None = None, bandwidth:
             row += [f"{gigabytes:,.2f}", f"{gigabytes / bandwidth * 1e3:,.2f}"]
         rows.append(row)
     _table(f"one decoding step of {trace}; uniform: independent choices at even load", columns, rows)
+    if pictures is not None:
+        from moe.profile.pictures import draw_serving
+
+        print(f"picture: {draw_serving(found, opened.n_experts, pictures)}")
     return 0
 
 

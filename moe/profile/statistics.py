@@ -219,9 +219,17 @@ class RoutingProfile:
 
     @property
     def coactivation_lift_LEE(self) -> Tensor:
-        """Joint over expected joint, were choices independent at the same loads; nan where an expert is idle."""
+        """How much more often two experts serve a token together than if pairs came in proportion to their loads.
+
+        float64, 1 by chance; nan on the diagonal and where an expert is idle.
+        """
         counts = self.counts_LE.double()
-        return self.coactivation_LEE * self.tokens / (counts[:, :, None] * counts[:, None, :])
+        product = counts[:, :, None] * counts[:, None, :]
+        product.diagonal(dim1=1, dim2=2).zero_()
+        pairs = self.coactivation_LEE.double()
+        pairs.diagonal(dim1=1, dim2=2).zero_()
+        expected = product * pairs.sum((1, 2), keepdim=True) / product.sum((1, 2), keepdim=True)
+        return torch.where(product > 0, pairs / expected, math.nan)
 
     @property
     def repeat_rate_L(self) -> Tensor:

@@ -1,7 +1,4 @@
-"""Pictures of a run, drawn from its metrics.jsonl: loss.png, experts.png, speed.png. matplotlib is imported on use.
-
-Colours are those of Okabe and Ito, which people with any kind of colour vision tell apart.
-"""
+"""Pictures of a run, drawn from its metrics.jsonl: loss.png, experts.png, speed.png."""
 
 import math
 from pathlib import Path
@@ -9,12 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from moe import figures
 from moe.train.metrics import read_metrics
 
 PICTURES = "pictures"
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_INK, _MUTED, _GRID = "#222222", "#767676", "#E6E6E6"
-_MAX_LAYERS = 24  # panels in one picture; of deeper models, evenly spaced layers are shown
 
 
 def draw(run_dir: str | Path) -> list[Path] | None:
@@ -42,17 +37,19 @@ def draw(run_dir: str | Path) -> list[Path] | None:
 def _loss(train: list[dict[str, Any]], records: list[dict[str, Any]]) -> Any:
     """Training loss on the left, held-out bits per byte beside the compressors' on the right."""
     evals = [r for r in records if r["kind"] == "eval"]
-    figure, axes = _figure(1, 2 if evals else 1, width=5.6, height=4.2)
+    figure, axes = figures.figure(1, 2 if evals else 1, width=5.6, height=4.2)
     scale, unit = _token_scale(train)
     x = np.array([r["tokens"] for r in train]) / scale
     lm = np.array([r["lm"] for r in train])
     smooth = _smoothed(lm)
-    axes[0].plot(x, lm, color=_COLOURS[0], alpha=0.25, linewidth=1)
-    axes[0].plot(x, smooth, color=_COLOURS[0], linewidth=2)
-    _label_end(axes[0], x[-1], smooth[-1], f"{smooth[-1]:.2f}", _COLOURS[0])
+    axes[0].plot(x, lm, color=figures.COLOURS[0], alpha=0.25, linewidth=1)
+    axes[0].plot(x, smooth, color=figures.COLOURS[0], linewidth=2)
+    figures.label_end(axes[0], x[-1], smooth[-1], f"{smooth[-1]:.2f}", figures.COLOURS[0])
     axes[0].set_xlim(0, x[-1])
     axes[0].set_ylim(*_range_without_start(lm))
-    _title(axes[0], "Training loss", "nats per token; thin: each log point, thick: mean around it", f"tokens {unit}")
+    figures.title(
+        axes[0], "Training loss", "nats per token; thin: each log point, thick: mean around it", f"tokens {unit}"
+    )
     if evals:
         final = next((r for r in records if r["kind"] == "final"), None)
         _bits_per_byte(axes[1], evals, final, scale, unit)
@@ -69,29 +66,31 @@ def _bits_per_byte(
     labels = []
     for i, name in enumerate(names):
         y = np.array([r["bits_per_byte"][name] for r in evals])
-        colour = _INK if name == "total" else _COLOURS[i % len(_COLOURS)]
+        colour = figures.INK if name == "total" else figures.COLOURS[i % len(figures.COLOURS)]
         axis.plot(x, y, color=colour, linewidth=1.2 if name == "total" else 2, marker="o", markersize=3, clip_on=False)
         labels.append((y[-1], f"{name} {y[-1]:.2f}", colour))
     if final is not None:
         for name, flags in (("gzip", "gzip -9"), ("xz", "xz -9e")):
             value = final["compression"][name]
-            axis.axhline(value, color=_MUTED, linewidth=1, linestyle=(0, (4, 3)))
-            labels.append((value, f"{flags} {value:.2f}", _MUTED))
+            axis.axhline(value, color=figures.MUTED, linewidth=1, linestyle=(0, (4, 3)))
+            labels.append((value, f"{flags} {value:.2f}", figures.MUTED))
     values = [y for r in evals for y in r["bits_per_byte"].values()] + [label[0] for label in labels]
     axis.set_ylim(max(0.0, min(values) - 0.15 * (max(values) - min(values)) - 0.02), max(values) * 1.03)
     axis.set_xlim(0, x[-1])
-    _label_ends(axis, x[-1], labels)
-    _title(axis, "Held-out text", "bits per byte, lower is better; dashed: general compressors", f"tokens {unit}")
+    figures.label_ends(axis, x[-1], labels)
+    figures.title(
+        axis, "Held-out text", "bits per byte, lower is better; dashed: general compressors", f"tokens {unit}"
+    )
 
 
 def _experts(train: list[dict[str, Any]]) -> Any:
     """One panel per layer: experts down, tokens across, colour by load relative to an even one."""
     load_TLE = np.array([r["load"] for r in train])
     n_layers, n_experts = load_TLE.shape[1:]
-    layers = np.unique(np.linspace(0, n_layers - 1, min(n_layers, _MAX_LAYERS)).round().astype(int))
+    layers = figures.shown_layers(n_layers)
     columns = min(len(layers), 2 if len(layers) <= 4 else 4)
     rows = math.ceil(len(layers) / columns)
-    figure, axes = _figure(rows, columns, width=5.2 if columns <= 2 else 3.4, height=2.6)
+    figure, axes = figures.figure(rows, columns, width=5.2 if columns <= 2 else 3.4, height=2.6)
     scale, unit = _token_scale(train)
     end = train[-1]["tokens"] / scale
     image = None
@@ -103,76 +102,30 @@ def _experts(train: list[dict[str, Any]]) -> Any:
             extent=(0, end, n_experts - 0.5, -0.5),
         )  # fmt: skip
         worst = (load_TLE[-1, layer] * n_experts).max()
-        _title(axis, f"Layer {layer}", f"busiest expert at the end: {worst:.2f}x", f"tokens {unit}", grid=False)
-        axis.set_ylabel("expert", color=_MUTED)
+        figures.title(axis, f"Layer {layer}", f"busiest expert at the end: {worst:.2f}x", f"tokens {unit}", grid=False)
+        axis.set_ylabel("expert", color=figures.MUTED)
         axis.set_yticks(range(0, n_experts, max(1, n_experts // 4)))
     for axis in axes[len(layers) :]:
         axis.set_axis_off()
     bar = figure.colorbar(image, ax=axes, ticks=[-2, -1, 0, 1, 2], shrink=min(1.0, 1.4 / rows), aspect=18, pad=0.02)
-    bar.ax.set_yticklabels(["¼ or less", "½", "even", "2x", "4x or more"], color=_INK)
+    bar.ax.set_yticklabels(["¼ or less", "½", "even", "2x", "4x or more"], color=figures.INK)
     bar.outline.set_visible(False)  # type: ignore[operator]
     bar.ax.tick_params(length=0)
     return figure
 
 
 def _speed(train: list[dict[str, Any]]) -> Any:
-    figure, (axis,) = _figure(1, 1, width=6.4, height=3.2)
+    figure, (axis,) = figures.figure(1, 1, width=6.4, height=3.2)
     scale, unit = _token_scale(train)
     x = np.array([r["tokens"] for r in train]) / scale
     y = np.array([r["tokens_per_second"] for r in train])
-    axis.plot(x, y, color=_COLOURS[2], linewidth=1.5)
+    axis.plot(x, y, color=figures.COLOURS[2], linewidth=1.5)
     axis.set_xlim(0, x[-1])
     axis.set_ylim(0, 1.15 * y.max())
     axis.yaxis.set_major_formatter(lambda value, position: f"{value:,.0f}")
-    _label_end(axis, x[-1], y[-1], f"{y[-1]:,.0f}", _COLOURS[2])
-    _title(axis, "Speed", f"tokens per second; median {np.median(y):,.0f}", f"tokens {unit}")
+    figures.label_end(axis, x[-1], y[-1], f"{y[-1]:,.0f}", figures.COLOURS[2])
+    figures.title(axis, "Speed", f"tokens per second; median {np.median(y):,.0f}", f"tokens {unit}")
     return figure
-
-
-# ------------------------------------------------------------------------------------------------------------ style
-
-
-def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Any, list[Any]]:
-    """A figure of panels, width x height inches each, without pyplot and its global state."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12, wspace=0.04, hspace=0.04)  # type: ignore[union-attr]
-    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
-
-
-def _title(axis: Any, title: str, subtitle: str, x_label: str, grid: bool = True) -> None:
-    axis.set_title(title, loc="left", fontsize=12, fontweight="bold", color=_INK, pad=20)
-    axis.annotate(
-        subtitle, (0, 1), xytext=(0, 6), xycoords="axes fraction", textcoords="offset points", fontsize=9, color=_MUTED
-    )
-    axis.set_xlabel(x_label, color=_MUTED)
-    axis.tick_params(colors=_MUTED, labelsize=9, length=3 if grid else 0)
-    for side in ("top", "right") if grid else ("top", "right", "left", "bottom"):
-        axis.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axis.spines[side].set_color(_MUTED)
-    if grid:
-        axis.grid(axis="y", color=_GRID, linewidth=0.8)
-        axis.set_axisbelow(True)
-
-
-def _label_end(axis: Any, x: float, y: float, text: str, colour: str) -> None:
-    axis.annotate(
-        text, (x, y), xytext=(5, 0), textcoords="offset points", color=colour, fontsize=9, va="center",
-        annotation_clip=False,
-    )  # fmt: skip
-
-
-def _label_ends(axis: Any, x: float, labels: list[tuple[float, str, str]]) -> None:
-    """Labels at the right ends of lines, pushed apart where they would overlap."""
-    low, high = axis.get_ylim()
-    gap = 0.055 * (high - low)
-    places: list[float] = []
-    for value, text, colour in sorted(labels):
-        place = max(value, places[-1] + gap) if places else value
-        places.append(place)
-        _label_end(axis, x, place, text, colour)
 
 
 def _smoothed(values: np.ndarray) -> np.ndarray:

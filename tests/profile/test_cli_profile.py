@@ -34,9 +34,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_from_routing_to_placement(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--data", place / "data", "--tokens", 2000, "--seq-len", 32, "--batch", 4]
-    assert (
-        run("profile", "routing", place / "model", *arguments, "--trace", tmp_path / "t", "--out", tmp_path / "p") == 0
-    )
+    arguments += ["--trace", tmp_path / "t", "--out", tmp_path / "p", "--pictures", tmp_path / "pictures"]
+    assert run("profile", "routing", place / "model", *arguments) == 0
     printed = capsys.readouterr().out
     figures = json.loads((tmp_path / "p").read_text())
     trace = profile.Trace.open(tmp_path / "t")
@@ -53,10 +52,13 @@ def test_from_routing_to_placement(place: Path, tmp_path: Path, capsys: pytest.C
     assert json.loads((tmp_path / "g").read_text())["gpus"] == [[list(held) for held in gpus] for gpus in want.gpus]
     assert f"{want.max_over_mean(counts[1::2]).mean():.3f}" in capsys.readouterr().out
 
-    assert run("profile", "serving", tmp_path / "t", "--config", "gpt4-8k") == 0
+    assert run("profile", "serving", tmp_path / "t", "--config", "gpt4-8k", "--pictures", tmp_path / "pictures") == 0
     touched = profile.decode_steps(trace.ids_TLK(10**6), 16)[-1].distinct
     gigabytes = touched * moe.plan.params(moe.load_config("gpt4-8k")).expert * 2 / 1e9
     assert f"{gigabytes:,.2f}" in capsys.readouterr().out
+
+    drawn = {file.name for file in (tmp_path / "pictures").iterdir() if file.stat().st_size > 10_000}
+    assert drawn == {"load.png", "time.png", "together.png", "sources.png", "serving.png"}
 
     assert run("profile", "compare", tmp_path / "t", tmp_path / "t") == 0
     assert "0.000%" in capsys.readouterr().out

@@ -65,8 +65,11 @@ def test_counts_are_brute_force_counts(passes: list[Pass], profile: RoutingProfi
     cv = (sum((p - mean) ** 2 for p in load) / E) ** 0.5 / mean
     assert float(profile.load_cv_L[layer]) == pytest.approx(cv)
     assert float(profile.max_over_mean_L[layer]) == pytest.approx(max(load) / mean)
-    lift = together[0, 1] / n / (counts[0] / n * counts[1] / n)
-    assert float(profile.coactivation_lift_LEE[layer, 0, 1]) == pytest.approx(lift)
+    others = [(a, b) for a in range(E) for b in range(E) if a != b]
+    all_pairs, all_products = sum(together[p] for p in others), sum(counts[a] * counts[b] for a, b in others)
+    for a, b in others:
+        lift = together[a, b] / all_pairs / (counts[a] * counts[b] / all_products)
+        assert float(profile.coactivation_lift_LEE[layer, a, b]) == pytest.approx(lift)
     weight = sum(w for ids, ws, *_ in tokens for e, w in zip(ids, ws, strict=True) if e == 5) / counts[5]
     assert float(profile.weight_LE[layer, 5]) == pytest.approx(weight, rel=1e-6)
     words = Counter((e, token) for ids, _, _, token in tokens for e in ids)

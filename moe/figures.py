@@ -1,0 +1,69 @@
+"""The look of all pictures: panels, titles, labels, colours. matplotlib is imported on use.
+
+Colours are those of Okabe and Ito, which people with any kind of colour vision tell apart.
+"""
+
+from typing import Any
+
+import numpy as np
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+INK, MUTED, GRID = "#222222", "#767676", "#E6E6E6"
+MAX_LAYERS = 24  # panels in one picture; of deeper models, evenly spaced layers are shown
+
+
+def shown_layers(n_layers: int) -> np.ndarray:
+    """The layers that get a panel."""
+    return np.unique(np.linspace(0, n_layers - 1, min(n_layers, MAX_LAYERS)).round().astype(int))
+
+
+def figure(rows: int, columns: int, width: float, height: float) -> tuple[Any, list[Any]]:
+    """A figure of panels, width x height inches each, without pyplot and its global state.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError('pictures need matplotlib: pip install "gpt4-moe[plot]"') from error
+
+    whole = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    whole.get_layout_engine().set(w_pad=0.12, h_pad=0.12, wspace=0.04, hspace=0.04)  # type: ignore[union-attr]
+    return whole, list(whole.subplots(rows, columns, squeeze=False).flat)
+
+
+def title(axis: Any, text: str, subtitle: str, x_label: str, grid: bool = True) -> None:
+    """What a panel says about itself, and its spines: those of a plot, or none around an image."""
+    axis.set_title(text, loc="left", fontsize=12, fontweight="bold", color=INK, pad=20)
+    axis.annotate(
+        subtitle, (0, 1), xytext=(0, 6), xycoords="axes fraction", textcoords="offset points", fontsize=9, color=MUTED
+    )
+    axis.set_xlabel(x_label, color=MUTED)
+    axis.tick_params(colors=MUTED, labelsize=9, length=3 if grid else 0)
+    for side in ("top", "right") if grid else ("top", "right", "left", "bottom"):
+        axis.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axis.spines[side].set_color(MUTED)
+    if grid:
+        axis.grid(axis="y", color=GRID, linewidth=0.8)
+        axis.set_axisbelow(True)
+
+
+def label_end(axis: Any, x: float, y: float, text: str, colour: str) -> None:
+    """A label at the right end of a line."""
+    axis.annotate(
+        text, (x, y), xytext=(5, 0), textcoords="offset points", color=colour, fontsize=9, va="center",
+        annotation_clip=False,
+    )  # fmt: skip
+
+
+def label_ends(axis: Any, x: float, labels: list[tuple[float, str, str]]) -> None:
+    """Labels at the right ends of lines, pushed apart where they would overlap."""
+    low, high = axis.get_ylim()
+    gap = 0.055 * (high - low)
+    places: list[float] = []
+    for value, text, colour in sorted(labels):
+        place = max(value, places[-1] + gap) if places else value
+        places.append(place)
+        label_end(axis, x, place, text, colour)
