@@ -25,7 +25,7 @@ from moe.tokenizer import Tokenizer
 from moe.train import console, evaluate, pictures, state
 from moe.train import device as devices
 from moe.train.cpu import tune_cpu
-from moe.train.metrics import Meter, MetricsLog
+from moe.train.metrics import Meter, MetricsLog, load_entropy
 from moe.train.optimizer import Optimizers, build
 from moe.train.schedule import lr_scale
 from moe.train.stop import Stop, StopRequested
@@ -190,7 +190,7 @@ def _open(
         forward=torch.compile(model) if cfg.train.compile else model,
         optimizers=build(model, cfg.train),
         meter=Meter(cfg.n_layers, cfg.experts.n_experts, device),
-        watch=Watch(cfg.train),
+        watch=Watch(cfg.train, cfg.router),
         log=MetricsLog(run_dir, saved["step"] if saved else 0, saved["files"] if saved else None),
         reporter=reporter,
         stop=stop,
@@ -317,10 +317,14 @@ def _log(run: _Run) -> None:
         "mfu": rate * flops / run.peak_flops,
         "load": load,
         "load_max_over_mean": max(max(layer) * len(layer) for layer in load),
+        "load_entropy": min(load_entropy(layer) for layer in load),
     }
     run.meter.reset()
     run.log.write(record)
     run.reporter.train(record, seconds_per_step=elapsed / max(1, steps))
+    for alarm in run.watch.check_load(run.step, load):
+        run.log.write({"kind": "alarm", "step": run.step, "text": alarm})
+        run.reporter.note(alarm)
     run.watch.check(run.step, means["lm"])
 
 

@@ -1,8 +1,9 @@
 """Notices a run that has gone wrong, and says what to do about it."""
 
 import math
+from typing import Any
 
-from moe.config import TrainConfig
+from moe.config import RouterConfig, TrainConfig
 
 
 class TrainError(RuntimeError):
@@ -15,14 +16,20 @@ class Watch:
     A run has diverged when a loss or a gradient is not finite, or when, after the warm-up, the mean loss of three log
     points in a row is above 1.5 times the lowest running average so far plus 1 nat: noise and a change of text move the
     loss by less, and a model that lost what it learned by more.
+
+    A layer's routing has collapsed when, after the warm-up and three log points in a row, a quarter of its experts or
+    more have less than a tenth of the mean load. The run goes on, with an alarm.
     """
 
     FACTOR, MARGIN, PATIENCE, KEEP = 1.5, 1.0, 3, 0.8
+    IDLE, IDLE_SHARE = 0.1, 0.25
 
-    def __init__(self, cfg: TrainConfig) -> None:
+    def __init__(self, cfg: TrainConfig, router: RouterConfig) -> None:
         self.cfg = cfg
+        self.router = router
         self.average = self.lowest = math.inf
         self.high_in_a_row = 0
+        self.idle_in_a_row: dict[int, int] = {}  # layer -> log points
 
     def check_finite(self, step: int, loss: float, grad_norm: float) -> None:
         """Raises TrainError where a loss or a gradient norm, summed since the last log point, is not finite."""
@@ -43,6 +50,21 @@ class Watch:
         self.average = lm if first else self.KEEP * self.average + (1 - self.KEEP) * lm
         self.lowest = min(self.lowest, self.average)
 
+    def check_load(self, step: int, load: list[list[float]]) -> list[str]:
+        """Takes each layer's shares of the routed tokens, [L][E]; returns an alarm for each that has just collapsed."""
+        alarms = []
+        for layer, shares in enumerate(load):
+            idle = sum(share * len(shares) < self.IDLE for share in shares)
+            collapsed = step > self.cfg.warmup and idle >= max(1, self.IDLE_SHARE * len(shares))
+            self.idle_in_a_row[layer] = self.idle_in_a_row.get(layer, 0) + 1 if collapsed else 0
+            if self.idle_in_a_row[layer] == self.PATIENCE:
+                alarms.append(
+                    f"routing collapse in layer {layer} at step {step:,}: {idle} of {len(shares)} experts have less than "
+                    f"{self.IDLE:g} of the mean load. Raise router.balance_loss (now {self.router.balance_loss:g}) or set "
+                    f"router.bias_update_rate (now {self.router.bias_update_rate:g}), such as 0.001"
+                )
+        return alarms
+
     def _advice(self) -> str:
         muon = f" and train.muon_lr (now {self.cfg.muon_lr:g})" if self.cfg.optimizer == "muon" else ""
         return (
@@ -50,11 +72,12 @@ class Watch:
             f"smaller train.grad_clip (now {self.cfg.grad_clip:g}), and start again with --fresh or another --out"
         )
 
-    def state_dict(self) -> dict[str, float]:
-        """The running averages."""
-        return {"average": self.average, "lowest": self.lowest, "high_in_a_row": self.high_in_a_row}
+    def state_dict(self) -> dict[str, Any]:
+        """The running averages and counts."""
+        names = ("average", "lowest", "high_in_a_row", "idle_in_a_row")
+        return {name: getattr(self, name) for name in names}
 
-    def load_state_dict(self, state: dict[str, float]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what `state_dict` gave."""
         self.average, self.lowest = state["average"], state["lowest"]
-        self.high_in_a_row = int(state["high_in_a_row"])
+        self.high_in_a_row, self.idle_in_a_row = state["high_in_a_row"], dict(state["idle_in_a_row"])

@@ -9,7 +9,7 @@ import torch
 
 import moe
 from moe.checkpoint import CheckpointError
-from moe.config import ConfigError, TrainConfig
+from moe.config import ConfigError, RouterConfig, TrainConfig
 from moe.data import DataError, prepare
 from moe.train import TrainError, loop, state, train
 from moe.train.metrics import read_metrics
@@ -40,6 +40,7 @@ def test_a_run_learns_and_leaves_all_it_promises(cfg, data_dir, tmp_path, capsys
         assert r["loss"] == pytest.approx(r["lm"] + 0.01 * r["balance"] + 0.001 * r["z"], rel=1e-5)
         assert [sum(layer) for layer in r["load"]] == pytest.approx([1.0])
         assert r["load_max_over_mean"] == pytest.approx(max(r["load"][0]) * 4)
+        assert r["load_entropy"] == pytest.approx(-sum(p * math.log(p, 4) for p in r["load"][0] if p))
     assert [r["step"] for r in records(run, "eval")] == [*range(4, 41, 4)]
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-000032", "step-000040"]
     assert moe.load(run / "final").cfg == cfg
@@ -113,7 +114,7 @@ def test_a_loss_that_is_not_finite_stops_with_advice_and_keeps_the_last_good_che
 
 
 def test_watch_tells_an_explosion_from_noise():
-    watch = Watch(TrainConfig(warmup=10))
+    watch = Watch(TrainConfig(warmup=10), RouterConfig())
     for step in range(1, 200):
         watch.check(step, 3.0 + (1.5 if step % 7 == 0 else 0.0))  # spikes come and go
     watch.check(200, 6.5)
@@ -123,9 +124,34 @@ def test_watch_tells_an_explosion_from_noise():
 
 
 def test_watch_is_patient_during_warm_up():
-    watch = Watch(TrainConfig(warmup=10))
+    watch = Watch(TrainConfig(warmup=10), RouterConfig())
     for step in range(1, 11):
         watch.check(step, 2.0 if step == 1 else 9.0)
+
+
+def test_watch_tells_a_collapse_of_routing_from_a_bad_moment():
+    even, collapsed = [0.125] * 8, [0.45, 0.45, 0.01, 0.01] + [0.02] * 4
+    watch = Watch(TrainConfig(warmup=10), RouterConfig(balance_loss=0.02))
+    assert not any(watch.check_load(step, [even, collapsed]) for step in range(1, 11)), "during the warm-up"
+    assert not any(watch.check_load(step, [even, collapsed if step % 3 else even]) for step in range(11, 50))
+    assert watch.check_load(50, [even, even]) == []
+    assert watch.check_load(51, [even, collapsed]) == []
+    later = Watch(TrainConfig(warmup=10), RouterConfig(balance_loss=0.02))
+    later.load_state_dict(watch.state_dict())  # a resumed run goes on counting
+    assert later.check_load(52, [even, collapsed]) == []
+    (alarm,) = later.check_load(53, [even, collapsed])
+    assert alarm.startswith("routing collapse in layer 1 at step 53: 2 of 8 experts")
+    assert "router.balance_loss (now 0.02)" in alarm
+    assert later.check_load(54, [even, collapsed]) == [], "said once"
+
+
+def test_a_collapse_raises_an_alarm_and_the_run_goes_on(cfg, data_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Watch, "IDLE", 1.2)  # in a layer of four, one is always below 1.2 times the mean
+    assert train(cfg, data_dir, tmp_path / "run").status == "complete"
+    (alarm,) = records(tmp_path / "run", "alarm")
+    assert alarm["step"] == cfg.train.warmup + 3
+    assert alarm["text"].startswith("routing collapse in layer 0")
+    assert alarm["text"] in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_full_disk_while_saving_leaves_the_older_checkpoint_and_nothing_half_written(
