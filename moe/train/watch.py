@@ -59,9 +59,9 @@ class Watch:
             self.idle_in_a_row[layer] = self.idle_in_a_row.get(layer, 0) + 1 if collapsed else 0
             if self.idle_in_a_row[layer] == self.PATIENCE:
                 alarms.append(
-                    f"routing collapse in layer {layer} at step {step:,}: {idle} of {len(shares)} experts have less than "
-                    f"{self.IDLE:g} of the mean load. Raise router.balance_loss (now {self.router.balance_loss:g}) or set "
-                    f"router.bias_update_rate (now {self.router.bias_update_rate:g}), such as 0.001"
+                    f"routing collapse in layer {layer} at step {step:,}: {idle} of {len(shares)} experts have less "
+                    f"than {self.IDLE:g} of the mean load. Raise router.balance_loss (now {self.router.balance_loss:g}) "
+                    f"or set router.bias_update_rate (now {self.router.bias_update_rate:g}), such as 0.001"
                 )
         return alarms
 
