@@ -60,8 +60,8 @@ class Watch:
             if self.idle_in_a_row[layer] == self.PATIENCE:
                 alarms.append(
                     f"routing collapse in layer {layer} at step {step:,}: {idle} of {len(shares)} experts have less "
-                    f"than {self.IDLE:g} of the mean load. Raise router.balance_loss (now {self.router.balance_loss:g}) "
-                    f"or set router.bias_update_rate (now {self.router.bias_update_rate:g}), such as 0.001"
+                    f"than {self.IDLE:g} of the mean load. Raise router.balance_loss (now "
+                    f"{self.router.balance_loss:g}) or set router.bias_update_rate (now {self.router.bias_update_rate:g}), such as 0.001"
                 )
         return alarms
 
