@@ -60,8 +60,7 @@ class Watch:
             if self.idle_in_a_row[layer] == self.PATIENCE:
                 alarms.append(
                     f"routing collapse in layer {layer} at step {step:,}: {idle} of {len(shares)} experts have less "
-                    f"than {self.IDLE:g} of the mean load. Raise router.balance_loss (now "
-                    f"{self.router.balance_loss:g}) or set router.bias_update_rate (now {self.router.bias_update_rate:g}), such as 0.001"
+                    f"than {self.IDLE:g} of the mean load. {self._router_advice()}"
                 )
         return alarms
 
@@ -70,6 +69,12 @@ class Watch:
         return (
             f"Try a lower train.lr (now {self.cfg.lr:g}){muon}, a longer train.warmup (now {self.cfg.warmup}) or a "
             f"smaller train.grad_clip (now {self.cfg.grad_clip:g}), and start again with --fresh or another --out"
+        )
+
+    def _router_advice(self) -> str:
+        return (
+            f"Raise router.balance_loss (now {self.router.balance_loss:g}), or set router.bias_update_rate (now "
+            f"{self.router.bias_update_rate:g}), to 0.001 for instance"
         )
 
     def state_dict(self) -> dict[str, Any]:
