@@ -91,8 +91,9 @@ def table(record: dict[str, Any]) -> str:
             "|---|---|---|---|---|---|---|---|---|---|---|",
         ]
         for row in experts["rows"]:
-            rate = f"{row['tflops']:.0f} | {row['of_cublas_peak']:.0%} | {row['ours_is_faster_by']:.2f}"
-            if "tflops" not in row:
+            if "tflops" in row:
+                rate = f"{row['tflops']:.0f} | {row['of_cublas_peak']:.0%} | {row['ours_is_faster_by']:.2f}"
+            else:
                 rate = f" | {row['of_forward']:.1%} of the forward | "
             kept = f"{row['kept_gib']:.2f} | {row['peak_gib']:.2f}" if "kept_gib" in row else " | "
             lines.append(
