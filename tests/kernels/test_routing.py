@@ -51,6 +51,29 @@ def test_gate_equals_the_reference(T: int, E: int, K: int, biased: bool) -> None
     check_place(ids, E, 16, counts)
 
 
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_choice_that_is_given_is_weighed_to_the_same_bits(impl: str, biased: bool) -> None:
+    x, bias = logits(40, 16).requires_grad_(), logits(1, 16, seed=1)[0] if biased else None
+    weights, ids = ops.topk_gate(x, 3, bias, impl)
+    again, same = ops.topk_gate(x, 3, bias, impl, given_TK=ids)
+    assert torch.equal(same, ids)
+    assert torch.equal(again, weights)
+    d = logits(40, 3, seed=2)
+    assert torch.equal(torch.autograd.grad(again, x, d)[0], torch.autograd.grad(weights, x, d)[0])
+
+
+def test_any_choice_is_weighed_by_its_logits() -> None:
+    x = logits(33, 8)
+    ids = torch.rand(33, 8, generator=torch.Generator().manual_seed(3)).argsort(1)[:, :4].to(DEVICE)
+    weights, same, counts = routing.gate(x, 4, None, ids)
+    assert torch.equal(same, ids)
+    assert rel(weights, x.double().gather(1, ids).softmax(-1)) < 1e-6
+    check_place(ids, 8, 16, counts)
+    with pytest.raises(ValueError, match=r"given_TK must be int64 \[33, 2\]; got torch.int64 \[33, 4\]"):
+        ops.topk_gate(x, 2, given_TK=ids)
+
+
 def test_ties_go_to_the_lower_expert_and_masked_experts_come_last() -> None:
     inf = float("inf")
     x = torch.tensor([[0.0, 0.0, 0.0, 0.0], [1.0, 2.0, 2.0, 1.0], [-inf, 3.0, -inf, -inf], [-inf] * 3 + [0.0]])
