@@ -6,7 +6,7 @@ As in cli.py, commands import what they need when they run.
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import tyro
 from tyro.conf import Positional
@@ -87,9 +87,7 @@ def routing(
 
 
 @profile_app.command
-def placement(
-    trace: Positional[Path], /, *, gpus: int, redundant: int = 0, out: Annotated[Path | None, tyro.conf.arg()] = None
-) -> int:
+def placement(trace: Positional[Path], /, *, gpus: int, redundant: int = 0, out: Path | None = None) -> int:
     """Place experts on GPUs by their load, and say what that gains over round-robin.
 
     Every other pass of the trace chooses; those between judge.
