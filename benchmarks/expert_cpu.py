@@ -7,14 +7,13 @@ in ms and each one's time relative to the op's. Run: python benchmarks/expert_cp
 """
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from duel import machine, write_record
+from expert_mlp import medians
 
 from moe.kernels import grouped, ops, reference
 from moe.train.cpu import tune_cpu
@@ -60,18 +59,6 @@ def contestants(d_model: int, d_ff: int, tokens: int) -> dict[str, Calls]:
     }
 
 
-def medians(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Median ms of each call, run in turns after two rounds that do not count."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for round_ in range(rounds + 2):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            if round_ >= 2:
-                times[name].append((time.perf_counter() - start) * 1e3)
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
@@ -84,7 +71,9 @@ def main() -> None:
         for tokens in SIZES:
             sides = contestants(d_model, d_ff, tokens)
             for index, kind in enumerate(("forward", "forward + backward")):
-                result = medians({n: call for n, calls in sides.items() if (call := calls[index])}, arguments.rounds)
+                calls = {n: both[index] for n, both in sides.items()}
+                seconds = medians({n: call for n, call in calls.items() if call}, arguments.rounds, "cpu")
+                result = {n: s * 1e3 for n, s in seconds.items()}
                 row = "  ".join(f"{n} {ms:8.2f} ({ms / result['op']:4.2f}x)" for n, ms in result.items())
                 print(f"{config:14} T {tokens:5} {kind:18}  {row}")
                 rows.append({"config": config, "tokens": tokens, "kind": kind, "ms": result})

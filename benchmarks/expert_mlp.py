@@ -66,10 +66,9 @@ def make(shape: Shape, tokens: int, routing: str, device: str, dtype: torch.dtyp
     D, F, E, K = shape[:4]
     if routing == "balanced":
         from moe.kernels import reference
+        from moe.kernels import routing as router
 
-        # Every expert as often as every other, in random order and random company.
-        ids = (torch.arange(tokens * K, device=device) % E).view(tokens, K)
-        ids = ids[torch.randperm(tokens, generator=g, device=device)]
+        ids = router.balanced_ids(tokens, E, K, device)[torch.randperm(tokens, generator=g, device=device)]
         weights = reference.topk_gate(torch.randn(tokens, K, device=device, generator=g), K)[0]
     else:
         share = 1 / torch.arange(1, E + 1, device=device, dtype=torch.float32)

@@ -25,23 +25,12 @@ def parts(quick: bool, dry: bool, out: Path) -> dict[str, tuple[list[str], int]]
     flags = ["--quick"] * quick + ["--dry-run"] * dry
     dry_flag = ["--dry-run"] * dry
     python, shapes = sys.executable, [] if not quick else ["--shape", "gpt4", "mixtral", "fine-grained", "gpt4 few"]
-    tests = ["-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    tests += ["tests/kernels/test_routing.py", "--maxfail=1"] if dry else ["-m", "gpu", "tests"]
-    found = {"tests": ([python, *tests], 150)}
+    pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    tests = ["tests/kernels/test_routing.py", "--maxfail=1"] if dry else ["-m", "gpu", "tests"]
+    found = {"tests": ([*pytest, *tests], 150)}
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer and not dry:
-        case = [
-            python,
-            "-m",
-            "pytest",
-            "-q",
-            "-x",
-            "-p",
-            "no:cacheprovider",
-            "tests/kernels/test_gpu.py",
-            "-k",
-            "small",
-        ]
+        case = [*pytest, "-x", "tests/kernels/test_gpu.py", "-k", "small"]
         found["compute-sanitizer"] = ([sanitizer, "--error-exitcode", "1", *case], 60)
     found["expert_mlp"] = (
         [python, "benchmarks/expert_mlp.py", *flags, *shapes, "--json", str(out / "expert_mlp.json")],

@@ -12,7 +12,7 @@ import tyro
 from tyro.conf import Positional
 
 if TYPE_CHECKING:
-    from moe.profile import RoutingProfile
+    from moe.profile import RoutingProfile, Share
 
 profile_app = tyro.extras.SubcommandApp()
 
@@ -48,28 +48,23 @@ def routing(
         device: cuda or cpu. Default: cuda where there is one.
     """
     import contextlib
-
-    import torch
+    import itertools
 
     from moe import checkpoint as checkpoints
     from moe import profile
     from moe.data import TokenData
+    from moe.train import evaluate
     from moe.train.device import pick_device
-    from moe.train.evaluate import some_windows
 
     held_out = TokenData.open(data)
     model = checkpoints.load(checkpoint, device=pick_device(device)).eval()
     held_out.check_compatible(model.cfg.vocab_size)
-    groups: dict[tuple[str, int], list[Any]] = {}
-    for source, inputs, _, _ in some_windows(held_out, min(seq_len, model.cfg.max_seq_len), tokens):
-        groups.setdefault((source, len(inputs)), []).append(torch.from_numpy(inputs))
-    recording = profile.record(model, trace) if trace is not None else contextlib.nullcontext()
-    with torch.no_grad(), recording, profile.routing(model, model.cfg.vocab_size) as p:
-        for (source, _), windows in groups.items():
-            p.source = source
-            for begin in range(0, len(windows), batch):
-                model(torch.stack(windows[begin : begin + batch]).to(model.embedding.weight.device))
     tokenizer = held_out.tokenizer()
+    windows = evaluate.some_windows(held_out, min(seq_len, model.cfg.max_seq_len), tokens)
+    recording = profile.record(model, trace) if trace is not None else contextlib.nullcontext()
+    with recording, profile.routing(model, model.cfg.vocab_size) as p:
+        for p.source, own in itertools.groupby(windows, key=lambda window: window[0]):
+            evaluate.evaluate(model, own, evaluate.byte_lengths(tokenizer), batch=batch)
     _print_routing(p)
     _print_sources(p)
     _print_tokens(p, tokenizer)
@@ -214,7 +209,8 @@ def _print_routing(p: "RoutingProfile") -> None:
 
 def _print_sources(p: "RoutingProfile") -> None:
     """Of each pair of sources, the experts that they use most differently."""
-    names = list(p.sources)
+    shares = p.sources
+    names = list(shares)
     for i, one in enumerate(names):
         for other in names[i + 1 :]:
             difference, z = p.specialisation(one, other)
@@ -222,15 +218,14 @@ def _print_sources(p: "RoutingProfile") -> None:
             rows = []
             for layer in range(len(z)):
                 ends = int(difference[layer].argmax()), int(difference[layer].argmin())
-                cells = [f"{e}: {_share(p, one, layer, e)} / {_share(p, other, layer, e)}" for e in ends]
+                cells = [f"{e}: {_share(shares[one], layer, e)} / {_share(shares[other], layer, e)}" for e in ends]
                 rows.append([str(layer), f"{int(clear[layer])} of {z.shape[1]}", *cells])
             columns = ["layer", f"differ (|z| > {CLEAR_Z:g})", f"most for {one}", f"most for {other}"]
-            sizes = f"{p.sources[one].sequences} and {p.sources[other].sequences} sequences"
+            sizes = f"{shares[one].sequences} and {shares[other].sequences} sequences"
             _table(f"share of {one} / {other} that an expert serves, ± standard error; {sizes}", columns, rows)
 
 
-def _share(p: "RoutingProfile", source: str, layer: int, expert: int) -> str:
-    share = p.sources[source]
+def _share(share: "Share", layer: int, expert: int) -> str:
     return f"{float(share.mean_LE[layer, expert]):.1%} ± {float(share.error_LE[layer, expert]):.1%}"
 
 

@@ -92,7 +92,7 @@ class DecodeStep:
     def _experts(self, moe: MoE, x_BD: Tensor) -> Tensor:
         router = moe.router
         logits_BE = F.linear(cast(x_BD, self.wide), cast(router.weight, self.wide))
-        weights_BK, ids_BK = ops.topk_gate(logits_BE, router.top_k, router.bias_E)
+        weights_BK, ids_BK = router.choose(logits_BE)
         return ops.expert_mlp_inference(x_BD, moe.w_in_EGFD, moe.w_out_EDF, weights_BK, ids_BK, moe.activation)
 
     def _norm_weight(self, norm: RMSNorm) -> Tensor:

@@ -3,6 +3,7 @@
 Colours are those of Okabe and Ito, which people with any kind of colour vision tell apart.
 """
 
+import math
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,30 @@ def figure(rows: int, columns: int, width: float, height: float) -> tuple[Any, l
     whole = Figure(figsize=(width * columns, height * rows), layout="constrained")
     whole.get_layout_engine().set(w_pad=0.12, h_pad=0.12, wspace=0.04, hspace=0.04)  # type: ignore[union-attr]
     return whole, list(whole.subplots(rows, columns, squeeze=False).flat)
+
+
+def panels(n: int, height: float = 2.6) -> tuple[Any, list[Any], int]:
+    """A figure of `n` panels, one per layer, its panels, and in how many rows they stand."""
+    columns = min(n, 2 if n <= 4 else 4)
+    rows = math.ceil(n / columns)
+    whole, axes = figure(rows, columns, width=5.2 if columns <= 2 else 3.4, height=height)
+    for axis in axes[n:]:
+        axis.set_axis_off()
+    return whole, axes, rows
+
+
+def octaves(axis: Any, ratio: np.ndarray, extent: tuple[float, ...] | None = None) -> Any:
+    """An image of ratios on a scale of octaves: twice and half are equally far from white."""
+    values = np.log2(np.maximum(ratio, 2.0**-6))
+    return axis.imshow(values, aspect="auto", cmap="PuOr_r", vmin=-2, vmax=2, interpolation="nearest", extent=extent)
+
+
+def octave_bar(whole: Any, image: Any, axes: list[Any], shrink: float = 1.0, even: str = "even") -> None:
+    """The scale of `octaves`; `even` names its middle."""
+    bar = whole.colorbar(image, ax=axes, ticks=[-2, -1, 0, 1, 2], shrink=shrink, aspect=18, pad=0.02)
+    bar.ax.set_yticklabels(["¼ or less", "½", even, "2x", "4x or more"], color=INK)
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(length=0)
 
 
 def title(axis: Any, text: str, subtitle: str, x_label: str, grid: bool = True) -> None:

@@ -1,10 +1,11 @@
-"""Directories that appear whole or not at all, whatever happens while they are written. The standard library only."""
+"""Files and directories that appear whole or not at all, whatever happens meanwhile. The standard library only."""
 
 import ctypes
 import os
 import secrets
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +33,19 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
         _sync(place.parent)
     finally:
         _delete(temporary)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes a file under a temporary name beside it, then renames: readers see the old file or the whole new one."""
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide the file from other readers
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
 
 
 def is_taken(path: str | os.PathLike[str]) -> bool:

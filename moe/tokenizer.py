@@ -14,11 +14,12 @@ import hashlib
 import importlib.util
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
+
+from moe.files import write_whole
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -140,7 +141,9 @@ class Tokenizer:
     def save(self, path: str | Path) -> Path:
         """Writes to `path` (a directory: `path/tokenizer.json`), the whole file or nothing; returns the file."""
         path = _file_of(path)
-        _write_whole(path, self._serialised().encode())
+        if not path.parent.is_dir():
+            raise TokenizerError(f"cannot save to {path}: the directory {path.parent} does not exist")
+        write_whole(path, self._serialised().encode())
         return path
 
     @staticmethod
@@ -304,18 +307,3 @@ def _check_text(text: str) -> None:
 def _file_of(path: str | Path) -> Path:
     path = Path(path)
     return path / "tokenizer.json" if path.is_dir() else path
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    """Writes a file under a temporary name beside it, then renames: readers see the old file or the whole new one."""
-    if not path.parent.is_dir():
-        raise TokenizerError(f"cannot save to {path}: the directory {path.parent} does not exist")
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide the file from other readers
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise

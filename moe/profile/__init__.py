@@ -2,25 +2,26 @@
 
 from moe.profile.observe import NotObservable, Pass
 from moe.profile.placement import Placement, place, round_robin
-from moe.profile.serving import DecodeStep, decode_steps
-from moe.profile.statistics import RoutingProfile, Share, expert_similarity, routing
+from moe.profile.serving import StepLoad, decode_steps
+from moe.profile.statistics import RoutingProfile, Share, expert_similarity, load_entropy, routing
 from moe.profile.trace import Comparison, Recorder, Trace, TraceError, compare, import_routed_experts, record, replay
 
 __all__ = [
     "Comparison",
-    "DecodeStep",
     "NotObservable",
     "Pass",
     "Placement",
     "Recorder",
     "RoutingProfile",
     "Share",
+    "StepLoad",
     "Trace",
     "TraceError",
     "compare",
     "decode_steps",
     "expert_similarity",
     "import_routed_experts",
+    "load_entropy",
     "place",
     "record",
     "replay",

@@ -1,13 +1,12 @@
 """Pictures of a routing profile: load.png, time.png, sources.png, together.png, serving.png."""
 
-import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from moe import figures
-from moe.profile.serving import DecodeStep
+from moe.profile.serving import StepLoad
 from moe.profile.statistics import RoutingProfile
 
 
@@ -23,7 +22,7 @@ def draw(p: RoutingProfile, place: Path) -> list[Path]:
     return [_save(figure, place, name) for name, figure in drawn.items()]
 
 
-def draw_serving(steps: list[DecodeStep], n_experts: int, place: Path) -> Path:
+def draw_serving(steps: list[StepLoad], n_experts: int, place: Path) -> Path:
     """Draws decoding steps into the directory; returns serving.png. Raises ImportError as `draw`."""
     return _save(_serving(steps, n_experts), place, "serving")
 
@@ -39,7 +38,7 @@ def _load(p: RoutingProfile) -> Any:
     load_LE = p.load_LE.numpy() * p.n_experts
     n_layers = len(load_LE)
     figure, (axis,) = figures.figure(1, 1, width=8.0, height=max(2.6, 1.6 + 0.3 * min(n_layers, 40)))
-    image = _octaves(axis, load_LE)
+    image = figures.octaves(axis, load_LE)
     if load_LE.size <= 400:
         for layer, row in enumerate(load_LE):
             for e, value in enumerate(row):
@@ -48,7 +47,7 @@ def _load(p: RoutingProfile) -> Any:
     figures.title(axis, "Load of each expert", title, "expert", grid=False)
     axis.set_ylabel("layer", color=figures.MUTED)
     _whole_ticks(axis, p.n_experts, n_layers)
-    _octave_bar(figure, image, [axis])
+    figures.octave_bar(figure, image, [axis])
     return figure
 
 
@@ -56,14 +55,16 @@ def _time(p: RoutingProfile) -> Any:
     """One panel per layer: experts down, passes across."""
     passes, load_NLE = (t.numpy() for t in p.load_over_time)
     layers = figures.shown_layers(load_NLE.shape[1])
-    figure, axes, rows = _panels(len(layers))
+    figure, axes, rows = figures.panels(len(layers))
     image = None
     for axis, layer in zip(axes, layers, strict=False):
-        image = _octaves(axis, load_NLE[:, layer].T * p.n_experts, extent=(0, passes.sum(), p.n_experts - 0.5, -0.5))
+        image = figures.octaves(
+            axis, load_NLE[:, layer].T * p.n_experts, extent=(0, passes.sum(), p.n_experts - 0.5, -0.5)
+        )
         worst = f"within a pass the busiest has {float(p.pass_max_over_mean_L[layer]):.2f}x"
         figures.title(axis, f"Layer {layer}", worst, "forward pass", grid=False)
         axis.set_ylabel("expert", color=figures.MUTED)
-    _octave_bar(figure, image, axes, shrink=min(1.0, 1.4 / rows))
+    figures.octave_bar(figure, image, axes, shrink=min(1.0, 1.4 / rows))
     return figure
 
 
@@ -71,18 +72,18 @@ def _together(p: RoutingProfile) -> Any:
     """One panel per layer: how much more often than by chance two experts serve a token together."""
     lift_LEE = p.coactivation_lift_LEE.numpy()
     layers = figures.shown_layers(len(lift_LEE))
-    figure, axes, rows = _panels(len(layers), height=3.4)
+    figure, axes, rows = figures.panels(len(layers), height=3.4)
     image = None
     for axis, layer in zip(axes, layers, strict=False):
         lift_EE = lift_LEE[layer]
-        image = _octaves(axis, lift_EE)
+        image = figures.octaves(axis, lift_EE)
         best = np.nan_to_num(lift_EE, nan=0.0)
         i, j = sorted(np.unravel_index(best.argmax(), best.shape))
         pair = f"most: {i} and {j}, {best[i, j]:.1f}x as often as by chance"
         figures.title(axis, f"Layer {layer}", pair, "expert", grid=False)
         axis.set_ylabel("expert", color=figures.MUTED)
         _whole_ticks(axis, p.n_experts, p.n_experts)
-    _octave_bar(figure, image, axes, shrink=min(1.0, 1.4 / rows), even="chance")
+    figures.octave_bar(figure, image, axes, shrink=min(1.0, 1.4 / rows), even="chance")
     return figure
 
 
@@ -90,7 +91,7 @@ def _sources(p: RoutingProfile) -> Any:
     """One panel per layer: each source's share of every expert, with four standard errors."""
     shares = p.sources
     layers = figures.shown_layers(len(p.counts_LE))
-    figure, axes, _ = _panels(len(layers), height=2.9)
+    figure, axes, _ = figures.panels(len(layers), height=2.9)
     x, width = np.arange(p.n_experts), 0.8 / len(shares)
     names = list(shares)
     _, z_LE = p.specialisation(names[0], names[1])
@@ -115,7 +116,7 @@ def _sources(p: RoutingProfile) -> Any:
     return figure
 
 
-def _serving(steps: list[DecodeStep], n_experts: int) -> Any:
+def _serving(steps: list[StepLoad], n_experts: int) -> Any:
     """Distinct experts, and the spread of an expert's tokens, by batch size; the real trace and uniform routing."""
     figure, (left, right) = figures.figure(1, 2, width=5.4, height=3.8)
     batch = [s.batch for s in steps]
@@ -139,28 +140,6 @@ def _serving(steps: list[DecodeStep], n_experts: int) -> Any:
     figures.label_end(right, batch[-1], steps[-1].mean, "mean", figures.INK)
     figures.title(right, "Tokens of an expert in a step", "band: 5% to 95%; dashed: the same, uniform", x_label)
     return figure
-
-
-def _panels(n: int, height: float = 2.6) -> tuple[Any, list[Any], int]:
-    columns = min(n, 2 if n <= 4 else 4)
-    rows = math.ceil(n / columns)
-    figure, axes = figures.figure(rows, columns, width=5.2 if columns <= 2 else 3.4, height=height)
-    for axis in axes[n:]:
-        axis.set_axis_off()
-    return figure, axes, rows
-
-
-def _octaves(axis: Any, ratio: np.ndarray, extent: tuple[float, ...] | None = None) -> Any:
-    """An image of ratios on a scale of octaves: twice and half are equally far from white."""
-    values = np.log2(np.maximum(ratio, 2.0**-6))
-    return axis.imshow(values, aspect="auto", cmap="PuOr_r", vmin=-2, vmax=2, interpolation="nearest", extent=extent)
-
-
-def _octave_bar(figure: Any, image: Any, axes: list[Any], shrink: float = 1.0, even: str = "even") -> None:
-    bar = figure.colorbar(image, ax=axes, ticks=[-2, -1, 0, 1, 2], shrink=shrink, aspect=18, pad=0.02)
-    bar.ax.set_yticklabels(["¼ or less", "½", even, "2x", "4x or more"], color=figures.INK)
-    bar.outline.set_visible(False)
-    bar.ax.tick_params(length=0)
 
 
 def _whole_ticks(axis: Any, columns: int, rows: int) -> None:

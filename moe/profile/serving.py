@@ -14,7 +14,7 @@ BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
 @dataclass(frozen=True)
-class DecodeStep:
+class StepLoad:
     """A batch size's figures, averaged over layers and drawn steps."""
 
     batch: int
@@ -32,7 +32,7 @@ class DecodeStep:
 
 def decode_steps(
     ids_TLK: np.ndarray, n_experts: int, batches: tuple[int, ...] = BATCHES, steps: int = 200, seed: int = 0
-) -> list[DecodeStep]:
+) -> list[StepLoad]:
     """Draw `steps` batches of each size from a trace's ids, [T, L, K].
 
     Raises:
@@ -52,7 +52,7 @@ def decode_steps(
         # Each of B tokens reaches an expert with probability K / E: binomial.
         low, high = _binomial_quantiles(batch, p, (0.05, 0.95))
         found.append(
-            DecodeStep(
+            StepLoad(
                 batch=batch,
                 distinct=float((counts > 0).sum(2).mean()),
                 distinct_uniform=n_experts * (1 - (1 - p) ** batch),

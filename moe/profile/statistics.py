@@ -168,7 +168,7 @@ class RoutingProfile:
     @property
     def load_entropy_L(self) -> Tensor:
         """Entropy of the load over its maximum log E: 1 when even, 0 when one expert serves everything."""
-        return torch.special.entr(self.load_LE).sum(1) / math.log(max(2, self.n_experts))
+        return load_entropy(self.load_LE)
 
     @property
     def load_cv_L(self) -> Tensor:
@@ -328,6 +328,11 @@ def routing(model: nn.Module, vocab_size: int = 0) -> Iterator[RoutingProfile]:
     profile = RoutingProfile(observe.n_experts(observe.routers(model)[0]), vocab_size)
     with observe.observe(model, profile.update):
         yield profile
+
+
+def load_entropy(load_LE: Tensor) -> Tensor:
+    """Entropy of loads [..., E], each summing to 1, over its maximum: 1 when even, 0 when one expert serves all."""
+    return torch.special.entr(load_LE).sum(-1) / math.log(max(2, load_LE.shape[-1]))
 
 
 def expert_similarity(weights_E: Tensor) -> Tensor:

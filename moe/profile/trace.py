@@ -16,7 +16,7 @@ Shape suffixes: L layers, T tokens, K experts per token, P passes.
 import base64
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from moe.files import is_taken, write_whole
 from moe.profile import observe
 from moe.profile.observe import Pass
 
@@ -51,7 +52,7 @@ class Recorder:
 
     def __init__(self, path: str | os.PathLike[str], n_experts: int, shard_tokens: int = SHARD_TOKENS) -> None:
         self.path = Path(path)
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        if is_taken(self.path):
             raise TraceError(f"{self.path}: exists and is not an empty directory; choose another")
         self.path.mkdir(parents=True, exist_ok=True)
         self.n_experts = n_experts
@@ -86,11 +87,10 @@ class Recorder:
         if self._passes:
             tensors = {n: torch.cat([p[n] for p in self._passes]).contiguous() for n in self._passes[0]}
             name = f"trace-{len(self._index['shards']):05d}.safetensors"
-            _replace(self.path / name, lambda temporary: temporary.write_bytes(save(tensors)))
+            write_whole(self.path / name, save(tensors))
             self._index["shards"].append({"file": name, "tokens": self._tokens})
             self._passes, self._tokens = [], 0
-        text = json.dumps(self._index, indent=1) + "\n"
-        _replace(self.path / INDEX_FILE, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        write_whole(self.path / INDEX_FILE, (json.dumps(self._index, indent=1) + "\n").encode())
 
     def close(self) -> None:
         """Writes what is left."""
@@ -101,16 +101,6 @@ class Recorder:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _replace(place: Path, write: Callable[[Path], Any]) -> None:
-    """The file is there whole, or not at all."""
-    temporary = place.with_name(f".{place.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        temporary.replace(place)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextmanager

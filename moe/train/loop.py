@@ -21,11 +21,12 @@ from moe import checkpoint, plan
 from moe.config import Config
 from moe.data import Mixture, TokenData, compression
 from moe.model import Output, Transformer
+from moe.profile import load_entropy
 from moe.tokenizer import Tokenizer
 from moe.train import console, evaluate, pictures, state
 from moe.train import device as devices
 from moe.train.cpu import tune_cpu
-from moe.train.metrics import Meter, MetricsLog, load_entropy
+from moe.train.metrics import Meter, MetricsLog
 from moe.train.optimizer import Optimizers, build
 from moe.train.schedule import lr_scale
 from moe.train.stop import Stop, StopRequested
@@ -317,7 +318,7 @@ def _log(run: _Run) -> None:
         "mfu": rate * flops / run.peak_flops,
         "load": load,
         "load_max_over_mean": max(max(layer) * len(layer) for layer in load),
-        "load_entropy": min(load_entropy(layer) for layer in load),
+        "load_entropy": load_entropy(torch.tensor(load, dtype=torch.float64)).min().item(),
     }
     run.meter.reset()
     run.log.write(record)

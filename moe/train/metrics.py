@@ -4,7 +4,6 @@ Shape suffixes: L layers, E experts.
 """
 
 import json
-import math
 import os
 from pathlib import Path
 from typing import IO, Any
@@ -54,11 +53,6 @@ class Meter:
         self.steps = state["steps"]
         self.sums.copy_(state["sums"])
         self.counts_LE.copy_(state["counts"])
-
-
-def load_entropy(shares: list[float]) -> float:
-    """Entropy of an expert load over its maximum: 1 when even, 0 when one expert serves everything."""
-    return -sum(p * math.log(p) for p in shares if p > 0) / math.log(max(2, len(shares)))
 
 
 class MetricsLog:

@@ -1,6 +1,5 @@
 """Pictures of a run, drawn from its metrics.jsonl: loss.png, experts.png, speed.png."""
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -88,29 +87,17 @@ def _experts(train: list[dict[str, Any]]) -> Any:
     load_TLE = np.array([r["load"] for r in train])
     n_layers, n_experts = load_TLE.shape[1:]
     layers = figures.shown_layers(n_layers)
-    columns = min(len(layers), 2 if len(layers) <= 4 else 4)
-    rows = math.ceil(len(layers) / columns)
-    figure, axes = figures.figure(rows, columns, width=5.2 if columns <= 2 else 3.4, height=2.6)
+    figure, axes, rows = figures.panels(len(layers))
     scale, unit = _token_scale(train)
     end = train[-1]["tokens"] / scale
     image = None
     for axis, layer in zip(axes, layers, strict=False):
-        # In octaves: twice and half the even load are equally far from white.
-        octaves_ET = np.log2(np.maximum(load_TLE[:, layer].T * n_experts, 2.0**-6))
-        image = axis.imshow(
-            octaves_ET, aspect="auto", cmap="PuOr_r", vmin=-2, vmax=2, interpolation="nearest",
-            extent=(0, end, n_experts - 0.5, -0.5),
-        )  # fmt: skip
+        image = figures.octaves(axis, load_TLE[:, layer].T * n_experts, extent=(0, end, n_experts - 0.5, -0.5))
         worst = (load_TLE[-1, layer] * n_experts).max()
         figures.title(axis, f"Layer {layer}", f"busiest expert at the end: {worst:.2f}x", f"tokens {unit}", grid=False)
         axis.set_ylabel("expert", color=figures.MUTED)
         axis.set_yticks(range(0, n_experts, max(1, n_experts // 4)))
-    for axis in axes[len(layers) :]:
-        axis.set_axis_off()
-    bar = figure.colorbar(image, ax=axes, ticks=[-2, -1, 0, 1, 2], shrink=min(1.0, 1.4 / rows), aspect=18, pad=0.02)
-    bar.ax.set_yticklabels(["¼ or less", "½", "even", "2x", "4x or more"], color=figures.INK)
-    bar.outline.set_visible(False)  # type: ignore[operator]
-    bar.ax.tick_params(length=0)
+    figures.octave_bar(figure, image, axes, shrink=min(1.0, 1.4 / rows))
     return figure
 
 

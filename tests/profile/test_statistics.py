@@ -13,6 +13,7 @@ from moe.experts import Router
 from moe.profile import NotObservable, RoutingProfile, expert_similarity, routing
 from moe.profile.observe import Pass
 from tests.conftest import rel
+from tests.hf_models import MODELS, build
 
 E, K, V = 6, 2, 40
 
@@ -211,38 +212,6 @@ def test_our_model_in_training(checkpointing: bool) -> None:
     assert p.passes == 2, "outside the block nothing is seen"
 
 
-MODELS = {
-    "Mixtral": {"intermediate_size": 48, "num_local_experts": E, "num_experts_per_tok": K},
-    "Qwen3Moe": {"moe_intermediate_size": 24, "num_experts": E, "num_experts_per_tok": K, "norm_topk_prob": True},
-    "Olmoe": {"intermediate_size": 40, "num_experts": E, "num_experts_per_tok": K},
-    "GptOss": {"intermediate_size": 48, "num_local_experts": E, "num_experts_per_tok": K},
-}
-
-
-def hf_model(name: str) -> Any:
-    transformers = pytest.importorskip("transformers", minversion="5.0")
-    config = getattr(transformers, f"{name}Config")(
-        vocab_size=97,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=64,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        **MODELS[name],
-    )
-    config._attn_implementation = "eager"
-    torch.manual_seed(0)
-    model = getattr(transformers, f"{name}ForCausalLM")(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0, 0.3)
-    return model
-
-
 def own_logits(model: Any, tokens: Tensor) -> Tensor:
     """[L, T, E]: the router logits that the model itself gives when asked."""
     return torch.stack(model(tokens, output_router_logits=True).router_logits)
@@ -251,7 +220,8 @@ def own_logits(model: Any, tokens: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", MODELS)
 def test_transformers_models(name: str) -> None:
     """The profile against statistics from the model's own router logits."""
-    model = hf_model(name)
+    model = build(name)
+    E, K = (getattr(model.config, n) for n in ("num_experts", "num_experts_per_tok"))
     tokens = torch.randint(3, 97, (2, 13), generator=torch.Generator().manual_seed(1))
     with routing(model, 97) as p, torch.no_grad():
         model(input_ids=tokens)

@@ -13,7 +13,7 @@ from torch import Tensor
 import moe
 from moe.profile import Recorder, Trace, TraceError, compare, import_routed_experts, record, replay
 from moe.profile.observe import Pass
-from tests.profile.test_statistics import MODELS, hf_model
+from tests.hf_models import MODELS, build
 
 
 def our_model(bias_rate: float = 0.0) -> Any:
@@ -48,7 +48,7 @@ def step(model: Any, ours: bool) -> tuple[Tensor, list[Tensor]]:
 @pytest.mark.parametrize("name", ["ours", "ours, biased", *MODELS])
 def test_replay_is_exact_to_the_last_bit(tmp_path: Path, name: str) -> None:
     ours = name.startswith("ours")
-    model = our_model(0.01 if "biased" in name else 0.0) if ours else hf_model(name)
+    model = our_model(0.01 if "biased" in name else 0.0) if ours else build(name)
     with record(model, tmp_path / "trace"):
         want, want_gradients = step(model, ours)
     with replay(model, Trace.open(tmp_path / "trace")):
