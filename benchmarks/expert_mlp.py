@@ -1,7 +1,8 @@
 """How fast is the fused expert MLP on this GPU, against every peer that is here and against the hardware?
 
-For each shape and routing: forward, and forward + backward; time, TFLOP/s, the fraction of a large cuBLAS product
-measured in the same run; memory kept for the backward and peak; and the time of routing + gather + combine apart.
+For each shape and routing (even, Zipf's, and what a trained router chose): forward, and forward + backward; time,
+TFLOP/s, the fraction of a large cuBLAS product measured in the same run; memory kept for the backward and peak; and the
+time of routing + gather + combine apart.
 Results are compared before anything is timed. The sides take turns, round by round; figures are medians.
 Run: python benchmarks/expert_mlp.py [--shape gpt4 ...] [--quick] [--dry-run] [--json FILE]
 
@@ -21,10 +22,13 @@ from typing import Any, NamedTuple
 if "--dry-run" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"
 
+import numpy as np
 import torch
 from duel import machine, stop_without_gpu, write_record
 from peers import Layer, cublas_loop, importable, ours
 from torch import Tensor
+
+from moe.profile import Trace
 
 
 class Shape(NamedTuple):
@@ -44,7 +48,8 @@ SHAPES = {
     "gpt4 few": Shape(10752, 28672, 16, 2, (1, 8, 64, 512)),
     "mixtral few": Shape(4096, 14336, 8, 2, (1, 8, 64, 512)),
 }
-DRY = {"toy": Shape(64, 32, 4, 2, (24,)), "toy few": Shape(64, 32, 4, 2, (1,))}
+DRY = {"toy": Shape(64, 32, 16, 2, (8,)), "toy few": Shape(64, 32, 16, 2, (1,))}
+TRACE = Path(__file__).parent / "traces" / "replica-nano"  # 8,192 held-out tokens of a trained router
 FEW = ("gpt4 few", "mixtral few", "toy few")  # forward only: what decoding does
 
 
@@ -56,8 +61,8 @@ class Inputs(NamedTuple):
     ids: Tensor
 
 
-def make(shape: Shape, tokens: int, routing: str, device: str, dtype: torch.dtype) -> Inputs:
-    """Random inputs. "zipf": expert e is chosen with a probability that falls as 1 / (e + 1)."""
+def make(shape: Shape, tokens: int, routing: str, device: str, dtype: torch.dtype, trace: Trace | None) -> Inputs:
+    """Random inputs. "zipf": expert e is chosen with a probability that falls as 1 / (e + 1). "trace": as it says."""
     g = torch.Generator(device).manual_seed(0)
 
     def normal(*size: int, std: float = 1.0) -> Tensor:
@@ -70,11 +75,21 @@ def make(shape: Shape, tokens: int, routing: str, device: str, dtype: torch.dtyp
 
         ids = router.balanced_ids(tokens, E, K, device)[torch.randperm(tokens, generator=g, device=device)]
         weights = reference.topk_gate(torch.randn(tokens, K, device=device, generator=g), K)[0]
+    elif trace is not None:
+        ids = torch.from_numpy(traced_ids(trace, tokens)).to(device)
+        weights = torch.rand(tokens, K, device=device, generator=g).softmax(-1)
     else:
         share = 1 / torch.arange(1, E + 1, device=device, dtype=torch.float32)
         ids = torch.multinomial(share.expand(tokens, E), K, generator=g)
         weights = torch.rand(tokens, K, device=device, generator=g).softmax(-1)
     return Inputs(normal(tokens, D), normal(E, 2, F, D, std=D**-0.5), normal(E, D, F, std=F**-0.5), weights, ids)
+
+
+def traced_ids(trace: Trace, tokens: int) -> np.ndarray:
+    """The experts [tokens, K] of the trace's most uneven layer; a shorter trace is gone through again."""
+    ids_TLK = trace.ids_TLK(tokens)
+    loads = [np.bincount(ids_TLK[:, layer].ravel(), minlength=trace.n_experts).max() for layer in range(trace.n_layers)]
+    return np.resize(ids_TLK[:, int(np.argmax(loads))], (tokens, trace.top_k))
 
 
 # ---------------------------------------------------------------------------------------------------------- measuring
@@ -172,10 +187,18 @@ def ceilings(device: str) -> tuple[float, float]:
 
 
 def compare(
-    name: str, shape: Shape, tokens: int, routing: str, rounds: int, device: str, dtype: torch.dtype, peak_tflops: float
+    name: str,
+    shape: Shape,
+    tokens: int,
+    routing: str,
+    rounds: int,
+    device: str,
+    dtype: torch.dtype,
+    peak_tflops: float,
+    trace: Trace,
 ) -> list[dict[str, Any]]:
     """Print and return the rows of one shape, size and routing."""
-    inputs = make(shape, tokens, routing, device, dtype)
+    inputs = make(shape, tokens, routing, device, dtype, trace if routing == "trace" else None)
     dy = torch.randn(inputs.x.shape, device=device, generator=torch.Generator(device).manual_seed(1)).to(dtype)
     few = name in FEW
     sides: dict[str, Layer] = {"gpt4-moe": ours("triton"), **importable(device)}
@@ -284,7 +307,15 @@ def _line(row: dict[str, Any]) -> str:
     return text
 
 
-def run(names: list[str], quick: bool, dry: bool, written: Path | None) -> list[dict[str, Any]]:
+def routings(name: str, shape: Shape, first: bool, trace: Trace) -> list[str]:
+    """What a shape is measured with: real skew at its first size, where the trace has as many experts."""
+    if name in FEW:
+        return ["balanced"]
+    fits = (trace.n_experts, trace.top_k) == (shape.n_experts, shape.top_k)
+    return ["balanced", "zipf", *["trace"] * (fits and first)]
+
+
+def run(names: list[str], quick: bool, dry: bool, written: Path | None, trace: Trace) -> list[dict[str, Any]]:
     """The whole benchmark; returns its rows. The record is written after every shape: a run cut short leaves those."""
     device = "cpu" if dry else "cuda"
     dtype = torch.float32 if dry else torch.bfloat16
@@ -297,10 +328,10 @@ def run(names: list[str], quick: bool, dry: bool, written: Path | None) -> list[
     rows: list[dict[str, Any]] = []
     for name, shape in shapes.items():
         for tokens in shape.tokens[:1] if quick and name not in FEW else shape.tokens:
-            for routing in ("balanced",) if name in FEW else ("balanced", "zipf"):
+            for routing in routings(name, shape, tokens == shape.tokens[0], trace):
                 print(f"{name}: d {shape.d_model}, {shape.n_experts} x {shape.d_ff}, T {tokens}, {routing}")
                 try:
-                    rows += compare(name, shape, tokens, routing, rounds, device, dtype, product)
+                    rows += compare(name, shape, tokens, routing, rounds, device, dtype, product, trace)
                 except torch.OutOfMemoryError as error:
                     print(f"  out of memory: {str(error)[:120]}")
                 if not dry:
@@ -314,10 +345,12 @@ def main() -> None:
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--quick", action="store_true", help="fewer rounds, the smaller size of each shape")
     parser.add_argument("--dry-run", action="store_true", help="toy sizes on a CPU, in the interpreter")
+    parser.add_argument("--trace", type=Path, default=TRACE, help="real skew: what moe profile routing --trace wrote")
     parser.add_argument("--json", type=Path, help="also write the record here")
     arguments = parser.parse_args()
     stop_without_gpu(arguments.dry_run)
-    rows = run(arguments.shape, arguments.quick, arguments.dry_run, arguments.json)
+    trace = Trace.open(arguments.trace)
+    rows = run(arguments.shape, arguments.quick, arguments.dry_run, arguments.json, trace)
     if any(math.isnan(row.get("ours_is_faster_by", 1.0)) for row in rows):
         raise SystemExit("gpt4-moe did not run, or was wrong, at some shape; see above")
 

@@ -37,10 +37,14 @@ def parts(quick: bool, dry: bool, out: Path) -> dict[str, tuple[list[str], int]]
         90 if quick else 210,
     )
     found["hf_layer"] = ([python, "benchmarks/hf_layer.py", *flags, "--json", str(out / "hf_layer.json")], 60)
+    found["step"] = (
+        [python, "benchmarks/step.py", *flags, "--json", str(out / "step.json"), "--pictures", str(out)],
+        40 if quick else 70,
+    )
     steps = ["--steps", "40" if quick else "200"]
     found["replica_1b"] = (
         [python, "benchmarks/replica_1b.py", *steps, *dry_flag, "--json", str(out / "replica_1b.json")],
-        60 if quick else 120,
+        60 if quick else 100,
     )
     return found
 
@@ -101,6 +105,23 @@ def table(record: dict[str, Any]) -> str:
         lines += [
             f"| {r['tokens']} | {r['kind']} | {r['side']} | {r['ms']:.3f} | {r['ratio']:.2f} |" for r in layer["rows"]
         ]
+    for step in record.get("step", {}).get("rows", []):
+        lines += [
+            "",
+            f"{step['name']}, {step['what']}, {step['batch']} x {step['seq_len']}, {step['dtype']}: "
+            f"{step['seconds'] * 1e3:.2f} ms, peak {step['peak_gib']:.1f} GiB",
+            "",
+            "| component | phase | ms | TFLOP/s | GB/s | of the roofline |",
+            "|---|---|---|---|---|---|",
+        ]
+        for row in step["rows"]:
+            seconds = max(row["seconds"], 1e-9)
+            cells = [row["component"], row["phase"], f"{seconds * 1e3:.3f}"]
+            cells += [
+                f"{row[k] / seconds / unit:.0f}" if row[k] else "" for k, unit in (("flop", 1e12), ("bytes", 1e9))
+            ]
+            cells.append("" if row["floor"] is None else f"{row['floor'] / seconds:.0%}")
+            lines.append(f"| {' | '.join(cells)} |")
     training = record.get("replica_1b")
     if training:
         lines += [

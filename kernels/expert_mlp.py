@@ -18,6 +18,7 @@ from moe.kernels import expert_pointer, expert_tma, routing, tiles
 from moe.kernels.expert_pointer import Experts
 from moe.kernels.routing import Routes
 from moe.kernels.rows import bias_gradient, combine
+from moe.kernels.stages import stage
 from moe.kernels.tiles import Tiles
 
 
@@ -36,13 +37,17 @@ def forward(
     """Returns y_TD, h_RJ (empty unless `keep_h`), and order with inverse [2, R] and offsets of `routing.place`."""
     K = ids_TK.shape[1]
     products, sizes = _choose(x_TD, experts, ids_TK.numel())
-    order, offsets = routing.place(ids_TK, len(experts.w_in_EGFD))
-    routes = routing.cut(order, offsets, sizes.rows)
-    x_rows = products.rows(x_TD, routes, K)
-    h_RJ, act_RF = products.up(x_rows, experts, routes, K, activation, sizes, keep_h, True)
-    y_RD = products.down(act_RF, experts, routes, sizes)
+    with stage("permute"):
+        order, offsets = routing.place(ids_TK, len(experts.w_in_EGFD))
+        routes = routing.cut(order, offsets, sizes.rows)
+        x_rows = products.rows(x_TD, routes, K)
+    with stage("up"):
+        h_RJ, act_RF = products.up(x_rows, experts, routes, K, activation, sizes, keep_h, True)
+    with stage("down"):
+        y_RD = products.down(act_RF, experts, routes, sizes)
     del x_rows, act_RF
-    return combine(y_RD, weights_TK.contiguous(), routes, ids_TK.shape), h_RJ, order, offsets
+    with stage("combine"):
+        return combine(y_RD, weights_TK.contiguous(), routes, ids_TK.shape), h_RJ, order, offsets
 
 
 def backward(
@@ -59,14 +64,20 @@ def backward(
     (E, G, F, D), (T, K) = experts.w_in_EGFD.shape, weights_TK.shape
     weights_TK = weights_TK.contiguous()
     products, sizes = _choose(x_TD, experts, T * K)
-    routes = routing.cut(order, offsets, sizes.rows)
-    x_rows, dy_rows = products.rows(x_TD, routes, K), products.rows(dy_TD, routes, K)
+    with stage("permute", "backward"):
+        routes = routing.cut(order, offsets, sizes.rows)
+        x_rows, dy_rows = products.rows(x_TD, routes, K), products.rows(dy_TD, routes, K)
     if h_RJ.numel() == 0:
-        h_RJ, _ = products.up(x_rows, experts, routes, K, activation, sizes, True, False)
-    dh_RJ, act_RF, dweights_TK = products.down_backward(dy_rows, experts, weights_TK, h_RJ, routes, activation, sizes)
-    dw_out_EDF = products.weight_gradient(dy_rows, act_RF, routes, K, E, sizes, "a")
+        with stage("up", "recompute"):
+            h_RJ, _ = products.up(x_rows, experts, routes, K, activation, sizes, True, False)
+    with stage("down", "backward"):
+        dh_RJ, act_RF, dweights_TK = products.down_backward(
+            dy_rows, experts, weights_TK, h_RJ, routes, activation, sizes
+        )
+        dw_out_EDF = products.weight_gradient(dy_rows, act_RF, routes, K, E, sizes, "a")
     del dy_rows, act_RF
-    dw_in_EGFD = products.weight_gradient(dh_RJ, x_rows, routes, K, E, sizes, "b").view(E, G, F, D)
+    with stage("up", "backward"):
+        dw_in_EGFD = products.weight_gradient(dh_RJ, x_rows, routes, K, E, sizes, "b").view(E, G, F, D)
     del x_rows
     db_in_EGF = db_out_ED = None
     if experts.b_in_EGF is not None:
@@ -76,10 +87,17 @@ def backward(
         # <dy, y> has a share of the bias, which `down_backward` does not see: one number per token and expert.
         shares_TE = dy_TD.float() @ experts.b_out_ED.float().t()
         dweights_TK += shares_TE.gather(1, _ids(routes, T, K))
-    dx_RD = products.dx(dh_RJ, experts, routes, sizes)
+    with stage("up", "backward"):
+        dx_RD = products.dx(dh_RJ, experts, routes, sizes)
     del dh_RJ
-    dx_TD = combine(dx_RD, None, routes, weights_TK.shape)
+    with stage("combine", "backward"):
+        dx_TD = combine(dx_RD, None, routes, weights_TK.shape)
     return Gradients(dx_TD, dw_in_EGFD, dw_out_EDF, dweights_TK.to(weights_TK.dtype), db_in_EGF, db_out_ED)
+
+
+def copies_rows(x_TD: Tensor, experts: Experts, n_rows: int) -> bool:
+    """Whether rows are copied into the order of the experts first, rather than gathered inside the products."""
+    return _choose(x_TD, experts, n_rows)[1].tma
 
 
 def _choose(x_TD: Tensor, experts: Experts, n_rows: int) -> tuple[ModuleType, Tiles]:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe.kernels import reference
+from moe.kernels.stages import stage
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -105,19 +106,23 @@ def loop_forward(
     """Returns y_TD, and for the backward the pre-activations h_RGF, order_R and ends_E."""
     n_experts, n_gates, n_hidden, _ = w_in_EGFD.shape
     top_k = ids_TK.shape[1]
-    order_R, ends_E = sort_by_expert(ids_TK, n_experts)
-    x_RD = x_TD.index_select(0, order_R // top_k)
+    with stage("permute"):
+        order_R, ends_E = sort_by_expert(ids_TK, n_experts)
+        x_RD = x_TD.index_select(0, order_R // top_k)
+        runs = _runs(ends_E)
     h_RGF = x_TD.new_empty(len(order_R), n_gates, n_hidden)
     y_RD = torch.empty_like(x_RD)
     w_in = _flat(w_in_EGFD)
-    runs = _runs(ends_E)
     act_NF = x_TD.new_empty(max((end - start for _, start, end in runs), default=0), n_hidden)
     for e, start, end in runs:
-        h = h_RGF[start:end]
-        torch.mm(x_RD[start:end], w_in[e].t(), out=h.flatten(1))
-        act = _activate_into(h, activation, act_NF[: end - start])
-        torch.mm(act, w_out_EDF[e].t(), out=y_RD[start:end])
-    return combine(y_RD, inverse(order_R), top_k, weights_TK), h_RGF, order_R, ends_E
+        with stage("up"):
+            h = h_RGF[start:end]
+            torch.mm(x_RD[start:end], w_in[e].t(), out=h.flatten(1))
+            act = _activate_into(h, activation, act_NF[: end - start])
+        with stage("down"):
+            torch.mm(act, w_out_EDF[e].t(), out=y_RD[start:end])
+    with stage("combine"):
+        return combine(y_RD, inverse(order_R), top_k, weights_TK), h_RGF, order_R, ends_E
 
 
 def one_token_top2(
@@ -130,10 +135,12 @@ def one_token_top2(
     """
     first, second = ids_12[0].tolist()
     pair = slice(min(first, second), max(first, second) + 1, abs(first - second))
-    h_21H = torch.bmm(x_1D.expand(2, 1, -1), _flat(w_in_EGFD[pair]).transpose(1, 2))
-    act_2F = reference.activate(h_21H.view(2, *w_in_EGFD.shape[1:3]), activation)
-    weights_21 = weights_12.t() if first < second else weights_12.t().flip(0)
-    return torch.bmm((act_2F * weights_21).to(x_1D.dtype).unsqueeze(1), w_out_EDF[pair].transpose(1, 2)).sum(0)
+    with stage("up"):
+        h_21H = torch.bmm(x_1D.expand(2, 1, -1), _flat(w_in_EGFD[pair]).transpose(1, 2))
+        act_2F = reference.activate(h_21H.view(2, *w_in_EGFD.shape[1:3]), activation)
+    with stage("down"):
+        weights_21 = weights_12.t() if first < second else weights_12.t().flip(0)
+        return torch.bmm((act_2F * weights_21).to(x_1D.dtype).unsqueeze(1), w_out_EDF[pair].transpose(1, 2)).sum(0)
 
 
 def loop_backward(
@@ -148,7 +155,8 @@ def loop_backward(
     activation: str,
 ) -> Gradients:
     """Returns the gradients of x, w_in, w_out and the routing weights; an expert without tokens gets zeros."""
-    x_RD, dy_RD, weights_R = _sorted_rows(x_TD, dy_TD, weights_TK, order_R)
+    with stage("permute", "backward"):
+        x_RD, dy_RD, weights_R = _sorted_rows(x_TD, dy_TD, weights_TK, order_R)
     dx_RD, dweights_R = torch.empty_like(x_RD), torch.empty_like(weights_R)
     # Not empty_like: it would keep a transposed layout, of which `_flat` is a copy and no view.
     dw_in_EGFD, dw_out_EDF = w_in_EGFD.new_empty(w_in_EGFD.shape), w_out_EDF.new_empty(w_out_EDF.shape)
@@ -163,14 +171,17 @@ def loop_backward(
     for e, start, end in runs:
         rows, n = slice(start, end), end - start
         da, act, dh = da_NF[:n], act_NF[:n], dh_NGF[:n]
-        torch.mm(dy_RD[rows], w_out_EDF[e], out=da)
-        dweights_R[rows] = _activation_backward(h_RGF[rows], da, weights_R[rows], activation, dh, act)
-        torch.mm(dy_RD[rows].t(), act, out=dw_out_EDF[e])
-        torch.mm(dh.flatten(1).t(), x_RD[rows], out=dw_in[e])
-        torch.mm(dh.flatten(1), w_in[e], out=dx_RD[rows])
-    rows_R = inverse(order_R)
-    dweights_TK = dweights_R[rows_R].view_as(weights_TK).to(weights_TK.dtype)
-    return combine(dx_RD, rows_R, weights_TK.shape[1]), dw_in_EGFD, dw_out_EDF, dweights_TK
+        with stage("down", "backward"):
+            torch.mm(dy_RD[rows], w_out_EDF[e], out=da)
+            dweights_R[rows] = _activation_backward(h_RGF[rows], da, weights_R[rows], activation, dh, act)
+            torch.mm(dy_RD[rows].t(), act, out=dw_out_EDF[e])
+        with stage("up", "backward"):
+            torch.mm(dh.flatten(1).t(), x_RD[rows], out=dw_in[e])
+            torch.mm(dh.flatten(1), w_in[e], out=dx_RD[rows])
+    with stage("combine", "backward"):
+        rows_R = inverse(order_R)
+        dweights_TK = dweights_R[rows_R].view_as(weights_TK).to(weights_TK.dtype)
+        return combine(dx_RD, rows_R, weights_TK.shape[1]), dw_in_EGFD, dw_out_EDF, dweights_TK
 
 
 def _runs(ends_E: Tensor) -> list[tuple[int, int, int]]:
@@ -187,12 +198,16 @@ def grouped_mm_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `loop_forward`, without a host sync."""
     top_k = ids_TK.shape[1]
-    order_R, ends_E = sort_by_expert(ids_TK, len(w_in_EGFD))
-    x_RD = x_TD.index_select(0, order_R // top_k)
-    h_RGF = F.grouped_mm(x_RD, _flat(w_in_EGFD).transpose(1, 2), offs=ends_E).unflatten(1, w_in_EGFD.shape[1:3])
-    act_RF = _activate_into(h_RGF, activation, torch.empty_like(h_RGF[:, 0]))
-    y_RD = F.grouped_mm(act_RF, w_out_EDF.transpose(1, 2), offs=ends_E)
-    return combine(y_RD, inverse(order_R), top_k, weights_TK), h_RGF, order_R, ends_E
+    with stage("permute"):
+        order_R, ends_E = sort_by_expert(ids_TK, len(w_in_EGFD))
+        x_RD = x_TD.index_select(0, order_R // top_k)
+    with stage("up"):
+        h_RGF = F.grouped_mm(x_RD, _flat(w_in_EGFD).transpose(1, 2), offs=ends_E).unflatten(1, w_in_EGFD.shape[1:3])
+        act_RF = _activate_into(h_RGF, activation, torch.empty_like(h_RGF[:, 0]))
+    with stage("down"):
+        y_RD = F.grouped_mm(act_RF, w_out_EDF.transpose(1, 2), offs=ends_E)
+    with stage("combine"):
+        return combine(y_RD, inverse(order_R), top_k, weights_TK), h_RGF, order_R, ends_E
 
 
 def grouped_mm_backward(
@@ -207,14 +222,18 @@ def grouped_mm_backward(
     activation: str,
 ) -> Gradients:
     """As `loop_backward`, without a host sync."""
-    x_RD, dy_RD, weights_R = _sorted_rows(x_TD, dy_TD, weights_TK, order_R)
-    da_RF = F.grouped_mm(dy_RD, w_out_EDF, offs=ends_E)
-    act_RF, dh_RGF = torch.empty_like(da_RF), torch.empty_like(h_RGF)
-    dweights_R = _activation_backward(h_RGF, da_RF, weights_R, activation, dh_RGF, act_RF)
-    dh_RH, rows_R = dh_RGF.flatten(1), inverse(order_R)
-    return (
-        combine(F.grouped_mm(dh_RH, _flat(w_in_EGFD), offs=ends_E), rows_R, weights_TK.shape[1]),
-        F.grouped_mm(dh_RH.t(), x_RD, offs=ends_E).view_as(w_in_EGFD),
-        F.grouped_mm(dy_RD.t(), act_RF, offs=ends_E),
-        dweights_R[rows_R].view_as(weights_TK).to(weights_TK.dtype),
-    )
+    with stage("permute", "backward"):
+        x_RD, dy_RD, weights_R = _sorted_rows(x_TD, dy_TD, weights_TK, order_R)
+    with stage("down", "backward"):
+        da_RF = F.grouped_mm(dy_RD, w_out_EDF, offs=ends_E)
+        act_RF, dh_RGF = torch.empty_like(da_RF), torch.empty_like(h_RGF)
+        dweights_R = _activation_backward(h_RGF, da_RF, weights_R, activation, dh_RGF, act_RF)
+        dw_out_EDF = F.grouped_mm(dy_RD.t(), act_RF, offs=ends_E)
+    with stage("up", "backward"):
+        dh_RH = dh_RGF.flatten(1)
+        dx_RD = F.grouped_mm(dh_RH, _flat(w_in_EGFD), offs=ends_E)
+        dw_in_EGFD = F.grouped_mm(dh_RH.t(), x_RD, offs=ends_E).view_as(w_in_EGFD)
+    with stage("combine", "backward"):
+        rows_R = inverse(order_R)
+        dweights_TK = dweights_R[rows_R].view_as(weights_TK).to(weights_TK.dtype)
+        return combine(dx_RD, rows_R, weights_TK.shape[1]), dw_in_EGFD, dw_out_EDF, dweights_TK

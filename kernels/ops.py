@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moe.kernels import cross_entropy, grouped, reference, tiles
+from moe.kernels.stages import stage
 
 ACTIVATIONS = {"swiglu": 2, "gelu": 1, "swiglu_oai": 2}  # name -> G, the number of F-wide input projections
 IMPLEMENTATIONS = ("reference", "grouped", "triton")
@@ -372,7 +373,8 @@ def linear_cross_entropy(x_TD: Tensor, w_VD: Tensor, targets_T: Tensor) -> Tenso
 
 @torch.library.custom_op("gpt4_moe::linear_cross_entropy", mutates_args=())
 def _linear_cross_entropy(x: Tensor, w: Tensor, targets: Tensor, want_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
-    return cross_entropy.linear_cross_entropy(x, w, targets, want_grad)
+    with stage("head"):
+        return cross_entropy.linear_cross_entropy(x, w, targets, want_grad)
 
 
 @_linear_cross_entropy.register_fake
@@ -390,7 +392,8 @@ def _linear_cross_entropy_autograd(ctx, dtotal: Tensor | None, *_unused: None):
     if dtotal is None:
         return (None,) * 4
     dx, dw = ctx.saved_tensors
-    return (dx * dtotal).to(dx.dtype), (dw * dtotal).to(dw.dtype), None, None
+    with stage("head", "backward"):
+        return (dx * dtotal).to(dx.dtype), (dw * dtotal).to(dw.dtype), None, None
 
 
 _linear_cross_entropy.register_autograd(_linear_cross_entropy_autograd, setup_context=_linear_cross_entropy_setup)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from moe.experts import MoE
 from moe.kernels import ops
+from moe.kernels.stages import stage
 from moe.layers import KVCache, LayerCache, RMSNorm, at_least_fp32, cast, rotate
 
 
@@ -71,34 +72,43 @@ class DecodeStep:
         """tokens_B int64, ids of the vocabulary -> logits [B, V]."""
         B, C, position = len(tokens_B), self.head_dim, self.cache.length
         cos, sin = (table[position] for table in self.cache.rope)
-        x_BD = F.embedding(tokens_B, self.embedding)
+        with stage("embedding"):
+            x_BD = F.embedding(tokens_B, self.embedding)
         for layer in self.layers:
             k_BNPC, v_BNPC = layer.cache.k_BNPC, layer.cache.v_BNPC
             N = k_BNPC.shape[1]
-            qkv_BAC = torch.mm(self._norm(x_BD, layer.attention_norm_D), layer.wqkv_DA).view(B, -1, C)
-            H = qkv_BAC.shape[1] - 2 * N
-            qk_BAC = rotate(qkv_BAC[:, : H + N], cos, sin)
-            k_BNPC.select(2, position).copy_(qk_BAC[:, H:])
-            v_BNPC.select(2, position).copy_(qkv_BAC[:, H + N :])
-            # One position sees all the others, so the heads that share a key head are rows of one query.
-            q_BNGC = qk_BAC[:, :H].reshape(B, N, H // N, C)
-            seen = k_BNPC.narrow(2, 0, position + 1), v_BNPC.narrow(2, 0, position + 1)
-            y_BNGC = F.scaled_dot_product_attention(q_BNGC, *seen)
-            x_BD = torch.addmm(x_BD, y_BNGC.reshape(B, H * C), layer.wo_AD)
+            n_BD = self._norm(x_BD, layer.attention_norm_D)
+            with stage("projections"):
+                qkv_BAC = torch.mm(n_BD, layer.wqkv_DA).view(B, -1, C)
+            with stage("attention"):
+                H = qkv_BAC.shape[1] - 2 * N
+                qk_BAC = rotate(qkv_BAC[:, : H + N], cos, sin)
+                k_BNPC.select(2, position).copy_(qk_BAC[:, H:])
+                v_BNPC.select(2, position).copy_(qkv_BAC[:, H + N :])
+                # One position sees all the others, so the heads that share a key head are rows of one query.
+                q_BNGC = qk_BAC[:, :H].reshape(B, N, H // N, C)
+                seen = k_BNPC.narrow(2, 0, position + 1), v_BNPC.narrow(2, 0, position + 1)
+                y_BNGC = F.scaled_dot_product_attention(q_BNGC, *seen)
+            with stage("projections"):
+                x_BD = torch.addmm(x_BD, y_BNGC.reshape(B, H * C), layer.wo_AD)
             x_BD = x_BD + self._experts(layer.moe, self._norm(x_BD, layer.moe_norm_D))
         self.cache.length = position + 1
-        return torch.mm(self._norm(x_BD, self.norm_D), self.head_DV)
+        n_BD = self._norm(x_BD, self.norm_D)
+        with stage("head"):
+            return torch.mm(n_BD, self.head_DV)
 
     def _experts(self, moe: MoE, x_BD: Tensor) -> Tensor:
         router = moe.router
-        logits_BE = F.linear(cast(x_BD, self.wide), cast(router.weight, self.wide))
-        weights_BK, ids_BK = router.choose(logits_BE)
+        with stage("router"):
+            logits_BE = F.linear(cast(x_BD, self.wide), cast(router.weight, self.wide))
+            weights_BK, ids_BK = router.choose(logits_BE)
         return ops.expert_mlp_inference(x_BD, moe.w_in_EGFD, moe.w_out_EDF, weights_BK, ids_BK, moe.activation)
 
     def _norm_weight(self, norm: RMSNorm) -> Tensor:
         return norm.weight.to(self.wide) * self.d_model**0.5
 
     def _norm(self, x_BD: Tensor, weight_D: Tensor) -> Tensor:
-        x_BD = cast(x_BD, self.wide)
-        length_B1 = torch.linalg.vector_norm(x_BD, dim=1, keepdim=True).hypot_(self.root_eps)
-        return cast((x_BD / length_B1).mul_(weight_D), self.dtype)
+        with stage("norm"):
+            x_BD = cast(x_BD, self.wide)
+            length_B1 = torch.linalg.vector_norm(x_BD, dim=1, keepdim=True).hypot_(self.root_eps)
+            return cast((x_BD / length_B1).mul_(weight_D), self.dtype)

@@ -4,6 +4,7 @@ Colours are those of Okabe and Ito, which people with any kind of colour vision 
 """
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -73,6 +74,13 @@ def title(axis: Any, text: str, subtitle: str, x_label: str, grid: bool = True) 
     if grid:
         axis.grid(axis="y", color=GRID, linewidth=0.8)
         axis.set_axisbelow(True)
+
+
+def save(figure: Any, place: Path, name: str) -> Path:
+    """Writes NAME.png into the directory; returns its path."""
+    place.mkdir(parents=True, exist_ok=True)
+    figure.savefig(place / f"{name}.png", dpi=150, facecolor="white")
+    return place / f"{name}.png"
 
 
 def label_end(axis: Any, x: float, y: float, text: str, colour: str) -> None:

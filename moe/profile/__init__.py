@@ -1,20 +1,27 @@
-"""See what the router does: statistics, traces, replay, placement, what it means for serving."""
+"""See what the router does (statistics, traces, replay, placement, serving), and where the time of a step goes."""
 
 from moe.profile.observe import NotObservable, Pass
 from moe.profile.placement import Placement, place, round_robin
 from moe.profile.serving import StepLoad, decode_steps
 from moe.profile.statistics import RoutingProfile, Share, expert_similarity, load_entropy, routing
+from moe.profile.step import Ceilings, Memory, Run, StepProfile, make_run, profile_step, trace_step
+from moe.profile.stopwatch import Timing, timing
 from moe.profile.trace import Comparison, Recorder, Trace, TraceError, compare, import_routed_experts, record, replay
 
 __all__ = [
+    "Ceilings",
     "Comparison",
+    "Memory",
     "NotObservable",
     "Pass",
     "Placement",
     "Recorder",
     "RoutingProfile",
+    "Run",
     "Share",
     "StepLoad",
+    "StepProfile",
+    "Timing",
     "Trace",
     "TraceError",
     "compare",
@@ -22,9 +29,13 @@ __all__ = [
     "expert_similarity",
     "import_routed_experts",
     "load_entropy",
+    "make_run",
     "place",
+    "profile_step",
     "record",
     "replay",
     "round_robin",
     "routing",
+    "timing",
+    "trace_step",
 ]

@@ -19,18 +19,12 @@ def draw(p: RoutingProfile, place: Path) -> list[Path]:
     drawn = {"load": _load(p), "time": _time(p), "together": _together(p)}
     if len(p.sources) > 1:
         drawn["sources"] = _sources(p)
-    return [_save(figure, place, name) for name, figure in drawn.items()]
+    return [figures.save(figure, place, name) for name, figure in drawn.items()]
 
 
 def draw_serving(steps: list[StepLoad], n_experts: int, place: Path) -> Path:
     """Draws decoding steps into the directory; returns serving.png. Raises ImportError as `draw`."""
-    return _save(_serving(steps, n_experts), place, "serving")
-
-
-def _save(figure: Any, place: Path, name: str) -> Path:
-    place.mkdir(parents=True, exist_ok=True)
-    figure.savefig(place / f"{name}.png", dpi=150, facecolor="white")
-    return place / f"{name}.png"
+    return figures.save(_serving(steps, n_experts), place, "serving")
 
 
 def _load(p: RoutingProfile) -> Any:

@@ -77,3 +77,41 @@ def test_what_bad_calls_get(place: Path, tmp_path: Path, capsys: pytest.CaptureF
     ):
         assert run("profile", *arguments) == status
         assert message in capsys.readouterr().err
+
+
+def test_a_step_part_by_part(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--batch", 2, "--seq-len", 16, "--rounds", 1, "--dtype", "fp32", "--device", "cpu"]
+    files = ["--out", tmp_path / "s.json", "--pictures", tmp_path / "pictures", "--chrome", tmp_path / "trace.json"]
+    assert run("profile", "step", place / "model", *flags, *files) == 0
+    printed = capsys.readouterr().out
+    figures = json.loads((tmp_path / "s.json").read_text())
+    assert {"optimizer", "up", "down", "permute", "combine", "router", "attention", "head"} <= {
+        row["component"] for row in figures["rows"]
+    }
+    assert all(row["component"] in printed for row in figures["rows"])
+    assert sum(row["seconds"] for row in figures["rows"]) == pytest.approx(figures["seconds"])
+    assert {p.name for p in (tmp_path / "pictures").iterdir()} == {"step.png", "memory.png"}
+    assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    for what in ("forward", "backward", "decode"):
+        assert run("profile", "step", "replica-tiny", "--what", what, "--set", "n_layers=1", *flags) == 0
+        assert f"replica-tiny, {what}, 2 x {1 if what == 'decode' else 16} tokens" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["replica-tiny", "--seq-len", 257], "--seq-len = 257: must be from 1 to 256"),
+        (["replica-tiny", "--batch", 0], "--batch = 0: must be from 1"),
+        (["replica-tiny", "--what", "decode", "--context", 256], "context = 256: max_seq_len = 256"),
+        (["replica-tiny", "--set", "n_layer=1"], "n_layers"),
+        (["no-such-model"], "no-such-model"),
+    ],
+)
+def test_steps_that_cannot_be_measured(arguments: list[Any], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("profile", "step", *arguments) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_checkpoint_keeps_its_shape(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("profile", "step", place / "model", "--set", "n_layers=1") == 2
+    assert "is a checkpoint, whose shape is given" in capsys.readouterr().err

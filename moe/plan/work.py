@@ -1,0 +1,117 @@
+"""What a step has to compute and to move, component by component: the floor beside a measured time.
+
+FLOPs are those of the algorithm (a multiply-add is 2; nothing computed twice counts). Bytes are what has to cross the
+memory bus at least: each weight and each tensor between two components once, caches infinite within a component. Norms'
+and activations' FLOPs are left out, as is usual. Components carry the names of moe/profile/stopwatch.py.
+
+T tokens, R = T * top_k routed rows, D, q, kv, F, E, V as in params.py; formulas are per layer, times the layers.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from moe.config import Config
+from moe.plan.params import params
+
+What = Literal["forward", "backward", "train", "decode"]
+
+# Newton-Schulz of train/muon.py on an [s, l] matrix, s <= l: the Gram matrix and its application take 4 s^2 l, and five
+# steps of 34 s^3 in all stand between.
+_MUON_CUBES = 34
+
+
+@dataclass(frozen=True)
+class Work:
+    """FLOP, bytes moved, and whether the FLOP are float32's (`wide`) whatever dtype the step computes in."""
+
+    flop: float
+    bytes: float
+    wide: bool = False
+
+
+def step_work(
+    cfg: Config,
+    batch: int,
+    seq_len: int,
+    what: What,
+    *,
+    activation_bytes: int,
+    weight_bytes: int,
+    context: int = 0,
+    experts: float | None = None,
+    gathered: bool = True,
+) -> dict[tuple[str, str], Work]:
+    """The work of one step on one device: (component, phase) -> Work.
+
+    Args:
+        batch: sequences. seq_len: tokens of each that are computed: 1 in "decode".
+        what: "forward" gives logits; "backward" is forward and backward of the loss; "train" the optimizer, too.
+        activation_bytes: per element of what flows between components.
+        weight_bytes: per element of a weight as it is stored, and of its gradient.
+        context: positions in the cache before these tokens.
+        experts: of a layer that get a token; None for all.
+        gathered: whether rows are copied into the order of the experts, rather than gathered inside the product.
+    """
+    L, D, V = cfg.n_layers, cfg.d_model, cfg.vocab_size
+    E, K, F = cfg.experts.n_experts, cfg.experts.top_k, cfg.experts.d_ff
+    J = F * (1 if cfg.experts.activation == "gelu" else 2)
+    q, kv = (n * cfg.attention.head_dim for n in (cfg.attention.n_heads, cfg.attention.n_kv_heads))
+    T, R = batch * seq_len, batch * seq_len * K
+    a, w = activation_bytes, weight_bytes
+    touched = E if experts is None else experts
+    learns = what in ("backward", "train")
+    dense = 2 * D * (q + kv)  # weights of the four projections
+    projected = 2 * (D + q + kv)  # elements that go into and come out of them, per token
+    seen = context + (1 if seq_len == 1 else seq_len / 2)  # positions, causal; those of the cache are read once each
+    work = {
+        ("embedding", "forward"): Work(0, T * D * (w + a)),
+        ("norm", "forward"): Work(0, (2 * L + 1) * 2 * T * D * a),
+        ("projections", "forward"): Work(L * 2 * T * dense, L * (dense * w + T * projected * a)),
+        ("attention", "forward"): Work(L * 4 * T * q * seen, L * (T * (2 * q + 2 * kv) + batch * context * 2 * kv) * a),
+        ("router", "forward"): Work(L * 2 * T * D * E, L * (T * D * a + D * E * w + T * E * 4), wide=True),
+        ("up", "forward"): Work(
+            L * 2 * R * D * J, L * (touched * D * J * w + (R * D + R * F + (R * J if learns else 0)) * a)
+        ),
+        ("down", "forward"): Work(L * 2 * R * F * D, L * (touched * F * D * w + R * (F + D) * a)),
+        ("combine", "forward"): Work(0, L * (R + T) * D * a),
+        ("head", "forward"): Work(2 * T * D * V, V * D * w + T * (D + V) * a),
+    }
+    if gathered and what != "decode":
+        work["permute", "forward"] = Work(0, L * (T + R) * D * a)
+    if not learns:
+        return work
+    # The loss and all gradients of the output layer come from one pass, which never stores the logits.
+    work["head", "forward"] = Work(6 * T * D * V, 2 * V * D * w + 2 * T * D * a)
+    work |= {
+        ("embedding", "backward"): Work(0, V * D * w + T * D * a),
+        ("norm", "backward"): Work(0, (2 * L + 1) * 3 * T * D * a),
+        ("projections", "backward"): Work(L * 4 * T * dense, L * (2 * dense * w + 2 * T * projected * a)),
+        ("attention", "backward"): Work(L * 8 * T * q * seen, L * T * 4 * (q + kv) * a),
+        ("router", "backward"): Work(L * 4 * T * D * E, L * (2 * T * D * a + 2 * D * E * w + T * E * 4), wide=True),
+        # dy and the pre-activations come in; their gradient and the weighted activations go out, and come in again.
+        ("down", "backward"): Work(
+            L * 4 * R * F * D, L * (2 * E * F * D * w + (2 * R * D + 2 * R * J + 2 * R * F) * a)
+        ),
+        ("up", "backward"): Work(L * 4 * R * D * J, L * (2 * E * D * J * w + (2 * R * J + 2 * R * D) * a)),
+        ("combine", "backward"): Work(0, L * (R + T) * D * a),
+    }
+    if gathered:
+        work["permute", "backward"] = Work(0, 2 * L * (T + R) * D * a)
+    if what == "train":
+        work["optimizer", "update"] = _optimizer(cfg)
+    return work
+
+
+def _optimizer(cfg: Config) -> Work:
+    """Everything in float32. AdamW reads parameter, gradient and two averages, and writes all but the gradient."""
+    counts = params(cfg)
+    if cfg.train.optimizer == "adamw":
+        return Work(0, 7 * 4 * counts.total)
+    L, D, E, F = cfg.n_layers, cfg.d_model, cfg.experts.n_experts, cfg.experts.d_ff
+    q, kv = (n * cfg.attention.head_dim for n in (cfg.attention.n_heads, cfg.attention.n_kv_heads))
+    J = F * (1 if cfg.experts.activation == "gelu" else 2)
+    matrices = [(q, D, 2), (kv, D, 2), (J, D, E), (D, F, E)]
+    flop = sum(n * (4 * min(s) ** 2 * max(s) + _MUON_CUBES * min(s) ** 3) for *s, n in matrices)
+    muon = counts.attention + counts.experts
+    # Muon reads parameter, gradient and momentum, and writes parameter and momentum.
+    return Work(L * flop, 4 * (5 * muon + 7 * (counts.total - muon)), wide=True)
