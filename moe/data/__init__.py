@@ -3,12 +3,13 @@
 Importing this costs numpy alone: tokenizers, tiktoken, pyarrow and datasets load where they are used.
 """
 
-from moe.data.mixture import Mixture, permute, permute_many, validation_windows
+from moe.data.mixture import Batch, Mixture, Stream, document_ids, permute, permute_many, validation_windows
 from moe.data.prepare import DataInfo, SplitInfo, compression, describe, prepare
 from moe.data.shards import DocumentTable, TokenData, TokenStream
 from moe.data.sources import DataError, Document, Report, Source, default_sources, is_held_out, parse_source, read
 
 __all__ = [
+    "Batch",
     "DataError",
     "DataInfo",
     "Document",
@@ -17,11 +18,13 @@ __all__ = [
     "Report",
     "Source",
     "SplitInfo",
+    "Stream",
     "TokenData",
     "TokenStream",
     "compression",
     "default_sources",
     "describe",
+    "document_ids",
     "is_held_out",
     "parse_source",
     "permute",
