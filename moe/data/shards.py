@@ -3,11 +3,14 @@
 A prepared directory holds, for each source and split, memory-mapped shards `SOURCE-SPLIT-00000.bin` of little-endian
 uint16 (uint32 where the vocabulary is over 65,536): documents one after the other, each followed by one end-of-text id.
 `index.json` describes them, `tokenizer.json` decodes them, `heldout.bin` is the held-out text itself, for the reference
-compression. Tokens of a split are one stream; a window may cross documents and shards.
+compression. Tokens of a split are one stream; a window may cross documents and shards. The table of a split's documents
+is a file of its own, `SOURCE-SPLIT-documents.json`, read when it is asked for: opening data takes the same time and
+memory whatever their size.
 """
 
 import hashlib
 import json
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +22,7 @@ from moe.data.sources import DataError
 from moe.tokenizer import Tokenizer
 
 FORMAT = "moe-tokens"
-VERSION = 1
+VERSION = 2
 INDEX_FILE = "index.json"
 TOKENIZER_FILE = "tokenizer.json"
 HELD_OUT_FILE = "heldout.bin"
@@ -72,18 +75,16 @@ class ShardWriter:
             file.close()
 
     def entry(self) -> dict[str, Any]:
-        """The part of index.json on this stream; call after `close`."""
+        """Writes the table of documents, and returns the part of index.json on this stream; call after `close`."""
+        documents = f"{self._stem}-documents.json"
+        table = {"name": self._names, "tokens": self._tokens, "bytes": self._bytes}
+        (self._directory / documents).write_text(json.dumps(table), encoding="utf-8")
         return {
             "shards": self._shards,
             "tokens": sum(self._tokens),
             "bytes": sum(self._bytes),
             "sha256": self._digest.hexdigest(),
-            "documents": {
-                "name": self._names,
-                "tokens": self._tokens,
-                "bytes": self._bytes,
-                "offset": [int(n) for n in np.cumsum([0, *self._tokens[:-1]])] if self._tokens else [],
-            },
+            "documents": {"file": documents, "count": len(self._names)},
         }
 
 
@@ -144,6 +145,18 @@ class TokenStream:
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
+def _map(file: Path, dtype: np.dtype) -> np.ndarray:
+    """A shard as an array over its file."""
+    if file.stat().st_size == 0:
+        return np.empty(0, dtype)
+    mapped = np.memmap(file, dtype=dtype, mode="r")
+    base: Any = mapped.base
+    if hasattr(mmap, "MADV_RANDOM") and isinstance(base, mmap.mmap):
+        # Windows lie anywhere: reading ahead would bring in what nobody asked for.
+        base.madvise(mmap.MADV_RANDOM)
+    return mapped
+
+
 class TokenData:
     """A prepared directory, opened: streams of tokens, tables of documents, the tokenizer.
 
@@ -190,7 +203,7 @@ class TokenData:
             if found != expected:
                 state = "is missing" if found is None else f"has {found:,} bytes"
                 raise DataError(f"{file} {state}, expected {expected:,} bytes: prepare the data again (overwrite)")
-            shards.append(np.memmap(file, dtype=self.dtype, mode="r"))
+            shards.append(_map(file, self.dtype))
         return TokenStream(shards, self.dtype)
 
     def tokens(self, source: str, split: str) -> TokenStream:
@@ -199,11 +212,19 @@ class TokenData:
         return self._streams[source, split]
 
     def documents(self, source: str, split: str) -> DocumentTable:
-        """The documents of a source's "train" or "val" split, in stream order."""
+        """The documents of a source's "train" or "val" split, in stream order. Raises DataError for a damaged file."""
         self._check(source, split)
-        table = self.index["sources"][source][split]["documents"]
-        n_tokens, n_bytes, offsets = (np.array(table[key], dtype=np.int64) for key in ("tokens", "bytes", "offset"))
-        return DocumentTable(table["name"], n_tokens, n_bytes, offsets)
+        entry = self.index["sources"][source][split]["documents"]
+        file = self.path / entry["file"]
+        try:
+            table = json.loads(file.read_bytes())
+            n_tokens, n_bytes = (np.array(table[key], dtype=np.int64) for key in ("tokens", "bytes"))
+            names = table["name"]
+        except (OSError, ValueError, KeyError) as error:
+            raise DataError(f"{file} cannot be read ({error}): prepare the data again (overwrite)") from None
+        if not len(names) == len(n_tokens) == len(n_bytes) == entry["count"]:
+            raise DataError(f"{file} does not have {entry['count']:,} documents: prepare the data again (overwrite)")
+        return DocumentTable(names, n_tokens, n_bytes, np.cumsum(n_tokens) - n_tokens)
 
     def n_bytes(self, source: str, split: str) -> int:
         """Bytes of UTF-8 text behind a stream: what bits per byte divides by."""
