@@ -5,19 +5,18 @@ As in cli.py, commands import what they need when they run.
 
 import json
 import sys
+import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import tyro
 from tyro.conf import Positional
 
 if TYPE_CHECKING:
-    from moe.profile import RoutingProfile, Share
+    from moe.profile.subject import Subject, Text
+    from moe.profile.tables import Table
 
 profile_app = tyro.extras.SubcommandApp()
-
-# Held-out sequences are few and the experts many: a difference counts from four standard errors on.
-CLEAR_Z = 4.0
 
 
 @profile_app.command
@@ -25,7 +24,8 @@ def routing(
     checkpoint: Positional[Path],
     /,
     *,
-    data: Path,
+    data: Path | None = None,
+    text: tuple[str, ...] = (),
     tokens: int = 65536,
     seq_len: int = 256,
     batch: int = 16,
@@ -37,8 +37,9 @@ def routing(
     """Run held-out text through a model and show what its routers do with it.
 
     Args:
-        checkpoint: What moe train leaves in RUN/final, or any checkpoint of this program.
+        checkpoint: What moe train leaves in RUN/final, any checkpoint of this program, or a Hugging Face directory.
         data: Prepared data (moe data prepare); each of its sources is looked at apart, too.
+        text: Instead of data: text files, as PATH or NAME=PATH, for the checkpoint's own tokenizer.json.
         tokens: About how many held-out tokens.
         seq_len: Tokens of a sequence.
         batch: Sequences of a forward pass.
@@ -47,29 +48,26 @@ def routing(
         pictures: Draw load, sources and co-activation into this directory.
         device: cuda or cpu. Default: cuda where there is one.
     """
-    import contextlib
-    import itertools
-
-    from moe import checkpoint as checkpoints
     from moe import profile
-    from moe.data import TokenData
-    from moe.train import evaluate
-    from moe.train.device import pick_device
+    from moe.profile import subject as subjects
+    from moe.profile import tables
 
-    held_out = TokenData.open(data)
-    model = checkpoints.load(checkpoint, device=pick_device(device)).eval()
-    held_out.check_compatible(model.cfg.vocab_size)
-    tokenizer = held_out.tokenizer()
-    windows = evaluate.some_windows(held_out, min(seq_len, model.cfg.max_seq_len), tokens)
-    recording = profile.record(model, trace) if trace is not None else contextlib.nullcontext()
-    with recording, profile.routing(model, model.cfg.vocab_size) as p:
-        for p.source, own in itertools.groupby(windows, key=lambda window: window[0]):
-            evaluate.evaluate(model, own, evaluate.byte_lengths(tokenizer), batch=batch)
-    _print_routing(p)
-    _print_sources(p)
-    _print_tokens(p, tokenizer)
+    subject = _subject(checkpoint, device)
+    seen = _text(subject, data, text, tokens, seq_len, batch)
+    p = subjects.profile_routing(subject, seen.windows, batch, trace)
+    pairs = profile.closest_pairs(subject.model)
+    _print(tables.by_layer(p))
+    print(tables.dead(p))
+    if pairs:
+        _print(tables.duplicates(pairs))
+    for table in tables.sources(p):
+        _print(table)
+    try:
+        _print(tables.top_tokens(p, len(p.counts_LE) // 2, seen.show))
+    except ValueError as error:
+        print(f"no token classes: {error}")
     if out is not None:
-        out.write_text(json.dumps(_figures(p), indent=1) + "\n", encoding="utf-8")
+        _write(out, json.dumps(tables.as_json(p, pairs), indent=1) + "\n")
         print(f"all figures: {out}")
     if pictures is not None:
         from moe.profile.pictures import draw
@@ -78,6 +76,59 @@ def routing(
         print(f"pictures: {pictures}")
     if trace is not None:
         print(f"trace: {trace}")
+    return 0
+
+
+@profile_app.command
+def report(
+    checkpoint: Positional[Path],
+    /,
+    *,
+    data: Path | None = None,
+    text: tuple[str, ...] = (),
+    out: Path = Path("report.html"),
+    tokens: int = 65536,
+    seq_len: int = 256,
+    batch: int = 16,
+    device: str | None = None,
+) -> int:
+    """Write all that routing and serving show, with pictures, to one HTML file that needs no network.
+
+    Where the checkpoint lies in a training run, the load over training is in it.
+
+    Args:
+        checkpoint: What moe train leaves in RUN/final, any checkpoint of this program, or a Hugging Face directory.
+        data: Prepared data (moe data prepare); each of its sources is looked at apart, too.
+        text: Instead of data: text files, as PATH or NAME=PATH, for the checkpoint's own tokenizer.json.
+        out: The file.
+        tokens: About how many held-out tokens.
+        seq_len: Tokens of a sequence.
+        batch: Sequences of a forward pass.
+        device: cuda or cpu. Default: cuda where there is one.
+    """
+    from moe import profile
+    from moe.profile import subject as subjects
+    from moe.profile.report import Material, report
+    from moe.profile.similarity import expert_bytes
+    from moe.train.metrics import load_over_training
+
+    subject = _subject(checkpoint, device)
+    seen = _text(subject, data, text, tokens, seq_len, batch)
+    with tempfile.TemporaryDirectory() as place:
+        p = subjects.profile_routing(subject, seen.windows, batch, Path(place, "trace"))
+        ids_TLK = profile.Trace.open(Path(place, "trace")).ids_TLK(2**20)
+    material = Material(
+        name=str(checkpoint),
+        text=str(data) if data is not None else ", ".join(text),
+        profile=p,
+        ids_TLK=ids_TLK,
+        show=seen.show,
+        pairs=profile.closest_pairs(subject.model),
+        expert_bytes=expert_bytes(subject.model),
+        training=load_over_training(checkpoint),
+    )
+    _write(out, report(material))
+    print(f"report: {out}")
     return 0
 
 
@@ -95,6 +146,7 @@ def placement(trace: Positional[Path], /, *, gpus: int, redundant: int = 0, out:
     """
     from moe import profile
     from moe.config import ConfigError
+    from moe.profile.tables import Table
 
     opened = profile.Trace.open(trace)
     counts_PLE = opened.counts_PLE()
@@ -109,14 +161,11 @@ def placement(trace: Positional[Path], /, *, gpus: int, redundant: int = 0, out:
     rows = [[str(i), f"{b:.3f}", f"{a:.3f}"] for i, (b, a) in enumerate(zip(before, after, strict=True))]
     rows.append(["all", f"{before.mean():.3f}", f"{after.mean():.3f}"])
     judged = f"{len(counts_PLE) // 2:,} passes that did not choose"
-    _table(
-        f"busiest GPU over the mean, {gpus} GPUs, {redundant} redundant; {judged}",
-        ["layer", "round-robin", "placed"],
-        rows,
-    )
+    title = f"busiest GPU over the mean, {gpus} GPUs, {redundant} redundant; {judged}"
+    _print(Table(title, ["layer", "round-robin", "placed"], rows))
     if out is not None:
         content = {"n_experts": opened.n_experts, "gpus": chosen.gpus}
-        out.write_text(json.dumps(content) + "\n", encoding="utf-8")
+        _write(out, json.dumps(content) + "\n")
         print(f"placement: {out}")
     return 0
 
@@ -142,24 +191,13 @@ def serving(
     """
     from moe import plan, profile
     from moe.config import load_config
+    from moe.profile import tables
 
     opened = profile.Trace.open(trace)
     found = profile.decode_steps(opened.ids_TLK(2**20), opened.n_experts)
-    columns = ["batch", "tokens per expert", "p5 to p95", "uniform", "busiest", "idle", "uniform", "experts", "uniform"]
-    expert_bytes = 0.0
-    if config is not None:
-        expert_bytes = plan.params(load_config(config)).expert * bits / 8  # in all layers
-        columns += ["GB per step", "ms per step"]
-    rows = []
-    for s in found:
-        row = [f"{s.batch:,}", f"{s.mean:.4g}", f"{s.tokens_p5:.0f} to {s.tokens_p95:.0f}"]
-        row += [f"{s.tokens_p5_uniform:.0f} to {s.tokens_p95_uniform:.0f}", f"{s.busiest:.1f}"]
-        row += [f"{s.idle:.1%}", f"{s.idle_uniform:.1%}", f"{s.distinct:.1f}", f"{s.distinct_uniform:.1f}"]
-        if config is not None:
-            gigabytes = s.distinct * expert_bytes / 1e9
-            row += [f"{gigabytes:,.2f}", f"{gigabytes / bandwidth * 1e3:,.2f}"]
-        rows.append(row)
-    _table(f"one decoding step of {trace}; uniform: independent choices at even load", columns, rows)
+    expert_bytes = plan.params(load_config(config)).expert * bits / 8 if config is not None else 0.0  # in all layers
+    title = f"one decoding step of {trace}; uniform: independent choices at even load"
+    _print(tables.steps(found, title, expert_bytes, bandwidth))
     if pictures is not None:
         from moe.profile.pictures import draw_serving
 
@@ -176,106 +214,57 @@ def compare(one: Positional[Path], other: Positional[Path], /) -> int:
         other: A trace of the same tokens.
     """
     from moe import profile
+    from moe.profile import tables
 
-    found = profile.compare(profile.Trace.open(one), profile.Trace.open(other))
-    columns = ["layer", "tokens rerouted", "first choice", "slots", "|ln w - ln w'|"]
-    rows = []
-    for layer in range(len(found.changed_L)):
-        shares = [f"{float(x[layer]):.3%}" for x in (found.changed_L, found.first_changed_L, found.moved_L)]
-        weight = "" if found.log_weight_L is None else f"{float(found.log_weight_L[layer]):.2e}"
-        rows.append([str(layer), *shares, weight])
-    _table(f"{found.tokens:,} tokens", columns, rows)
+    _print(tables.changes(profile.compare(profile.Trace.open(one), profile.Trace.open(other))))
     return 0
 
 
-# ----------------------------------------------------------------------------------------------------------- output
+# ------------------------------------------------------------------------------------------------------------- parts
 
 
-def _print_routing(p: "RoutingProfile") -> None:
-    columns = ["layer", "load entropy", "CV", "max/mean", "in a pass", "dropped at 1.25", "router entropy"]
-    columns += ["confidence", "same as before", "by chance", "next layer"]
-    drop, after = p.drop_rate_L(1.25), p.next_layer_information
-    rows = []
-    for i in range(len(p.counts_LE)):
-        row = [f"{p.load_entropy_L[i]:.3f}", f"{p.load_cv_L[i]:.2f}", f"{p.max_over_mean_L[i]:.2f}"]
-        row += [f"{p.pass_max_over_mean_L[i]:.2f}", f"{drop[i]:.2%}", f"{p.router_entropy_L[i]:.2f}"]
-        row += [f"{p.top_probability_L[i]:.2f}", f"{p.repeat_rate_L[i]:.1%}", f"{p.expected_repeat_rate_L[i]:.1%}"]
-        rows.append([str(i), *row, f"{after[i]:.2f}" if i < len(after) else ""])
-    _table(f"{p.tokens:,} tokens in {p.passes:,} passes", columns, rows)
-    dead = p.dead_experts()
-    shown = ", ".join(f"layer {i} expert {e}" for i, e in dead[:8]) + (", ..." if len(dead) > 8 else "")
-    print(f"experts with less than a tenth of the mean load: {len(dead)}" + (f" ({shown})" if dead else ""))
+def _subject(checkpoint: Path, device: str | None) -> "Subject":
+    from moe.profile.subject import open_subject
+    from moe.train.device import pick_device
+
+    return open_subject(checkpoint, pick_device(device))
 
 
-def _print_sources(p: "RoutingProfile") -> None:
-    """Of each pair of sources, the experts that they use most differently."""
-    shares = p.sources
-    names = list(shares)
-    for i, one in enumerate(names):
-        for other in names[i + 1 :]:
-            difference, z = p.specialisation(one, other)
-            clear = (z.abs() > CLEAR_Z).sum(1)
-            rows = []
-            for layer in range(len(z)):
-                ends = int(difference[layer].argmax()), int(difference[layer].argmin())
-                cells = [f"{e}: {_share(shares[one], layer, e)} / {_share(shares[other], layer, e)}" for e in ends]
-                rows.append([str(layer), f"{int(clear[layer])} of {z.shape[1]}", *cells])
-            columns = ["layer", f"differ (|z| > {CLEAR_Z:g})", f"most for {one}", f"most for {other}"]
-            sizes = f"{shares[one].sequences} and {shares[other].sequences} sequences"
-            _table(f"share of {one} / {other} that an expert serves, ± standard error; {sizes}", columns, rows)
+def _text(
+    subject: "Subject", data: Path | None, text: tuple[str, ...], tokens: int, seq_len: int, batch: int
+) -> "Text":
+    """The windows that --data or --text ask for."""
+    from moe.config import ConfigError
+    from moe.profile import subject as subjects
+
+    for name, value in (("tokens", tokens), ("seq-len", seq_len), ("batch", batch)):
+        if value < 1:
+            raise ConfigError(f"--{name} {value}: must be at least 1")
+    if (data is not None) == bool(text):
+        raise ConfigError(f"{'both' if text else 'neither'} of --data and --text: give one of them")
+    if data is not None:
+        return subjects.prepared_text(subject, data, tokens, seq_len)
+    return subjects.text_of_files(subject, text, tokens, seq_len)
 
 
-def _share(share: "Share", layer: int, expert: int) -> str:
-    return f"{float(share.mean_LE[layer, expert]):.1%} ± {float(share.error_LE[layer, expert]):.1%}"
+def _write(file: Path, content: str) -> None:
+    from moe.files import write_whole
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(file, content.encode())
 
 
-def _print_tokens(p: "RoutingProfile", tokenizer: Any) -> None:
-    """The tokens that each expert of the middle layer takes most above its share."""
-    layer = len(p.counts_LE) // 2
-    try:
-        _ = p.token_counts_LEV
-    except ValueError as error:
-        print(f"no token classes: {error}")
-        return
-    rows = []
-    for e in range(p.n_experts):
-        best = p.top_tokens(layer, e, 8)
-        words = [repr(tokenizer.decode([i]))[1:-1] for i, _ in best]
-        rows.append([str(e), f"{float(p.load_LE[layer, e]):.1%}", "  ".join(words)])
-    _table(f"layer {layer}: the tokens an expert serves most above its share", ["expert", "load", "tokens"], rows)
-
-
-def _figures(p: "RoutingProfile") -> dict[str, Any]:
-    """Everything, for a JSON file."""
-    names = ["load_entropy_L", "load_cv_L", "max_over_mean_L", "pass_max_over_mean_L", "router_entropy_L"]
-    names += ["top_probability_L", "top_weight_L", "repeat_rate_L", "expected_repeat_rate_L", "next_layer_information"]
-    names += ["counts_LE", "first_counts_LE", "coactivation_LEE", "next_layer_counts"]
-    passes, load = p.load_over_time
-    return {
-        "tokens": p.tokens,
-        "passes": p.passes,
-        **{name: getattr(p, name).tolist() for name in names},
-        "drop_rate_L": {f"{factor:g}": p.drop_rate_L(factor).tolist() for factor in p.capacity_factors},
-        "dead_experts": p.dead_experts(),
-        "load_over_time": {"passes": passes.tolist(), "load_NLE": load.tolist()},
-        "sources": {
-            name: {"sequences": s.sequences, "mean_LE": s.mean_LE.tolist(), "error_LE": s.error_LE.tolist()}
-            for name, s in p.sources.items()
-        },
-    }
-
-
-def _table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+def _print(table: "Table") -> None:
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Table as Drawn
     from rich.text import Text
 
-    table = Table()
-    for name in columns:
-        table.add_column(name, justify="left" if name == "tokens" or name.startswith("most for") else "right")
-    for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
+    drawn = Drawn()
+    for name in table.columns:
+        drawn.add_column(name, justify="left" if name in table.words else "right")
+    for row in table.rows:
+        drawn.add_row(*(Text(cell) for cell in row))
     # A pipe has no width to fit.
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
-    console.print(Text(title), soft_wrap=True)
-    console.print(table)
+    console.print(Text(table.title), soft_wrap=True)
+    console.print(drawn)

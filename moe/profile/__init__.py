@@ -3,10 +3,12 @@
 from moe.profile.observe import NotObservable, Pass
 from moe.profile.placement import Placement, place, round_robin
 from moe.profile.serving import StepLoad, decode_steps
-from moe.profile.statistics import RoutingProfile, Share, expert_similarity, load_entropy, routing
+from moe.profile.similarity import ClosestPair, closest_pairs, expert_similarity
+from moe.profile.statistics import RoutingProfile, Share, load_entropy, routing
 from moe.profile.trace import Comparison, Recorder, Trace, TraceError, compare, import_routed_experts, record, replay
 
 __all__ = [
+    "ClosestPair",
     "Comparison",
     "NotObservable",
     "Pass",
@@ -17,6 +19,7 @@ __all__ = [
     "StepLoad",
     "Trace",
     "TraceError",
+    "closest_pairs",
     "compare",
     "decode_steps",
     "expert_similarity",

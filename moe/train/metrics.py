@@ -4,6 +4,7 @@ Shape suffixes: L layers, E experts.
 """
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import IO, Any
@@ -116,6 +117,21 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return records
+
+
+def load_over_training(checkpoint: Path) -> list[dict[str, Any]]:
+    """The "train" records, each with its `load`, of the run that a checkpoint lies in, up to it; empty without a run.
+
+    Args:
+        checkpoint: RUN/final or RUN/checkpoints/step-000100.
+    """
+    place = checkpoint.resolve()
+    in_checkpoints = place.parent.name == "checkpoints"
+    run_dir = place.parent.parent if in_checkpoints else place.parent
+    if not (run_dir / METRICS_FILE).is_file():
+        return []
+    last = int(place.name.rpartition("-")[2]) if in_checkpoints and place.name[-1].isdecimal() else math.inf
+    return [r for r in read_metrics(run_dir) if r["kind"] == "train" and r["step"] <= last]
 
 
 def _numbers(record: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:

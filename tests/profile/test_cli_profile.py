@@ -2,20 +2,14 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 import moe
-from moe import cli, profile
+from moe import profile
 from moe.data import prepare
-
-
-def run(*args: Any) -> Any:
-    with pytest.raises(SystemExit) as exit_:
-        cli.main([str(a) for a in args])
-    return exit_.value.code
+from tests.conftest import run_cli
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +29,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_from_routing_to_placement(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--data", place / "data", "--tokens", 2000, "--seq-len", 32, "--batch", 4]
     arguments += ["--trace", tmp_path / "t", "--out", tmp_path / "p", "--pictures", tmp_path / "pictures"]
-    assert run("profile", "routing", place / "model", *arguments) == 0
+    assert run_cli("profile", "routing", place / "model", *arguments) == 0
     printed = capsys.readouterr().out
     figures = json.loads((tmp_path / "p").read_text())
     trace = profile.Trace.open(tmp_path / "t")
@@ -46,13 +40,15 @@ def test_from_routing_to_placement(place: Path, tmp_path: Path, capsys: pytest.C
     assert "share of prose / code" in printed or "share of code / prose" in printed
     assert "layer 1: the tokens an expert serves most" in printed
 
-    assert run("profile", "placement", tmp_path / "t", "--gpus", 4, "--redundant", 4, "--out", tmp_path / "g") == 0
+    assert run_cli("profile", "placement", tmp_path / "t", "--gpus", 4, "--redundant", 4, "--out", tmp_path / "g") == 0
     counts = trace.counts_PLE()
     want = profile.place(counts[::2].sum(0).astype(float), 4, 4)
     assert json.loads((tmp_path / "g").read_text())["gpus"] == [[list(held) for held in gpus] for gpus in want.gpus]
     assert f"{want.max_over_mean(counts[1::2]).mean():.3f}" in capsys.readouterr().out
 
-    assert run("profile", "serving", tmp_path / "t", "--config", "gpt4-8k", "--pictures", tmp_path / "pictures") == 0
+    assert (
+        run_cli("profile", "serving", tmp_path / "t", "--config", "gpt4-8k", "--pictures", tmp_path / "pictures") == 0
+    )
     touched = profile.decode_steps(trace.ids_TLK(10**6), 16)[-1].distinct
     gigabytes = touched * moe.plan.params(moe.load_config("gpt4-8k")).expert * 2 / 1e9
     assert f"{gigabytes:,.2f}" in capsys.readouterr().out
@@ -60,7 +56,7 @@ def test_from_routing_to_placement(place: Path, tmp_path: Path, capsys: pytest.C
     drawn = {file.name for file in (tmp_path / "pictures").iterdir() if file.stat().st_size > 10_000}
     assert drawn == {"load.png", "time.png", "together.png", "sources.png", "serving.png"}
 
-    assert run("profile", "compare", tmp_path / "t", tmp_path / "t") == 0
+    assert run_cli("profile", "compare", tmp_path / "t", tmp_path / "t") == 0
     assert "0.000%" in capsys.readouterr().out
 
 
@@ -75,5 +71,5 @@ def test_what_bad_calls_get(place: Path, tmp_path: Path, capsys: pytest.CaptureF
         (["routing", place / "model", "--data", tmp_path], 1, "no prepared data"),
         (["routing", place / "data", "--data", place / "data"], 1, "config.toml"),
     ):
-        assert run("profile", *arguments) == status
+        assert run_cli("profile", *arguments) == status
         assert message in capsys.readouterr().err
