@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from moe import checkpoint, plan
-from moe.config import Config
+from moe.config import Config, ConfigError
 from moe.data import Mixture, TokenData, compression
 from moe.model import Output, Transformer
-from moe.profile import load_entropy
+from moe.profile import Pass
 from moe.tokenizer import Tokenizer
-from moe.train import console, evaluate, pictures, state
+from moe.train import console, evaluate, pictures, state, traces
 from moe.train import device as devices
 from moe.train.cpu import tune_cpu
 from moe.train.metrics import Meter, MetricsLog
@@ -56,6 +56,7 @@ def train(
     resume: Literal["auto", "never"] = "auto",
     device: str | None = None,
     reporter: console.Reporter | None = None,
+    trace_every: int = 0,
 ) -> Result:
     """Trains the model of `cfg` on prepared data; all results are in `run_dir`.
 
@@ -66,13 +67,16 @@ def train(
         resume: "auto" goes on from the newest checkpoint in `run_dir`; "never" moves an older run there aside.
         device: "cuda" or "cpu"; None takes CUDA where there is one.
         reporter: shows progress; None prints lines. See moe.train.console.
+        trace_every: records the routing of every so many steps in `run_dir`/traces; 0 records none.
 
     Raises:
-        ConfigError: `run_dir` holds a run with another configuration.
+        ConfigError: `run_dir` holds a run with another configuration; `trace_every` is negative.
         DataError: the data are not prepared, not the ones of the run in `run_dir`, or do not fit the model.
         CheckpointError: a checkpoint cannot be written or read; the ones before are intact.
         TrainError: the loss is not finite or has exploded; the last good checkpoint is intact.
     """
+    if trace_every < 0:
+        raise ConfigError(f"trace_every = {trace_every}: must be 0 (none) or more")
     reporter = reporter or console.Lines()
     with Stop() as stop, reporter:
         finished = _already_finished(cfg, Path(run_dir), resume)
@@ -83,7 +87,7 @@ def train(
         t = cfg.train
         try:
             while run.step < t.steps and not stop.signal:
-                _train_step(run)
+                _train_step(run, traced=trace_every > 0 and (run.step + 1) % trace_every == 0)
                 reporter.step(run.step)
                 if _due(run, t.log_every):
                     _log(run)
@@ -265,13 +269,14 @@ def _due(run: _Run, every: int) -> bool:
     return every > 0 and (run.step % every == 0 or run.step == run.cfg.train.steps)
 
 
-def _train_step(run: _Run) -> None:
+def _train_step(run: _Run, traced: bool) -> None:
     """One optimizer step: the gradient of `batch_size` windows, `micro_batch` at a time."""
     t = run.cfg.train
     inputs, targets = (_to(run.device, part) for part in run.mixture.batch(run.sample, t.batch_size))
     n_micro = t.batch_size // run.micro_batch
     scalars: dict[str, Tensor] = {}
     counts_LE = torch.zeros_like(run.meter.counts_LE)
+    passes: list[Pass] = []
     for tokens_BS, targets_BS in zip(inputs.split(run.micro_batch), targets.split(run.micro_batch), strict=True):
         with torch.autocast(run.device.type, dtype=run.dtype, enabled=run.dtype != torch.float32):
             out: Output = run.forward(tokens_BS, targets_BS)
@@ -281,6 +286,8 @@ def _train_step(run: _Run) -> None:
         for name, value in {"loss": out.loss, **out.losses}.items():
             scalars[name] = scalars.get(name, 0) + value.detach() / n_micro
         counts_LE += torch.stack([routing.counts_E for routing in out.routing])
+        if traced:
+            passes.append(traces.routing_of(out, tokens_BS))
     scalars["grad_norm"] = torch.nn.utils.clip_grad_norm_(run.model.parameters(), t.grad_clip)
     run.optimizers.set_lr(lr_scale(run.step, t))
     run.optimizers.step()
@@ -290,6 +297,9 @@ def _train_step(run: _Run) -> None:
     run.meter.add(scalars, counts_LE)
     run.step += 1
     run.sample += t.batch_size
+    if passes:
+        with _untimed(run):
+            traces.write(run.dir, run.step, passes, run.cfg.experts.n_experts)
 
 
 def _to(device: torch.device, array: np.ndarray) -> Tensor:
@@ -317,8 +327,7 @@ def _log(run: _Run) -> None:
         "tokens_per_second": rate,
         "mfu": rate * flops / run.peak_flops,
         "load": load,
-        "load_max_over_mean": max(max(layer) * len(layer) for layer in load),
-        "load_entropy": load_entropy(torch.tensor(load, dtype=torch.float64)).min().item(),
+        **run.meter.load_statistics(),
     }
     run.meter.reset()
     run.log.write(record)
