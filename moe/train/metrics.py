@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from moe.profile import load_entropy
+from moe.train.watch import Watch
 
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.txt"
-DEAD = 0.1  # of the mean load
+
 _SCALARS = ("loss", "lm", "balance", "z", "grad_norm")
 
 
@@ -57,7 +58,7 @@ class Meter:
             "load_max_over_mean": ratio_LE.amax(1),
             "load_entropy": load_entropy(load_LE),
             "load_cv": ratio_LE.std(1, correction=0),
-            "dead_experts": (ratio_LE < DEAD).sum(1),
+            "dead_experts": (ratio_LE < Watch.IDLE).sum(1),
         }
         worst = {name: (v.min() if name == "load_entropy" else v.max()).item() for name, v in per_layer.items()}
         worst["dead_experts"] = int(per_layer["dead_experts"].sum())
