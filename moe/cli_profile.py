@@ -206,17 +206,49 @@ def serving(
 
 
 @profile_app.command
-def compare(one: Positional[Path], other: Positional[Path], /) -> int:
-    """How two routings of the same tokens differ: train against serve, before against after.
+def compare(
+    one: Positional[Path],
+    other: Positional[Path],
+    /,
+    *,
+    data: Path | None = None,
+    text: tuple[str, ...] = (),
+    tokens: int = 65536,
+    seq_len: int = 256,
+    batch: int = 16,
+    device: str | None = None,
+) -> int:
+    """How two routings of the same tokens differ: train against serve, before against after fine-tuning.
+
+    With data or text, two checkpoints are compared instead of two traces: the probabilities that they give the text's
+    tokens, too.
 
     Args:
-        one: A trace.
-        other: A trace of the same tokens.
+        one: A trace; or, with data or text, a checkpoint of this program or a Hugging Face directory.
+        other: A trace of the same tokens; or a checkpoint of the same shape.
+        data: Prepared data (moe data prepare), for two checkpoints.
+        text: Instead of data: text files, as PATH or NAME=PATH, for the checkpoints' own tokenizer.json.
+        tokens: About how many held-out tokens.
+        seq_len: Tokens of a sequence.
+        batch: Sequences of a forward pass.
+        device: cuda or cpu. Default: cuda where there is one.
     """
     from moe import profile
-    from moe.profile import tables
+    from moe.profile import difference, tables
 
-    _print(tables.changes(profile.compare(profile.Trace.open(one), profile.Trace.open(other))))
+    if data is None and not text:
+        _print(tables.changes(profile.compare(profile.Trace.open(one), profile.Trace.open(other))))
+        return 0
+    with tempfile.TemporaryDirectory() as place:
+        readings = []
+        for name, checkpoint in (("one", one), ("other", other)):  # one model in memory at a time
+            subject = _subject(checkpoint, device)
+            seen = _text(subject, data, text, tokens, seq_len, batch)
+            readings.append(difference.read(subject, seen.windows, batch, Path(place, name)))
+            del subject
+        changes, routes = difference.compare_readings(*readings)
+    _print(tables.log_probability_changes(changes))
+    _print(tables.changes(routes))
     return 0
 
 

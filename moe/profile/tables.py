@@ -3,10 +3,11 @@
 Shape suffixes: L layers, E experts.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from moe.profile.difference import LogProbabilityChange
 from moe.profile.serving import StepLoad
 from moe.profile.similarity import ClosestPair
 from moe.profile.statistics import RoutingProfile, Share
@@ -136,6 +137,16 @@ def changes(found: Comparison) -> Table:
         weight = "" if found.log_weight_L is None else f"{float(found.log_weight_L[layer]):.2e}"
         rows.append([str(layer), *shares, weight])
     return Table(f"{found.tokens:,} tokens", columns, rows)
+
+
+def log_probability_changes(found: Mapping[str, LogProbabilityChange]) -> Table:
+    """Two models' probabilities of the same tokens, by source."""
+    columns = ["source", "tokens", "|Δ ln p|", "Δ ln p", "p'/p - 1 - ln p'/p"]
+    rows = [
+        [name, f"{c.tokens:,}", f"{c.gap:.4g}", f"{c.gain:+.4g}", f"{c.divergence:.4g}"] for name, c in found.items()
+    ]
+    title = "log-probabilities of the text's tokens, from the first model to the second; nats per token"
+    return Table(title, columns, rows, ("source",))
 
 
 def as_json(p: RoutingProfile, pairs: Sequence[ClosestPair] = ()) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Hugging Face directories and text files on the command line, against the models' own router logits."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,16 @@ def test_what_bad_models_and_texts_get(
         assert run_cli("profile", "report", tmp_path / model, *arguments, "--out", tmp_path / "r.html") == status
         assert message in " ".join(capsys.readouterr().err.split()), (model, message)
         assert not (tmp_path / "r.html").exists()
+
+
+def test_without_transformers(tmp_path: Path, texts: Path, tokenizer: Tokenizer, monkeypatch: Any, capsys: Any) -> None:
+    """Mixtral is read without it; another family says what to install."""
+    saved("Mixtral", tmp_path / "mixtral", tokenizer)
+    saved("GptOss", tmp_path / "other", tokenizer)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert run_cli("profile", "routing", tmp_path / "mixtral", "--text", texts / "a.py") == 0
+    assert run_cli("profile", "routing", tmp_path / "other", "--text", texts / "a.py") == 1
+    assert "a model of type 'gpt_oss' needs transformers: pip install" in capsys.readouterr().err
 
 
 def test_ours_with_text(tmp_path: Path, texts: Path, tokenizer: Tokenizer) -> None:

@@ -13,7 +13,7 @@ def test_load_statistics_by_hand():
     """Even, one idle expert of four, and one that serves everything."""
     meter = Meter(3, 4, torch.device("cpu"))
     counts = [[5, 5, 5, 5], [10, 6, 4, 0], [0, 20, 0, 0]]
-    scalars = dict.fromkeys(("loss", "lm", "balance", "z", "grad_norm"), torch.tensor(1.0))
+    scalars = {name: torch.tensor(1.0) for name in ("loss", "lm", "balance", "z", "grad_norm")}
     for part in (torch.tensor(counts) // 2, torch.tensor(counts) - torch.tensor(counts) // 2):
         meter.add(scalars, part)
     found = meter.load_statistics()
