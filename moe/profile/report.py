@@ -107,7 +107,7 @@ def _load(p: RoutingProfile) -> Section:
         Axis("expert"),
         said,
         width=max(400, 36 * E if E <= 32 else 7 * E),
-        height=max(60, 22 * min(L, 40)),
+        height=max(60, (22 if E <= 32 else 12) * min(L, 60)),
     )
     columns = ["layer", *map(str, range(E))]
     counts = tables.Table(
@@ -179,9 +179,7 @@ def _sources(p: RoutingProfile) -> Section:
 
 def _token_classes(m: Material) -> Section:
     """The top tokens of every expert, a layer at a time."""
-    says = (
-        "The tokens that an expert serves most above its share of all tokens, and how many times above; hover or tap."
-    )
+    says = "The tokens that an expert serves most above its share of all tokens; hover to see how many times."
     p = m.profile
     L = len(p.counts_LE)
     # Large models have thousands of experts; the file should stay small.
