@@ -37,6 +37,8 @@ RANK = {
     "moe.serve": 7,
     "moe.cli": 8,
     "moe.cli_profile": 8,
+    "moe.cli_step": 8,
+    "moe.cli_tables": 8,
     "moe.__main__": 9,
 }
 MODEL_RANK = RANK["moe.model"]

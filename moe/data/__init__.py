@@ -3,7 +3,16 @@
 Importing this costs numpy alone: tokenizers, tiktoken, pyarrow and datasets load where they are used.
 """
 
-from moe.data.mixture import Batch, Mixture, Stream, document_ids, permute, permute_many, validation_windows
+from moe.data.mixture import (
+    Batch,
+    Mixture,
+    Stream,
+    document_ids,
+    permute,
+    permute_many,
+    spaced_windows,
+    validation_windows,
+)
 from moe.data.prepare import DataInfo, SplitInfo, compression, describe, prepare
 from moe.data.shards import DocumentTable, TokenData, TokenStream
 from moe.data.sources import DataError, Document, Report, Source, default_sources, is_held_out, parse_source, read
@@ -31,5 +40,6 @@ __all__ = [
     "permute_many",
     "prepare",
     "read",
+    "spaced_windows",
     "validation_windows",
 ]
