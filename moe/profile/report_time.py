@@ -5,6 +5,7 @@ The pictures are those of step_pictures.py, drawn into the page with its own col
 
 import io
 import re
+from html import escape
 from typing import Any
 
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from moe import figures
 from moe.model import Transformer
 from moe.profile import step, step_pictures, tables
-from moe.profile.markup import Html, Section, figure, table, tag
+from moe.profile.markup import Html, Section, table, tag
 
 # A colour of the pictures -> the page's variable for it.
 _PAINT = {figures.INK: "ink", figures.MUTED: "muted", figures.GRID: "line"}
@@ -27,15 +28,18 @@ def time_section(model: Transformer, tokens_BS: Tensor, rounds: int) -> Section:
     run = step.make_run(model, "backward", tokens_BS)
     found = step.profile_step(model, run, rounds=rounds)
     memory = step.trace_step(model, run)
-    pictures: list[Html] = []
     try:
-        drawn = {"Time and roofline": step_pictures.step_figure(found), "Memory": step_pictures.memory_figure(memory)}
-        pictures = [figure(name, "", inline_svg(picture, name)) for name, picture in drawn.items()]
+        times, curve = step_pictures.step_figure(found), step_pictures.memory_figure(memory)
+        drawn = {
+            "Time of each component with its floor, and each component under the roofline": times,
+            "Allocated memory over the step, by phase": curve,
+        }
+        pictures = [tag("figure", tag("div", inline_svg(f, said), class_="scroll")) for said, f in drawn.items()]
     except ImportError as error:
         pictures = [tag("p", f"No pictures: {error}", class_="terms")]
     says = "Where a forward and backward pass spends its time, beside the least that this machine could take."
-    body = [*pictures, table(tables.parts(found)), tag("p", tables.ceilings(found), class_="terms"), _TERMS]
-    return Section("Time", says, body)
+    said = [tag("p", line, class_="terms") for line in tables.ceilings(found).splitlines()]
+    return Section("Time", says, [*pictures, table(tables.parts(found)), *said, _TERMS])
 
 
 _TERMS = tag(
@@ -55,13 +59,12 @@ def inline_svg(picture: Any, label: str) -> Html:
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": label}):
         picture.savefig(stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     drawing = stream.getvalue()
-    drawing = drawing[drawing.index("<svg") :]
     for colour, name in _PAINT.items():
         drawing = re.sub(re.escape(colour), f"var(--{name})", drawing, flags=re.IGNORECASE)
-    # Sizes in points would fix the width; the page's style sets it.
-    drawing = re.sub(r'^<svg width="[^"]*" height="[^"]*"', f'<svg role="img" aria-label="{label}"', drawing)
-    drawing = re.sub(r'<svg ([^>]*?)width="[^"]*" ?', r"<svg \1", drawing, count=1)
-    drawing = re.sub(r'<svg ([^>]*?)height="[^"]*" ?', r"<svg \1", drawing, count=1)
-    if "aria-label" not in drawing[:400]:
-        drawing = drawing.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
-    return Html(re.sub(r"<metadata>.*?</metadata>", "", drawing, flags=re.DOTALL))
+    # Its own opening tag fixes a size and names a version of XML; the page's style sets the width.
+    box = re.search(r'viewBox="[^"]*"', drawing)
+    assert box is not None
+    inside = drawing[drawing.index(">", box.end()) + 1 :]
+    width = picture.get_figwidth() * 72
+    opening = f'<svg {box[0]} style="max-width:{width:.0f}px" role="img" aria-label="{escape(label)}">'
+    return Html(opening + re.sub(r"<metadata>.*?</metadata>", "", inside, flags=re.DOTALL))
