@@ -265,7 +265,7 @@ def test_from_the_command_line(place: Path, tmp_path: Path, capsys: pytest.Captu
     text = (tmp_path / "sub" / "r.html").read_text(encoding="utf-8")
     read, figures = Reader(text), json.loads((tmp_path / "f.json").read_text())
     check_stands_alone(text, read)
-    assert read.texts["h2"] == [*SECTIONS[:3], "Load over training", *SECTIONS[3:]]
+    assert read.texts["h2"] == [*SECTIONS[:3], "Load over training", *SECTIONS[3:], "Time"]
     assert "at each of 4 log points" in text
     counts = [[int(c.replace(",", "")) for c in row[1:]] for row in read.tables["routed tokens"][1:]]
     assert counts == figures["counts_LE"]
