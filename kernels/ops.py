@@ -129,8 +129,8 @@ def expert_mlp(
         impl: "reference" (any device and dtype), "grouped" (CPU: any dtype; CUDA: bfloat16; no biases), "triton" (CUDA:
             bfloat16, float16, float32; on CPU in Triton's interpreter), or None for the fastest that is eligible.
         b_in_EGF, b_out_ED: biases of the two products.
-        recompute: keep x alone for the backward, which then computes the pre-activations again ("triton"; the
-            others have no use for it).
+        recompute: keep x alone for the backward, which then computes the pre-activations again, to the same bits
+            ("reference" always does).
 
     Returns:
         y_TD in the dtype of x (under autocast: in autocast's dtype).
@@ -255,7 +255,8 @@ def _expert_mlp(
         y = reference.expert_mlp(x, w_in, w_out, weights, ids, activation, b_in, b_out)
         return y, x.new_empty(0), ids.new_empty(0), ids.new_empty(0, dtype=torch.int32)
     if impl == "grouped":
-        return _forward_grouped(x, w_in, w_out, weights, ids, activation)
+        y, h, order, ends = _forward_grouped(x, w_in, w_out, weights, ids, activation)
+        return y, h.new_empty(0) if recompute else h, order, ends
     from moe.kernels import expert_mlp as fused
 
     return fused.forward(x, fused.Experts(w_in, w_out, b_in, b_out), weights, ids, activation, not recompute)
@@ -285,9 +286,9 @@ def _(x, w_in, w_out, weights, ids, b_in, b_out, activation, impl, recompute):
     if impl == "reference":
         return y, x.new_empty(0), ids.new_empty(0), ids.new_empty(0, dtype=torch.int32)
     if impl == "grouped":
-        h = x.new_empty(n_rows, *w_in.shape[1:3])
+        h = x.new_empty(0) if recompute else x.new_empty(n_rows, *w_in.shape[1:3])
         return y, h, ids.new_empty(n_rows), ids.new_empty(len(w_in), dtype=torch.int32)
-    h = x.new_empty(0 if recompute else n_rows, w_in.shape[1] * w_in.shape[2])
+    h = x.new_empty(0) if recompute else x.new_empty(n_rows, w_in.shape[1] * w_in.shape[2])
     return y, h, ids.new_empty(2, n_rows, dtype=torch.int32), ids.new_empty(len(w_in) + 1, dtype=torch.int32)
 
 

@@ -131,7 +131,8 @@ class TrainConfig:
     `batch_size` sequences of `seq_len` tokens make one optimizer step; they pass through the model `micro_batch` at
     a time. `schedule` "cosine" falls from `lr` to `lr * min_lr` over all steps; "wsd" holds it and falls linearly
     over the last `decay` fraction of the steps. `muon_lr` and `muon_momentum` are for the blocks' matrices with
-    optimizer "muon"; `embedding_lr` is the embedding's rate as a multiple of `lr`.
+    optimizer "muon"; `embedding_lr` is the embedding's rate as a multiple of `lr`. `activation_checkpointing` trades
+    time for memory (moe/checkpointing.py); older files say true for "full" and false for "none".
     """
 
     steps: int = 1000
@@ -151,7 +152,7 @@ class TrainConfig:
     decay: float = 0.2
     grad_clip: float = 1.0
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    activation_checkpointing: bool = False
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
     compile: bool = False
     seed: int = 0
     eval_every: int = 250
@@ -317,6 +318,8 @@ def _from_table(kind: Any, table: dict[str, Any], section: str = "", base: Any =
             sub_base = getattr(base, key) if base is not None else None
             values[key] = _from_table(hint, value, f"{section}{key}.", sub_base)
         else:
+            if section + key == "train.activation_checkpointing" and isinstance(value, bool):
+                value = "full" if value else "none"  # what it was before there was a choice
             values[key] = _check_type(section + key, value, hint)
     return dataclasses.replace(base, **values) if base is not None else kind(**values)
 

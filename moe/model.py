@@ -12,8 +12,8 @@ from typing import Any
 import torch
 import torch.nn as nn
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
+from moe.checkpointing import MODES, run_block
 from moe.config import Config
 from moe.decode import DecodeStep
 from moe.experts import MoE, Routing
@@ -55,11 +55,16 @@ class Block(nn.Module):
         self.moe = MoE(cfg.d_model, cfg.experts, cfg.router)
 
     def forward(
-        self, x_BSD: Tensor, rope: tuple[Tensor, Tensor], cache: LayerCache | None = None, start: int = 0
+        self,
+        x_BSD: Tensor,
+        rope: tuple[Tensor, Tensor],
+        cache: LayerCache | None = None,
+        start: int = 0,
+        recompute: bool = False,
     ) -> tuple[Tensor, Routing]:
         x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), rope, cache, start)
         # A step of generation has no use for the balance losses.
-        y_BSD, routing = self.moe(self.moe_norm(x_BSD), with_losses=cache is None)
+        y_BSD, routing = self.moe(self.moe_norm(x_BSD), with_losses=cache is None, recompute=recompute)
         return x_BSD + y_BSD, routing
 
 
@@ -69,12 +74,14 @@ class Transformer(nn.Module):
     Args:
         cfg: the shape.
         seed: of the weights; the same seed gives the same weights under any sharding (see `init_weights`).
+
+    `activation_checkpointing`, "none" at first, may be set to "selective" or "full" (moe/checkpointing.py) at any time.
     """
 
     def __init__(self, cfg: Config, seed: int = 0) -> None:
         super().__init__()
         self.cfg = cfg
-        self.activation_checkpointing = False
+        self.activation_checkpointing = "none"
         self.embedding = Embedding(cfg.vocab_size, cfg.d_model)
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
         self.norm = RMSNorm(cfg.d_model, cfg.norm_eps)
@@ -83,6 +90,17 @@ class Transformer(nn.Module):
             self.head.weight = self.embedding.weight
         if not self.head.weight.is_meta:
             init_weights(self, seed)
+
+    @property
+    def activation_checkpointing(self) -> str:
+        """What a training step keeps for its backward: "none", "selective" or "full" checkpointing."""
+        return self._activation_checkpointing
+
+    @activation_checkpointing.setter
+    def activation_checkpointing(self, mode: str) -> None:
+        if mode not in MODES:
+            raise ValueError(f"activation_checkpointing = {mode!r}: must be one of {', '.join(map(repr, MODES))}")
+        self._activation_checkpointing = mode
 
     def forward(self, tokens_BS: Tensor, targets_BS: Tensor | None = None, *, cache: KVCache | None = None) -> Output:
         """Logits of the next token at every position, or, with targets, the loss without ever holding the logits.
@@ -102,10 +120,10 @@ class Transformer(nn.Module):
         rope = self._rope(start, tokens_BS.shape[1], x_BSD, cache)
         out = Output()
         for i, block in enumerate(self.blocks):
-            if self.activation_checkpointing and torch.is_grad_enabled() and cache is None:
-                x_BSD, routing = checkpoint(block, x_BSD, rope, use_reentrant=False)  # type: ignore[misc]
+            if cache is None:
+                x_BSD, routing = run_block(block, x_BSD, rope, self.activation_checkpointing)
             else:
-                x_BSD, routing = block(x_BSD, rope, cache.layers[i] if cache is not None else None, start)
+                x_BSD, routing = block(x_BSD, rope, cache.layers[i], start)
             out.routing.append(routing)
         if cache is not None:
             cache.length = start + tokens_BS.shape[1]

@@ -110,6 +110,13 @@ def test_scaled_refuses_widths_without_whole_ratios(d_model: int, nearest: int) 
         Config().scaled(d_model=d_model, n_layers=2)
 
 
+def test_activation_checkpointing_was_once_on_or_off() -> None:
+    for old, new in (("true", "full"), ("false", "none"), ("selective", "selective")):
+        cfg = Config().with_overrides([f"train.activation_checkpointing={old}"])
+        assert cfg.train.activation_checkpointing == new
+        assert f'activation_checkpointing = "{new}"' in cfg.to_toml()
+
+
 # ------------------------------------------------------------------------------------------------------------ errors
 
 BAD_FILES = {
@@ -124,6 +131,8 @@ BAD_FILES = {
     "d_model = '192'": ["d_model = '192'", "whole number", "not a string"],
     "name = 3": ["name = 3", "a string", "not a whole number"],
     "tie_embeddings = 1": ["tie_embeddings = 1", "true or false", "not a whole number"],
+    "[train]\nactivation_checkpointing = 'some'": ["'some'", "must be one of 'none', 'selective', 'full'"],
+    "[train]\nactivation_checkpointing = 1": ["activation_checkpointing = 1", "'none', 'selective', 'full'"],
     "d_model = 2024-01-01": ["d_model = ", "whole number"],
     "d_model = [192]": ["d_model = [192]", "whole number", "not a list"],
     "[d_model]\nx = 1": ["d_model = ", "whole number", "not a section"],

@@ -1,6 +1,7 @@
 """The Triton body of ops.linear_cross_entropy, against the formulas in float64: rows whole and in blocks, chunks."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -30,7 +31,8 @@ def rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
 def run(x: Tensor, w: Tensor, targets: Tensor, factor: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
     x, w = (t.detach().to(DEVICE).requires_grad_() for t in (x, w))
     total = ops.linear_cross_entropy(x, w, targets.to(DEVICE), "triton")
-    return total, *torch.autograd.grad(total * factor, (x, w))
+    dx, dw = torch.autograd.grad(total * factor, (x, w))
+    return total, dx, dw
 
 
 def check(x: Tensor, w: Tensor, targets: Tensor, tolerance: float) -> None:
@@ -77,7 +79,7 @@ def test_padding_and_ignored_rows_are_never_seen(monkeypatch: pytest.MonkeyPatch
     """What a chunk's memory held before changes nothing."""
     empty = Tensor.new_empty
 
-    def poisoned(like: Tensor, *shape: int, **settings: torch.dtype) -> Tensor:
+    def poisoned(like: Tensor, *shape: Any, **settings: Any) -> Tensor:
         made = empty(like, *shape, **settings)
         return made.fill_(math.nan) if made.is_floating_point() else made
 

@@ -140,10 +140,10 @@ def head(T: int, D: int, V: int, dtype: torch.dtype) -> list[torch.Tensor]:
     return [x, w / D**0.5, targets.masked_fill(torch.rand(T, generator=g, device="cuda") < 0.2, -100)]
 
 
-def head_step(x: torch.Tensor, w: torch.Tensor, targets: torch.Tensor, impl: str | None = None) -> list[torch.Tensor]:
-    leaves = [t.detach().requires_grad_() for t in (x, w)]
-    total = ops.linear_cross_entropy(*leaves, targets, impl)
-    return [total.detach(), *torch.autograd.grad(total, leaves)]
+def head_step(inputs: list[torch.Tensor], impl: str | None = None) -> list[torch.Tensor]:
+    x, w = (t.detach().requires_grad_() for t in inputs[:2])
+    total = ops.linear_cross_entropy(x, w, inputs[2], impl)
+    return [total.detach(), *torch.autograd.grad(total, (x, w))]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -156,17 +156,17 @@ def test_cross_entropy_against_float64(T: int, V: int, dtype: torch.dtype) -> No
     want = F.cross_entropy(leaves[0] @ leaves[1].t(), targets, ignore_index=-100, reduction="sum")
     wanted = [want.detach(), *torch.autograd.grad(want, leaves)]
     limit = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}[dtype]
-    for name, a, b in zip(("loss", "dx", "dw"), head_step(x, w, targets), wanted, strict=True):
+    for name, a, b in zip(("loss", "dx", "dw"), head_step([x, w, targets]), wanted, strict=True):
         assert rel(a, b) < (limit if name != "loss" else limit / 10), name
 
 
 def test_cross_entropy_twice_gives_the_same_bits_and_waits_for_nothing() -> None:
     inputs = head(9000, 256, 32768, torch.bfloat16)
-    first = head_step(*inputs)
+    first = head_step(inputs)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        second = head_step(*inputs)
+        second = head_step(inputs)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -175,16 +175,15 @@ def test_cross_entropy_twice_gives_the_same_bits_and_waits_for_nothing() -> None
 def test_cross_entropy_under_autocast_sums_in_float32_and_never_holds_all_logits() -> None:
     T, D, V = 16384, 128, 65536
     x, w, targets = head(T, D, V, torch.float32)
-    leaves = [t.requires_grad_() for t in (x, w)]
+    x, w = x.requires_grad_(), w.requires_grad_()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     with torch.autocast("cuda", torch.bfloat16):
-        total = ops.linear_cross_entropy(*leaves, targets)
-    dx, dw = torch.autograd.grad(total, leaves)
+        total = ops.linear_cross_entropy(x, w, targets)
+    dx, dw = torch.autograd.grad(total, (x, w))
     assert torch.cuda.max_memory_allocated() - before < 0.5 * T * V * 2
     assert dx.dtype == dw.dtype == torch.float32
-    narrow = [t.detach().bfloat16() for t in leaves]
-    want = head_step(*narrow, targets, "torch")
+    want = head_step([x.detach().bfloat16(), w.detach().bfloat16(), targets], "torch")
     for a, b in zip((total, dx, dw), want, strict=True):
         assert rel(a, b) < 1e-2
