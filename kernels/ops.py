@@ -288,7 +288,7 @@ def _(x, w_in, w_out, weights, ids, b_in, b_out, activation, impl, recompute):
     if impl == "grouped":
         h = x.new_empty(0) if recompute else x.new_empty(n_rows, *w_in.shape[1:3])
         return y, h, ids.new_empty(n_rows), ids.new_empty(len(w_in), dtype=torch.int32)
-    h = x.new_empty(0) if recompute else x.new_empty(n_rows, w_in.shape[1] * w_in.shape[2])
+    h = x.new_empty(0 if recompute else n_rows, w_in.shape[1] * w_in.shape[2])
     return y, h, ids.new_empty(2, n_rows, dtype=torch.int32), ids.new_empty(len(w_in) + 1, dtype=torch.int32)
 
 
