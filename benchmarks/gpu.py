@@ -37,6 +37,10 @@ def parts(quick: bool, dry: bool, out: Path) -> dict[str, tuple[list[str], int]]
         90 if quick else 210,
     )
     found["hf_layer"] = ([python, "benchmarks/hf_layer.py", *flags, "--json", str(out / "hf_layer.json")], 60)
+    found["linear_cross_entropy"] = (
+        [python, "benchmarks/linear_cross_entropy.py", *flags, "--json", str(out / "linear_cross_entropy.json")],
+        25 if quick else 50,
+    )
     found["step"] = (
         [python, "benchmarks/step.py", *flags, "--json", str(out / "step.json"), "--pictures", str(out)],
         40 if quick else 70,
@@ -104,6 +108,20 @@ def table(record: dict[str, Any]) -> str:
         ]
         lines += [
             f"| {r['tokens']} | {r['kind']} | {r['side']} | {r['ms']:.3f} | {r['ratio']:.2f} |" for r in layer["rows"]
+        ]
+    head = record.get("linear_cross_entropy")
+    if head:
+        lines += [
+            "",
+            "Output layer and cross-entropy, forward and backward:",
+            "",
+            "| shape | T | D | V | side | ms | TFLOP/s | of cuBLAS | time / ours | GiB peak |",
+            "|---|---|---|---|---|---|---|---|---|---|",
+        ]
+        lines += [
+            f"| {r['shape']} | {r['tokens']} | {r['d_model']} | {r['vocab_size']} | {r['side']} | {r['ms']:.3f} | "
+            f"{r['tflops']:.0f} | {r['of_cublas_peak']:.0%} | {r['ours_is_faster_by']:.2f} | {r['peak_gib']:.2f} |"
+            for r in head["rows"]
         ]
     for step in record.get("step", {}).get("rows", []):
         lines += [

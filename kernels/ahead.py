@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from moe.kernels import expert_mlp, expert_pointer, expert_tma, routing, rows, tiles
+from moe.kernels import cross_entropy_triton, expert_mlp, expert_pointer, expert_tma, routing, rows, tiles
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -34,7 +34,7 @@ TARGETS = {
 }
 SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "gfx942": 65_536}  # bytes a block; the compiler does not check
 MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "gfx942": 304}
-MODULES = (routing, rows, expert_pointer, expert_tma)
+MODULES = (routing, rows, expert_pointer, expert_tma, cross_entropy_triton)
 _TYPES = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
@@ -169,6 +169,11 @@ def launches(arch: str) -> list[Launch]:
             weights, ids, _ = routing.gate(logits, 2, bias)
             routing.gate(logits, 2, bias, ids)
             routing.gate_backward(weights, weights, ids, 16)
+        for vocabulary in (8192, 32768, 50257, 100352):  # rows in registers, and larger ones
+            for dtype in (torch.bfloat16, torch.float16, torch.float32):
+                x, w = (torch.empty(n, 64, device="meta", dtype=dtype) for n in (8192, vocabulary))
+                for want_grad in (True, False):
+                    cross_entropy_triton.linear_cross_entropy(x, w, ids[:, 0], want_grad)
     return list(dict.fromkeys(found))
 
 
@@ -237,14 +242,16 @@ def compile_launch(launch: Launch, arch: str) -> Report:
 
 
 def _problem(report: Report, arch: str) -> str:
-    """Which limit a product breaks, if any."""
+    """Which limit a kernel breaks, if any."""
     if report.shared > SHARED_LIMIT[arch]:
         return f"{report.shared:,} B of shared memory, {SHARED_LIMIT[arch]:,} at most"
-    if arch.startswith("gfx") or not report.launch.is_product:
+    if arch.startswith("gfx"):
         return ""
-    constants = dict(report.launch.constants)
     if report.spills:
         return f"{report.spills} spills"
+    if not report.launch.is_product:
+        return ""
+    constants = dict(report.launch.constants)
     half = any("bf16" in kind or "fp16" in kind for _, kind in report.launch.signature)
     # A warp group's instruction takes 64 rows; smaller tiles use the warps' own.
     large = min(constants.get("BM", 64), constants.get("BN", 64)) >= 64

@@ -17,15 +17,16 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sum of -log softmax(x @ w.T)[target] in at least float32, and its gradients (empty unless wanted).
 
-    x may be narrower than w (bfloat16 under autocast): the products then run in x's dtype, the softmax and the sum of
-    w's gradient in w's.
+    x may be narrower than w (bfloat16 under autocast): the products then run in x's dtype. The softmax and the sum of
+    w's gradient are at least float32.
     """
     wide = torch.promote_types(x_TD.dtype, torch.float32)
     w = w_VD.to(x_TD.dtype)
     total = x_TD.new_zeros((), dtype=wide)
     dx_TD = torch.empty_like(x_TD) if want_grad else x_TD.new_empty(0)
-    dw_VD = torch.zeros_like(w_VD) if want_grad else w_VD.new_empty(0)
     chunk = max(1, _CHUNK_ELEMENTS // len(w_VD))
+    n_chunks = -(-len(x_TD) // chunk)
+    dw_VD = accumulator(w_VD, x_TD.dtype, n_chunks) if want_grad else w_VD.new_empty(0)
     for start in range(0, len(x_TD), chunk):
         rows = slice(start, start + chunk)
         x_CD, targets_C = x_TD[rows], targets_T[rows]
@@ -40,12 +41,23 @@ def linear_cross_entropy(
             dlogits_CV = dlogits_CV.to(x_CD.dtype)
             kept_C1 = valid_C.to(x_CD.dtype).unsqueeze(1)
             torch.mm(dlogits_CV, w, out=dx_TD[rows]).mul_(kept_C1)
-            _accumulate(dw_VD, dlogits_CV, x_CD * kept_C1)
-    return total, dx_TD, dw_VD
+            accumulate(dw_VD, dlogits_CV, x_CD * kept_C1)
+    return total, dx_TD, dw_VD.to(w_VD.dtype)
 
 
-def _accumulate(dw_VD: Tensor, dlogits_CV: Tensor, x_CD: Tensor) -> None:
+def accumulator(w_VD: Tensor, dtype: torch.dtype, n_chunks: int) -> Tensor:
+    """Zeros to sum the gradient of w in: at least float32, but for one chunk of w's own dtype, rounded once anyway."""
+    narrow = n_chunks <= 1 and w_VD.dtype == dtype
+    wide = torch.promote_types(w_VD.dtype, torch.float32)
+    return w_VD.new_zeros(w_VD.shape, dtype=dtype if narrow else wide)
+
+
+def accumulate(dw_VD: Tensor, dlogits_CV: Tensor, x_CD: Tensor) -> None:
+    """Add a chunk's share to the gradient of w."""
     if dw_VD.dtype == x_CD.dtype:
         dw_VD.addmm_(dlogits_CV.t(), x_CD)
+    elif x_CD.is_cuda and torch.version.hip is None and dw_VD.dtype == torch.float32:
+        # cuBLAS adds a product of narrow matrices to a wide one as it writes it.
+        torch.addmm(dw_VD, dlogits_CV.t(), x_CD, out_dtype=torch.float32, out=dw_VD)
     else:
         dw_VD += dlogits_CV.t() @ x_CD

@@ -374,8 +374,7 @@ def up(
     (_, G, F, D), R = experts.w_in_EGFD.shape, len(routes.order_R)
     w, pairs = _gate_layout(experts.w_in_EGFD)
     tile, M = sizes.up, len(routes.tile_row_M)
-    h_RJ = x_TD.new_empty((R, G * F) if store_h else (0,))
-    act_RF = x_TD.new_empty((R, F) if store_act else (0,))
+    h_RJ, act_RF = x_TD.new_empty(R if store_h else 0, G * F), x_TD.new_empty(R if store_act else 0, F)
     if M:
         up_kernel[(M * triton.cdiv(F, tile.columns // G),)](
             x_TD, w, experts.b_in_EGF, h_RJ, act_RF, routes.order_R, routes.tile_expert_M, routes.tile_row_M,

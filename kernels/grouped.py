@@ -3,7 +3,7 @@
 Two bodies of the same computation: `grouped_mm_*` runs torch's grouped product with the group offsets on the device,
 without a host sync (CUDA and CPU, where the dtype allows); `loop_*` runs expert after expert on a CPU, in any dtype
 and with intermediate rows of one expert at a time. Saved for the backward: the pre-activations and the sort, nothing
-else.
+else; where the pre-activations given to a backward are empty, it computes them again, to the same bits.
 
 Shape suffixes as in reference.py; rows of R are sorted by expert, and within an expert by token.
 """
@@ -166,14 +166,21 @@ def loop_backward(
         dw_in[e].zero_()
         dw_out_EDF[e].zero_()
     longest = max((end - start for _, start, end in runs), default=0)
-    act_NF, da_NF = x_TD.new_empty(2, longest, h_RGF.shape[2])
-    dh_NGF = x_TD.new_empty(longest, *h_RGF.shape[1:])
+    act_NF, da_NF = x_TD.new_empty(2, longest, w_in_EGFD.shape[2])
+    dh_NGF = x_TD.new_empty(longest, *w_in_EGFD.shape[1:3])
+    again_NGF = torch.empty_like(dh_NGF) if h_RGF.numel() == 0 else None
     for e, start, end in runs:
         rows, n = slice(start, end), end - start
         da, act, dh = da_NF[:n], act_NF[:n], dh_NGF[:n]
+        if again_NGF is None:
+            h = h_RGF[rows]
+        else:
+            h = again_NGF[:n]
+            with stage("up", "recompute"):
+                torch.mm(x_RD[rows], w_in[e].t(), out=h.flatten(1))
         with stage("down", "backward"):
             torch.mm(dy_RD[rows], w_out_EDF[e], out=da)
-            dweights_R[rows] = _activation_backward(h_RGF[rows], da, weights_R[rows], activation, dh, act)
+            dweights_R[rows] = _activation_backward(h, da, weights_R[rows], activation, dh, act)
             torch.mm(dy_RD[rows].t(), act, out=dw_out_EDF[e])
         with stage("up", "backward"):
             torch.mm(dh.flatten(1).t(), x_RD[rows], out=dw_in[e])
@@ -202,12 +209,16 @@ def grouped_mm_forward(
         order_R, ends_E = sort_by_expert(ids_TK, len(w_in_EGFD))
         x_RD = x_TD.index_select(0, order_R // top_k)
     with stage("up"):
-        h_RGF = F.grouped_mm(x_RD, _flat(w_in_EGFD).transpose(1, 2), offs=ends_E).unflatten(1, w_in_EGFD.shape[1:3])
+        h_RGF = _up(x_RD, w_in_EGFD, ends_E)
         act_RF = _activate_into(h_RGF, activation, torch.empty_like(h_RGF[:, 0]))
     with stage("down"):
         y_RD = F.grouped_mm(act_RF, w_out_EDF.transpose(1, 2), offs=ends_E)
     with stage("combine"):
         return combine(y_RD, inverse(order_R), top_k, weights_TK), h_RGF, order_R, ends_E
+
+
+def _up(x_RD: Tensor, w_in_EGFD: Tensor, ends_E: Tensor) -> Tensor:
+    return F.grouped_mm(x_RD, _flat(w_in_EGFD).transpose(1, 2), offs=ends_E).unflatten(1, w_in_EGFD.shape[1:3])
 
 
 def grouped_mm_backward(
@@ -224,6 +235,9 @@ def grouped_mm_backward(
     """As `loop_backward`, without a host sync."""
     with stage("permute", "backward"):
         x_RD, dy_RD, weights_R = _sorted_rows(x_TD, dy_TD, weights_TK, order_R)
+    if h_RGF.numel() == 0:
+        with stage("up", "recompute"):
+            h_RGF = _up(x_RD, w_in_EGFD, ends_E)
     with stage("down", "backward"):
         da_RF = F.grouped_mm(dy_RD, w_out_EDF, offs=ends_E)
         act_RF, dh_RGF = torch.empty_like(da_RF), torch.empty_like(h_RGF)

@@ -129,8 +129,8 @@ def expert_mlp(
         impl: "reference" (any device and dtype), "grouped" (CPU: any dtype; CUDA: bfloat16; no biases), "triton" (CUDA:
             bfloat16, float16, float32; on CPU in Triton's interpreter), or None for the fastest that is eligible.
         b_in_EGF, b_out_ED: biases of the two products.
-        recompute: keep x alone for the backward, which then computes the pre-activations again ("triton"; the
-            others have no use for it).
+        recompute: keep x alone for the backward, which then computes the pre-activations again, to the same bits
+            ("reference" always does).
 
     Returns:
         y_TD in the dtype of x (under autocast: in autocast's dtype).
@@ -255,7 +255,8 @@ def _expert_mlp(
         y = reference.expert_mlp(x, w_in, w_out, weights, ids, activation, b_in, b_out)
         return y, x.new_empty(0), ids.new_empty(0), ids.new_empty(0, dtype=torch.int32)
     if impl == "grouped":
-        return _forward_grouped(x, w_in, w_out, weights, ids, activation)
+        y, h, order, ends = _forward_grouped(x, w_in, w_out, weights, ids, activation)
+        return y, h.new_empty(0) if recompute else h, order, ends
     from moe.kernels import expert_mlp as fused
 
     return fused.forward(x, fused.Experts(w_in, w_out, b_in, b_out), weights, ids, activation, not recompute)
@@ -285,7 +286,7 @@ def _(x, w_in, w_out, weights, ids, b_in, b_out, activation, impl, recompute):
     if impl == "reference":
         return y, x.new_empty(0), ids.new_empty(0), ids.new_empty(0, dtype=torch.int32)
     if impl == "grouped":
-        h = x.new_empty(n_rows, *w_in.shape[1:3])
+        h = x.new_empty(0) if recompute else x.new_empty(n_rows, *w_in.shape[1:3])
         return y, h, ids.new_empty(n_rows), ids.new_empty(len(w_in), dtype=torch.int32)
     h = x.new_empty(0 if recompute else n_rows, w_in.shape[1] * w_in.shape[2])
     return y, h, ids.new_empty(2, n_rows, dtype=torch.int32), ids.new_empty(len(w_in) + 1, dtype=torch.int32)
@@ -353,7 +354,7 @@ _expert_mlp.register_autograd(_expert_mlp_autograd, setup_context=_expert_mlp_se
 # -------------------------------------------------------------------------------------- output layer + cross-entropy
 
 
-def linear_cross_entropy(x_TD: Tensor, w_VD: Tensor, targets_T: Tensor) -> Tensor:
+def linear_cross_entropy(x_TD: Tensor, w_VD: Tensor, targets_T: Tensor, impl: str | None = None) -> Tensor:
     """Sum over the tokens of -log softmax(x @ w.T)[target], without ever holding [T, V] logits.
 
     A chunk of tokens at a time; where a gradient is wanted it is computed in the same pass, while the chunk's logits
@@ -361,26 +362,54 @@ def linear_cross_entropy(x_TD: Tensor, w_VD: Tensor, targets_T: Tensor) -> Tenso
 
     Args:
         x_TD: [T, D] floating point. w_VD: [V, D]. targets_T: [T] int64; -100 counts nothing.
+        impl: "torch" (any device and dtype), "triton" (CUDA: bfloat16, float16, float32; on CPU in Triton's
+            interpreter), or None for the faster one that is eligible.
 
     Returns:
-        The sum, a scalar of at least float32.
+        The sum, a scalar of at least float32. A target outside the vocabulary is an error on a CPU, and makes the sum
+        NaN in Triton.
+
+    Raises:
+        ValueError: shapes, dtypes or `impl` that do not fit; the message says which and why.
     """
     if torch.is_autocast_enabled(x_TD.device.type):
         x_TD = x_TD.to(torch.get_autocast_dtype(x_TD.device.type))
+    if x_TD.ndim != 2 or w_VD.ndim != 2 or x_TD.shape[1] != w_VD.shape[1] or targets_T.shape != x_TD.shape[:1]:
+        raise ValueError(
+            "linear_cross_entropy wants x [T, D], w [V, D] and targets [T]; got "
+            f"{', '.join(str(list(t.shape)) for t in (x_TD, w_VD, targets_T))}"
+        )
+    if targets_T.dtype != torch.int64:
+        raise ValueError(f"targets must be int64; got {targets_T.dtype}")
+    if impl not in (None, "torch", "triton"):
+        raise ValueError(f'impl = {impl!r}: must be "torch" or "triton", or None for the faster')
+    reason = _why_not_triton(x_TD)
+    if impl == "triton" and reason:
+        raise ValueError(f'impl = "triton": {reason}; use "torch"')
+    if impl is None:
+        impl = "triton" if reason is None and x_TD.device.type != "cpu" else "torch"
     want_grad = torch.is_grad_enabled() and (x_TD.requires_grad or w_VD.requires_grad)
-    return _linear_cross_entropy(x_TD, w_VD, targets_T, want_grad)[0]
+    return _linear_cross_entropy(x_TD, w_VD, targets_T, want_grad, impl)[0]
 
 
 @torch.library.custom_op("gpt4_moe::linear_cross_entropy", mutates_args=())
-def _linear_cross_entropy(x: Tensor, w: Tensor, targets: Tensor, want_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _linear_cross_entropy(
+    x: Tensor, w: Tensor, targets: Tensor, want_grad: bool, impl: str
+) -> tuple[Tensor, Tensor, Tensor]:
     with stage("head"):
-        return cross_entropy.linear_cross_entropy(x, w, targets, want_grad)
+        if impl == "torch":
+            return cross_entropy.linear_cross_entropy(x, w, targets, want_grad)
+        from moe.kernels import cross_entropy_triton
+
+        return cross_entropy_triton.linear_cross_entropy(x, w, targets, want_grad)
 
 
 @_linear_cross_entropy.register_fake
-def _(x: Tensor, w: Tensor, targets: Tensor, want_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _(x, w, targets, want_grad, impl):
     total = x.new_empty((), dtype=torch.promote_types(x.dtype, torch.float32))
-    return (total, torch.empty_like(x), torch.empty_like(w)) if want_grad else (total, x.new_empty(0), w.new_empty(0))
+    if not want_grad:
+        return total, x.new_empty(0), w.new_empty(0)
+    return total, torch.empty_like(x), w.new_empty(w.shape)
 
 
 def _linear_cross_entropy_setup(ctx, inputs, output) -> None:
@@ -390,10 +419,10 @@ def _linear_cross_entropy_setup(ctx, inputs, output) -> None:
 
 def _linear_cross_entropy_autograd(ctx, dtotal: Tensor | None, *_unused: None):
     if dtotal is None:
-        return (None,) * 4
+        return (None,) * 5
     dx, dw = ctx.saved_tensors
     with stage("head", "backward"):
-        return (dx * dtotal).to(dx.dtype), (dw * dtotal).to(dw.dtype), None, None
+        return (dx * dtotal).to(dx.dtype), (dw * dtotal).to(dw.dtype), None, None, None
 
 
 _linear_cross_entropy.register_autograd(_linear_cross_entropy_autograd, setup_context=_linear_cross_entropy_setup)

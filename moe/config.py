@@ -141,6 +141,7 @@ class TrainConfig:
     `schedule` "cosine" falls from `lr` to `lr * min_lr` over all tokens; "wsd" holds it and falls linearly over the
     last `decay` fraction of them; `warmup` is in steps of the first batch size. `muon_lr` and `muon_momentum` are for
     the blocks' matrices with optimizer "muon"; `embedding_lr` is the embedding's rate as a multiple of `lr`.
+    `activation_checkpointing` trades time for memory (moe/checkpointing.py).
     """
 
     steps: int = 1000
@@ -164,7 +165,7 @@ class TrainConfig:
     decay: float = 0.2
     grad_clip: float = 1.0
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    activation_checkpointing: bool = False
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
     compile: bool = False
     seed: int = 0
     eval_every: int = 250

@@ -107,8 +107,8 @@ class MoE(nn.Module):
         self.w_in_EGFD = nn.Parameter(torch.empty(cfg.n_experts, n_gates, cfg.d_ff, d_model))
         self.w_out_EDF = nn.Parameter(torch.empty(cfg.n_experts, d_model, cfg.d_ff))
 
-    def forward(self, x_BSD: Tensor, with_losses: bool = True) -> tuple[Tensor, Routing]:
-        """x_BSD -> [B, S, D] and what the router did."""
+    def forward(self, x_BSD: Tensor, with_losses: bool = True, recompute: bool = False) -> tuple[Tensor, Routing]:
+        """x_BSD -> [B, S, D] and what the router did. `recompute`: as in ops.expert_mlp."""
         routing = self.router(x_BSD, with_losses)
         y_TD = ops.expert_mlp(
             x_BSD.flatten(0, 1),
@@ -117,5 +117,6 @@ class MoE(nn.Module):
             routing.weights_TK,
             routing.ids_TK,
             self.activation,
+            recompute=recompute,
         )
         return y_TD.view(x_BSD.shape).to(x_BSD.dtype), routing

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 import torch.nn as nn
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
+from moe.checkpointing import MODES, run_block
 from moe.config import Config
 from moe.decode import DecodeStep
 from moe.experts import MoE, Routing
@@ -61,10 +61,11 @@ class Block(nn.Module):
         cache: LayerCache | None = None,
         start: int = 0,
         mask_B1SS: Tensor | None = None,
+        recompute: bool = False,
     ) -> tuple[Tensor, Routing]:
         x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), rope, cache, start, mask_B1SS)
         # A step of generation has no use for the balance losses.
-        y_BSD, routing = self.moe(self.moe_norm(x_BSD), with_losses=cache is None)
+        y_BSD, routing = self.moe(self.moe_norm(x_BSD), with_losses=cache is None, recompute=recompute)
         return x_BSD + y_BSD, routing
 
 
@@ -74,12 +75,14 @@ class Transformer(nn.Module):
     Args:
         cfg: the shape.
         seed: of the weights; the same seed gives the same weights under any sharding (see `init_weights`).
+
+    `activation_checkpointing`, "none" at first, may be set to "selective" or "full" (moe/checkpointing.py) at any time.
     """
 
     def __init__(self, cfg: Config, seed: int = 0) -> None:
         super().__init__()
         self.cfg = cfg
-        self.activation_checkpointing = False
+        self.activation_checkpointing = "none"
         self.embedding = Embedding(cfg.vocab_size, cfg.d_model)
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
         self.norm = RMSNorm(cfg.d_model, cfg.norm_eps)
@@ -88,6 +91,17 @@ class Transformer(nn.Module):
             self.head.weight = self.embedding.weight
         if not self.head.weight.is_meta:
             init_weights(self, seed)
+
+    @property
+    def activation_checkpointing(self) -> str:
+        """What a training step keeps for its backward: "none", "selective" or "full" checkpointing."""
+        return self._activation_checkpointing
+
+    @activation_checkpointing.setter
+    def activation_checkpointing(self, mode: str) -> None:
+        if mode not in MODES:
+            raise ValueError(f"activation_checkpointing = {mode!r}: must be one of {', '.join(map(repr, MODES))}")
+        self._activation_checkpointing = mode
 
     def forward(
         self,
@@ -117,10 +131,10 @@ class Transformer(nn.Module):
         rope = self._rope(start, tokens_BS.shape[1], x_BSD, cache)
         out = Output()
         for i, block in enumerate(self.blocks):
-            if self.activation_checkpointing and torch.is_grad_enabled() and cache is None:
-                x_BSD, routing = checkpoint(block, x_BSD, rope, None, 0, mask_B1SS, use_reentrant=False)  # type: ignore[misc]
+            if cache is None:
+                x_BSD, routing = run_block(block, x_BSD, rope, mask_B1SS, self.activation_checkpointing)
             else:
-                x_BSD, routing = block(x_BSD, rope, cache.layers[i] if cache is not None else None, start, mask_B1SS)
+                x_BSD, routing = block(x_BSD, rope, cache.layers[i], start)
             out.routing.append(routing)
         if cache is not None:
             cache.length = start + tokens_BS.shape[1]

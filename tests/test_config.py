@@ -124,6 +124,8 @@ BAD_FILES = {
     "d_model = '192'": ["d_model = '192'", "whole number", "not a string"],
     "name = 3": ["name = 3", "a string", "not a whole number"],
     "tie_embeddings = 1": ["tie_embeddings = 1", "true or false", "not a whole number"],
+    "[train]\nactivation_checkpointing = 'some'": ["'some'", "must be one of 'none', 'selective', 'full'"],
+    "[train]\nactivation_checkpointing = 1": ["activation_checkpointing = 1", "'none', 'selective', 'full'"],
     "d_model = 2024-01-01": ["d_model = ", "whole number"],
     "d_model = [192]": ["d_model = [192]", "whole number", "not a list"],
     "[d_model]\nx = 1": ["d_model = ", "whole number", "not a section"],

@@ -21,6 +21,7 @@ RANK = {
     "moe.plan": 1,
     "moe.layers": 2,
     "moe.experts": 2,
+    "moe.checkpointing": 3,
     "moe.decode": 3,
     "moe.vision": 3,
     "moe.model": 4,

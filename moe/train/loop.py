@@ -109,7 +109,7 @@ def train(
         except torch.OutOfMemoryError as error:
             raise TrainError(
                 f"out of memory with train.micro_batch = {run.micro_batch}: halve it, or set "
-                f"train.activation_checkpointing = true ({str(error).splitlines()[0]})"
+                f"train.activation_checkpointing = selective or full ({str(error).splitlines()[0]})"
             ) from error
         finally:
             run.log.close()

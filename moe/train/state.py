@@ -24,6 +24,7 @@ KEEP = 2
 # What may change between a run and its resumption: none of these changes the model that comes out.
 HARMLESS = (
     "name",
+    "train.activation_checkpointing",
     "train.log_every",
     "train.eval_every",
     "train.eval_tokens",

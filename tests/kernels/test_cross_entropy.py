@@ -137,7 +137,7 @@ def test_without_gradients_none_are_computed(monkeypatch: pytest.MonkeyPatch) ->
     def refuse(*_: Tensor) -> None:
         raise AssertionError("the gradient of w was computed")
 
-    monkeypatch.setattr(cross_entropy, "_accumulate", refuse)
+    monkeypatch.setattr(cross_entropy, "accumulate", refuse)
     x, w, targets = make()
     with torch.no_grad():
         total = ops.linear_cross_entropy(x.requires_grad_(), w.requires_grad_(), targets)
@@ -166,7 +166,7 @@ def test_opcheck(want_grad: bool) -> None:
     x, w, targets = make(T=5, V=7, D=3)
     torch.library.opcheck(
         ops._linear_cross_entropy,
-        (x.float().requires_grad_(want_grad), w.float().requires_grad_(want_grad), targets, want_grad),
+        (x.float().requires_grad_(want_grad), w.float().requires_grad_(want_grad), targets, want_grad, "torch"),
     )
 
 
@@ -191,3 +191,28 @@ def test_compiles_in_one_graph() -> None:
     total = compiled(*leaves)
     want = [t / 2 for t in by_hand(x, w, targets)]
     assert_close((total, *torch.autograd.grad(total, leaves)), tuple(want), 1e-13)
+
+
+def test_a_gradient_in_bfloat16_is_summed_over_chunks_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """600 equal shares of a sum: in bfloat16, adding one would stop to change it long before."""
+    monkeypatch.setattr(cross_entropy, "_CHUNK_ELEMENTS", 2)
+    x, w = torch.ones(600, 1), torch.zeros(2, 1)
+    _, _, dw = run(x.bfloat16(), w.bfloat16(), torch.zeros(600, dtype=torch.int64))
+    assert dw.tolist() == [[-300.0], [300.0]]
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"x_TD": torch.zeros(2, 3, 4)}, r"got \[2, 3, 4\], \[7, 4\], \[3\]"),
+        ({"w_VD": torch.zeros(7, 5)}, r"got \[3, 4\], \[7, 5\], \[3\]"),
+        ({"targets_T": torch.zeros(2, dtype=torch.int64)}, r"got \[3, 4\], \[7, 4\], \[2\]"),
+        ({"targets_T": torch.zeros(3, dtype=torch.int32)}, "targets must be int64; got torch.int32"),
+        ({"impl": "grouped"}, """impl = 'grouped': must be "torch" or "triton", or None"""),
+        ({"x_TD": torch.zeros(3, 4).double(), "impl": "triton"}, 'not torch.float64; use "torch"'),
+    ],
+)
+def test_what_does_not_fit_is_refused(change: dict, complaint: str) -> None:
+    given = {"x_TD": torch.zeros(3, 4), "w_VD": torch.zeros(7, 4), "targets_T": torch.zeros(3, dtype=torch.int64)}
+    with pytest.raises(ValueError, match=complaint):
+        ops.linear_cross_entropy(**{**given, **change})

@@ -1,7 +1,7 @@
 """ops.expert_mlp: every implementation, output and all gradients, against float64 autograd of the definition."""
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -294,11 +294,33 @@ def test_activation_checkpointing_gives_the_same_bits(impl: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+@pytest.mark.parametrize(("D", "body"), [(24, "grouped_mm_backward"), (23, "loop_backward")])
+def test_recomputing_pre_activations_gives_the_same_bits(
+    D: int, body: str, activation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, backward = [], getattr(grouped, body)
+
+    def spy(*arguments: Any) -> Any:
+        seen.append(arguments[5].numel())
+        return backward(*arguments)
+
+    monkeypatch.setattr(grouped, body, spy)
+    inputs, results = make(T=17, E=7, K=3, D=D, activation=activation, used=5).to(torch.float32), []
+    for recompute in (False, True):
+        leaves = inputs.leaves()
+        y = ops.expert_mlp(*leaves, activation, "grouped", recompute=recompute)
+        results.append((y, *torch.autograd.grad(y, leaves[:4], upstream(inputs).float())))
+    assert seen == [17 * 3 * ops.ACTIVATIONS[activation] * 32, 0], "pre-activations that were kept"
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("activation", ["swiglu", "gelu"])
-def test_opcheck(impl: str, activation: str) -> None:
+@pytest.mark.parametrize("recompute", [False, True])
+def test_opcheck(impl: str, activation: str, recompute: bool) -> None:
     inputs = make(T=9, E=4, K=2, activation=activation).to(torch.float32)
-    torch.library.opcheck(ops._expert_mlp, (*inputs.leaves(), None, None, activation, impl, False))
+    torch.library.opcheck(ops._expert_mlp, (*inputs.leaves(), None, None, activation, impl, recompute))
     saved = ops._expert_mlp(*inputs, None, None, activation, impl, False)[1:]
     backward = (upstream(inputs).float(), *inputs, *saved, None, None, activation, impl)
     torch.library.opcheck(ops._expert_mlp_backward, backward, test_utils=["test_schema", "test_faketensor"])

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from moe.kernels import ops
 from tests.conftest import rel, tiny_config
@@ -127,3 +128,62 @@ def test_the_default_on_cuda_is_triton_and_the_model_trains_with_it() -> None:
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < 0.7 * losses[0]
+
+
+# -------------------------------------------------------------------------------------- output layer + cross-entropy
+
+
+def head(T: int, D: int, V: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    g = torch.Generator("cuda").manual_seed(0)
+    x, w = (torch.randn(n, D, generator=g, device="cuda").to(dtype) for n in (T, V))
+    targets = torch.randint(V, (T,), generator=g, device="cuda")
+    return [x, w / D**0.5, targets.masked_fill(torch.rand(T, generator=g, device="cuda") < 0.2, -100)]
+
+
+def head_step(inputs: list[torch.Tensor], impl: str | None = None) -> list[torch.Tensor]:
+    x, w = (t.detach().requires_grad_() for t in inputs[:2])
+    total = ops.linear_cross_entropy(x, w, inputs[2], impl)
+    return [total.detach(), *torch.autograd.grad(total, (x, w))]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("T", "V"), [(1, 257), (515, 8192), (4500, 50257), (4300, 100352)], ids=str)
+def test_cross_entropy_against_float64(T: int, V: int, dtype: torch.dtype) -> None:
+    x, w, targets = head(T, 192, V, dtype)
+    if T == 1:
+        targets.fill_(0)
+    leaves = [t.double().requires_grad_() for t in (x, w)]
+    want = F.cross_entropy(leaves[0] @ leaves[1].t(), targets, ignore_index=-100, reduction="sum")
+    wanted = [want.detach(), *torch.autograd.grad(want, leaves)]
+    limit = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}[dtype]
+    for name, a, b in zip(("loss", "dx", "dw"), head_step([x, w, targets]), wanted, strict=True):
+        assert rel(a, b) < (limit if name != "loss" else limit / 10), name
+
+
+def test_cross_entropy_twice_gives_the_same_bits_and_waits_for_nothing() -> None:
+    inputs = head(9000, 256, 32768, torch.bfloat16)
+    first = head_step(inputs)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        second = head_step(inputs)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_cross_entropy_under_autocast_sums_in_float32_and_never_holds_all_logits() -> None:
+    T, D, V = 16384, 128, 65536
+    x, w, targets = head(T, D, V, torch.float32)
+    x, w = x.requires_grad_(), w.requires_grad_()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    with torch.autocast("cuda", torch.bfloat16):
+        total = ops.linear_cross_entropy(x, w, targets)
+    dx, dw = torch.autograd.grad(total, (x, w))
+    assert torch.cuda.max_memory_allocated() - before < 0.5 * T * V * 2
+    assert dx.dtype == dw.dtype == torch.float32
+    want = head_step([x.detach().bfloat16(), w.detach().bfloat16(), targets], "torch")
+    for a, b in zip((total, dx, dw), want, strict=True):
+        assert rel(a, b) < 1e-2

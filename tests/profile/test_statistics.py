@@ -207,8 +207,8 @@ def test_duplicate_experts() -> None:
 # ------------------------------------------------------------------------------------------------------------- models
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_our_model_in_training(checkpointing: bool) -> None:
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+def test_our_model_in_training(checkpointing: str) -> None:
     """One pass per step, activation checkpointing's second run not counted; the same as the model's own report."""
     cfg = moe.load_config("replica-tiny").scaled(d_model=192, n_layers=3, vocab_size=64, max_seq_len=32)
     torch.manual_seed(0)

@@ -69,11 +69,16 @@ def test_every_part_of_a_training_step_is_seen(model: Transformer, tokens: torch
     assert t.total == 2 * sum(t.calls.values()) + 1
 
 
-def test_what_checkpointing_computes_again_has_a_phase_of_its_own(model: Transformer, tokens: torch.Tensor) -> None:
-    model.activation_checkpointing = True
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_what_checkpointing_computes_again_has_a_phase_of_its_own(
+    model: Transformer, tokens: torch.Tensor, mode: str
+) -> None:
+    model.activation_checkpointing = mode
     with profile.timing(model) as t:
         model(tokens[:, :-1], tokens[:, 1:]).loss.backward()
     assert t.calls["attention", "recompute"] == t.calls["up", "recompute"] == t.calls["norm", "recompute"] / 2 == L
+    # Selective checkpointing keeps what the experts gave: of them, only the pre-activations are made again.
+    assert t.calls["down", "recompute"] == t.calls["combine", "recompute"] == (L if mode == "full" else 0)
     assert t.calls["up", "backward"] == t.calls["down", "backward"] == t.calls["permute", "backward"] == L
     assert ("head", "recompute") not in t.calls
 

@@ -73,7 +73,7 @@ def test_fresh_moves_the_older_run_aside(cfg, data_dir, tmp_path):
     assert (tmp_path / "run-old-1" / "summary.json").is_file()
 
 
-@pytest.mark.parametrize("change", ["micro_batch=2", "micro_batch=1", "activation_checkpointing=true"])
+@pytest.mark.parametrize("change", ["micro_batch=2", "micro_batch=1"])
 def test_how_a_batch_is_computed_changes_only_rounding(cfg, data_dir, tmp_path, change):
     train(cfg, data_dir, tmp_path / "one")
     train(cfg.with_overrides([f"train.{change}"]), data_dir, tmp_path / "other")
@@ -81,6 +81,19 @@ def test_how_a_batch_is_computed_changes_only_rounding(cfg, data_dir, tmp_path, 
         for key in ("loss", "lm", "balance", "z", "grad_norm"):
             assert one[key] == pytest.approx(other[key], rel=2e-4)
         assert one["load"][0] == pytest.approx(other["load"][0], abs=0.02)
+
+
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_checkpointing_changes_nothing_that_is_logged(cfg, data_dir, tmp_path, mode):
+    """Not the loss, and not the loads that move the biases: what a backward computes again is counted once."""
+    cfg = cfg.with_overrides(["router.bias_update_rate=0.01", "train.steps=4", "train.micro_batch=2"])
+    train(cfg, data_dir, tmp_path / "plain")
+    other = cfg.with_overrides([f"train.activation_checkpointing={mode}"])
+    train(other, data_dir, tmp_path / "checkpointed")
+    for one, two in zip(*(records(tmp_path / run, "train") for run in ("plain", "checkpointed")), strict=True):
+        for key in ("loss", "lm", "balance", "z", "grad_norm", "load"):
+            assert one[key] == two[key], key
+    state.check_same_config(cfg.to_toml(), other, tmp_path)  # so a run may go on with another mode
 
 
 def test_log_points_are_means_over_their_steps(cfg, data_dir, tmp_path):
