@@ -3,12 +3,19 @@
 Importing this costs numpy alone: tokenizers, tiktoken, pyarrow and datasets load where they are used.
 """
 
+from moe.data.chat import ChatTemplate, check_messages
+from moe.data.conversations import ConversationData, prepare_conversations
 from moe.data.mixture import Mixture, permute, permute_many, validation_windows
+from moe.data.packing import Batch, ConversationStream
 from moe.data.prepare import DataInfo, SplitInfo, compression, describe, prepare
 from moe.data.shards import DocumentTable, TokenData, TokenStream
 from moe.data.sources import DataError, Document, Report, Source, default_sources, is_held_out, parse_source, read
 
 __all__ = [
+    "Batch",
+    "ChatTemplate",
+    "ConversationData",
+    "ConversationStream",
     "DataError",
     "DataInfo",
     "Document",
@@ -19,6 +26,7 @@ __all__ = [
     "SplitInfo",
     "TokenData",
     "TokenStream",
+    "check_messages",
     "compression",
     "default_sources",
     "describe",
@@ -27,6 +35,7 @@ __all__ = [
     "permute",
     "permute_many",
     "prepare",
+    "prepare_conversations",
     "read",
     "validation_windows",
 ]

@@ -144,6 +144,50 @@ class TokenStream:
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
+def read_index(path: Path, format_name: str, version: int, maker: str) -> dict[str, Any]:
+    """The index of a prepared directory. Raises DataError where it is missing, damaged, of another kind or version."""
+    file = path / INDEX_FILE
+    if not file.is_file():
+        raise DataError(f"no prepared data in {path} ({INDEX_FILE} is missing): prepare it with {maker}")
+    try:
+        index = json.loads(file.read_bytes())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"{file} is not complete JSON ({error}): prepare the data again") from None
+    if not isinstance(index, dict) or index.get("format") != format_name:
+        found = index.get("format") if isinstance(index, dict) else None
+        other = f"{found!r}, not {format_name!r}" if found else f"not {format_name!r}"
+        raise DataError(f"{file} is not the index of prepared data (format is {other}): prepare it with {maker}")
+    if index.get("version") != version:
+        raise DataError(f"{file} has format version {index.get('version')}, expected {version}: prepare it again")
+    return index
+
+
+def map_stream(directory: Path, shards: Sequence[dict[str, Any]], dtype: np.dtype) -> TokenStream:
+    """The memory-mapped stream of the shards of an index. Raises DataError where one is missing or cut short."""
+    parts = []
+    for shard in shards:
+        file = directory / shard["file"]
+        expected = shard["tokens"] * dtype.itemsize
+        found = file.stat().st_size if file.is_file() else None
+        if found != expected:
+            state = "is missing" if found is None else f"has {found:,} bytes"
+            raise DataError(f"{file} {state}, expected {expected:,} bytes: prepare the data again (overwrite)")
+        parts.append(np.memmap(file, dtype=dtype, mode="r"))
+    return TokenStream(parts, dtype)
+
+
+def load_tokenizer(directory: Path, sha256: str) -> Tokenizer:
+    """The tokenizer of prepared data. Raises DataError where the file is not the one that the tokens were made with."""
+    file = directory / TOKENIZER_FILE
+    found = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else "missing"
+    if found != sha256:
+        raise DataError(
+            f"{file} is not the tokenizer these tokens were made with (sha256 {found[:12]}, expected "
+            f"{sha256[:12]}): prepare the data again (overwrite)"
+        )
+    return Tokenizer.load(file)
+
+
 class TokenData:
     """A prepared directory, opened: streams of tokens, tables of documents, the tokenizer.
 
@@ -158,7 +202,11 @@ class TokenData:
         self.fingerprint: str = index["fingerprint"]
         self.sources: tuple[str, ...] = tuple(index["sources"])
         self.dtype = np.dtype(index["dtype"])
-        self._streams = {(source, split): self._map(source, split) for source in self.sources for split in SPLITS}
+        self._streams = {
+            (source, split): map_stream(path, index["sources"][source][split]["shards"], self.dtype)
+            for source in self.sources
+            for split in SPLITS
+        }
 
     @staticmethod
     def open(path: str | Path) -> "TokenData":
@@ -168,30 +216,8 @@ class TokenData:
             DataError: not a prepared directory, another version, or a file that is missing or cut short.
         """
         path = Path(path)
-        file = path / INDEX_FILE
-        if not file.is_file():
-            raise DataError(f"no prepared data in {path} ({INDEX_FILE} is missing): prepare it with moe.data.prepare")
-        try:
-            index = json.loads(file.read_bytes())
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise DataError(f"{file} is not complete JSON ({error}): prepare the data again") from None
-        if not isinstance(index, dict) or index.get("format") != FORMAT:
-            raise DataError(f"{file} is not the index of prepared data (format is not {FORMAT!r})")
-        if index.get("version") != VERSION:
-            raise DataError(f"{file} has format version {index.get('version')}, expected {VERSION}: prepare it again")
+        index = read_index(path, FORMAT, VERSION, "moe.data.prepare")
         return TokenData(path, index)
-
-    def _map(self, source: str, split: str) -> TokenStream:
-        shards = []
-        for shard in self.index["sources"][source][split]["shards"]:
-            file = self.path / shard["file"]
-            expected = shard["tokens"] * self.dtype.itemsize
-            found = file.stat().st_size if file.is_file() else None
-            if found != expected:
-                state = "is missing" if found is None else f"has {found:,} bytes"
-                raise DataError(f"{file} {state}, expected {expected:,} bytes: prepare the data again (overwrite)")
-            shards.append(np.memmap(file, dtype=self.dtype, mode="r"))
-        return TokenStream(shards, self.dtype)
 
     def tokens(self, source: str, split: str) -> TokenStream:
         """The token stream of a source's "train" or "val" split. Raises DataError for an unknown source or split."""
@@ -212,14 +238,7 @@ class TokenData:
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that the tokens were made with. Raises DataError where the file beside them is another one."""
-        file = self.path / TOKENIZER_FILE
-        found = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else "missing"
-        if found != self.index["tokenizer_sha256"]:
-            raise DataError(
-                f"{file} is not the tokenizer these tokens were made with (sha256 {found[:12]}, expected "
-                f"{self.index['tokenizer_sha256'][:12]}): prepare the data again (overwrite)"
-            )
-        return Tokenizer.load(file)
+        return load_tokenizer(self.path, self.index["tokenizer_sha256"])
 
     def check_compatible(self, vocab_size: int) -> None:
         """Raises DataError where a model of `vocab_size` ids cannot take these tokens; more ids are fine."""

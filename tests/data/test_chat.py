@@ -20,7 +20,7 @@ CHATML = (
 PLAIN_CHATML = CHATML.replace("{% generation %}", "").replace("{% endgeneration %}", "")
 CONVERSATIONS = [
     [("user", "Hello there"), ("assistant", "Hi.")],
-    [("system", "You are brief."), ("user", "1+1?"), ("assistant", "2"), ("user", "  été 日本 \n\n"), ("assistant", "")],
+    [("system", "Be brief."), ("user", "1+1?"), ("assistant", "2"), ("user", "  été 日本 \n\n"), ("assistant", "")],
     [("user", "def f(x):\n    return x\n"), ("assistant", "    indented\n\ttabs"), ("user", "thanks")],
     [("assistant", "I begin."), ("user", "😀 ok"), ("assistant", "done\r\n")],
 ]
@@ -124,7 +124,7 @@ def test_a_response_is_learned_after_the_very_prompt_of_a_chat(plain: Tokenizer,
         ([], "messages is empty"),
         ({"role": "user"}, "messages is a dict"),
         (["hello"], r"messages\[0\] is a str"),
-        ([{"role": "human", "content": "a"}], r"messages\[0\].role is 'human', expected one of system, user, assistant"),
+        ([{"role": "human", "content": "a"}], r"messages\[0\].role is 'human', expected one of system, user"),
         ([{"role": "user"}], r"messages\[0\].content is missing"),
         ([{"role": "user", "content": ["a"]}], r"messages\[0\].content is a list"),
         ([{"role": "user", "content": "a"}, {"role": "system", "content": "b"}], r"messages\[1\].role is 'system'"),
