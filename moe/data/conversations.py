@@ -254,7 +254,7 @@ def _survey(
     """Reads everything once: a sha256 of all that decides the result, and the conversations of each split."""
     state = f"{FORMAT} {VERSION} {template.name} {template.tokenizer.fingerprint} {shard_tokens}\n"
     digest = hashlib.sha256(state.encode())
-    counts = dict.fromkeys(SPLITS, 0)
+    counts: dict[str, int] = {split: 0 for split in SPLITS}
     for conversation in _conversations(readers, report):
         digest.update(hashlib.sha256(json.dumps(conversation).encode()).digest())
         counts[conversation.split] += 1
