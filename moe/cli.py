@@ -32,6 +32,7 @@ def train(
     data: Path | None = None,
     out: Path | None = None,
     set_: Annotated[UseAppendAction[tuple[tuple[str, ...], ...]], arg(name="set", metavar="KEY=VALUE ...")] = (),
+    from_: Annotated[Path | None, arg(name="from")] = None,
     device: str | None = None,
     fresh: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
 ) -> int:
@@ -42,6 +43,7 @@ def train(
         data: Prepared data (moe data prepare). Default: text and code from installed packages, prepared in data/.
         out: Directory of the run. Default: runs/NAME.
         set_: Settings to change, such as train.lr=3e-4.
+        from_: A checkpoint to begin with, for the next stage of a recipe: more context, other data.
         device: cuda or cpu. Default: cuda where there is one.
         fresh: Start anew; an older run in the directory is moved aside.
     """
@@ -53,7 +55,7 @@ def train(
     data_dir = data if data is not None else _default_data(cfg)
     run_dir = out if out is not None else Path("runs") / cfg.name
     resume = "never" if fresh else "auto"
-    result = train(cfg, data_dir, run_dir, resume=resume, device=device, reporter=console.reporter())
+    result = train(cfg, data_dir, run_dir, resume=resume, start_from=from_, device=device, reporter=console.reporter())
     if result.status == "stopped":
         print(f"stopped after step {result.step:,}; the same command, without --fresh, goes on from there")
         return 128 + result.signal

@@ -7,7 +7,9 @@ and what would be right. Imports the standard library only.
 
 import dataclasses
 import difflib
+import math
 import os
+import re
 import tomllib
 import typing
 from collections.abc import Iterable
@@ -126,17 +128,28 @@ class ExpertsConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How `moe train` trains: lengths in optimizer steps, sizes in tokens or sequences.
+    """How `moe train` trains.
 
-    `batch_size` sequences of `seq_len` tokens make one optimizer step; they pass through the model `micro_batch` at
-    a time. `schedule` "cosine" falls from `lr` to `lr * min_lr` over all steps; "wsd" holds it and falls linearly
-    over the last `decay` fraction of the steps. `muon_lr` and `muon_momentum` are for the blocks' matrices with
-    optimizer "muon"; `embedding_lr` is the embedding's rate as a multiple of `lr`.
+    The run is `steps` optimizer steps long, or `tokens` tokens where that is set: "3M", "13T", or "epochs", which goes
+    through the data exactly `epochs` times. `epochs` says so per source ({text = 2, code = 4}); sources are 1 unless
+    they are named, and 0 leaves one out.
+
+    `batch_size` sequences of `seq_len` tokens (0: `max_seq_len`) make one step; they pass through the model
+    `micro_batch` at a time (0: all). `batch_ramp` takes its place: "0:64k 2M:128k" is 64,000 tokens a step, from 2
+    million on 128,000, in whole sequences. `document_mask` keeps attention inside documents.
+
+    `schedule` "cosine" falls from `lr` to `lr * min_lr` over all tokens; "wsd" holds it and falls linearly over the
+    last `decay` fraction of them; `warmup` is in steps of the first batch size. `muon_lr` and `muon_momentum` are for
+    the blocks' matrices with optimizer "muon"; `embedding_lr` is the embedding's rate as a multiple of `lr`.
     """
 
     steps: int = 1000
+    tokens: str = ""
+    epochs: dict[str, int] = field(default_factory=dict)
     seq_len: int = 0
+    document_mask: bool = False
     batch_size: int = 16
+    batch_ramp: str = ""
     micro_batch: int = 0
     optimizer: Literal["adamw", "muon"] = "adamw"
     lr: float = 1e-3
@@ -175,6 +188,39 @@ class TrainConfig:
             self.micro_batch,
             f"must divide train.batch_size = {self.batch_size}",
         )
+        for source, times in self.epochs.items():
+            _require(times >= 0, f"train.epochs.{source}", times, "must be 0 (leave it out) or more")
+        if self.tokens not in ("", "epochs"):
+            _require(parse_tokens("train.tokens", self.tokens) > 0, "train.tokens", self.tokens, "must be more than 0")
+        self.ramp()
+
+    def ramp(self) -> list[tuple[int, int]]:
+        """`batch_ramp` as (tokens done, tokens a step from there on), the first at 0; empty without one.
+
+        Raises:
+            ConfigError: not of that form, not beginning at 0, not rising, or a batch of nothing.
+        """
+        stages: list[tuple[int, int]] = []
+        for part in self.batch_ramp.split():
+            begin, colon, size = part.partition(":")
+            _require(bool(colon), "train.batch_ramp", self.batch_ramp, 'must be like "0:64k 2M:128k 8M:256k"')
+            stages.append((parse_tokens("train.batch_ramp", begin), parse_tokens("train.batch_ramp", size)))
+        begins = [begin for begin, _ in stages]
+        ok = not stages or (begins[0] == 0 and begins == sorted(set(begins)) and all(size > 0 for _, size in stages))
+        _require(ok, "train.batch_ramp", self.batch_ramp, "must begin at 0 tokens, go up, and have batches above 0")
+        return stages
+
+
+def parse_tokens(name: str, text: str) -> int:
+    """A number of tokens: "64k", "2.5M", "13T" (powers of 1000) or plain digits. Raises ConfigError for others."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kMGBT]?)", text, re.ASCII)
+    value = float(match[1]) * _TOKEN_UNITS[match[2]] if match else math.inf
+    if match and value == round(value):
+        return round(value)
+    raise ConfigError(f'{name} = {text!r}: must be a number of tokens such as "500000", "64k", "2.5M", "10G", "13T"')
+
+
+_TOKEN_UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "B": 10**9, "T": 10**12}
 
 
 # ------------------------------------------------------------------------------------------------------------- root
@@ -318,6 +364,8 @@ def _from_table(kind: Any, table: dict[str, Any], section: str = "", base: Any =
             values[key] = _from_table(hint, value, f"{section}{key}.", sub_base)
         else:
             values[key] = _check_type(section + key, value, hint)
+            if isinstance(value, dict) and base is not None:
+                values[key] = getattr(base, key) | values[key]
     return dataclasses.replace(base, **values) if base is not None else kind(**values)
 
 
@@ -332,6 +380,11 @@ def _check_type(name: str, value: Any, hint: Any) -> Any:
         ok = isinstance(value, list | tuple) and len(value) == len(parts)
         _require(ok, name, value, f"must be a list of {len(parts)} numbers")
         return tuple(_check_type(f"{name}[{i}]", v, h) for i, (v, h) in enumerate(zip(value, parts, strict=True)))
+    if typing.get_origin(hint) is dict:
+        _require(
+            isinstance(value, dict), name, value, f"is a table: write {name.rpartition('.')[2]} = {{name = number}}"
+        )
+        return {key: _check_type(f"{name}.{key}", v, typing.get_args(hint)[1]) for key, v in value.items()}
     if hint is float and type(value) is int:
         return float(value)
     _require(
@@ -398,6 +451,8 @@ def _toml_value(value: Any) -> str:
     if isinstance(value, str):
         escaped = "".join(f"\\u{ord(c):04x}" if ord(c) < 32 or c in '"\\\x7f' else c for c in value)
         return f'"{escaped}"'
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_toml_value(key)} = {_toml_value(v)}" for key, v in value.items()) + "}"
     if isinstance(value, tuple):
         return "[" + ", ".join(map(_toml_value, value)) + "]"
     return repr(value)

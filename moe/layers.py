@@ -192,9 +192,17 @@ class Attention(nn.Module):
         self.wo = Linear(cfg.n_heads * cfg.head_dim, d_model)
 
     def forward(
-        self, x_BSD: Tensor, rope: tuple[Tensor, Tensor], cache: LayerCache | None = None, start: int = 0
+        self,
+        x_BSD: Tensor,
+        rope: tuple[Tensor, Tensor],
+        cache: LayerCache | None = None,
+        start: int = 0,
+        mask_B1SS: Tensor | None = None,
     ) -> Tensor:
-        """x_BSD -> [B, S, D]. `start` is the position of the first token; earlier ones are in the cache."""
+        """x_BSD -> [B, S, D]. `start` is the position of the first token; earlier ones are in the cache.
+
+        `mask_B1SS`, of `document_mask`, says what each position sees; None: all before it, and itself.
+        """
         # -1, not the number of heads: under tensor parallelism a rank holds some of them.
         q_BSHC = rotate(self.wq(x_BSD).unflatten(-1, (-1, self.head_dim)), *rope)
         k_BSNC = rotate(self.wk(x_BSD).unflatten(-1, (-1, self.head_dim)), *rope)
@@ -202,10 +210,16 @@ class Attention(nn.Module):
         k, v = k_BSNC.transpose(1, 2), v_BSNC.transpose(1, 2)
         if cache is not None:
             k, v = cache.append(start, k, v)
-        return self.wo(_attend(q_BSHC, k, v))
+        return self.wo(_attend(q_BSHC, k, v, mask_B1SS))
 
 
-def _attend(q_BSHC: Tensor, k_BNPC: Tensor, v_BNPC: Tensor) -> Tensor:
+def document_mask(documents_BS: Tensor) -> Tensor:
+    """What each position may see: itself and those before it in the same document -> bool [B, 1, S, S]."""
+    same_BSS = documents_BS.unsqueeze(2) == documents_BS.unsqueeze(1)
+    return same_BSS.tril_().unsqueeze(1)
+
+
+def _attend(q_BSHC: Tensor, k_BNPC: Tensor, v_BNPC: Tensor, mask_B1SS: Tensor | None = None) -> Tensor:
     """Causal attention of the last S of P positions -> [B, S, H*C]."""
     B, S, H, C = q_BSHC.shape
     N, P = k_BNPC.shape[1:3]
@@ -213,7 +227,9 @@ def _attend(q_BSHC: Tensor, k_BNPC: Tensor, v_BNPC: Tensor) -> Tensor:
         # One position sees everything, so the heads that share a key head can be rows of one query: a single product.
         return F.scaled_dot_product_attention(q_BSHC.reshape(B, N, H // N, C), k_BNPC, v_BNPC).reshape(B, 1, H * C)
     q_BHSC = q_BSHC.transpose(1, 2)
-    if S == P:
+    if mask_B1SS is not None:
+        y_BHSC = F.scaled_dot_product_attention(q_BHSC, k_BNPC, v_BNPC, attn_mask=mask_B1SS, enable_gqa=True)
+    elif S == P:
         y_BHSC = F.scaled_dot_product_attention(q_BHSC, k_BNPC, v_BNPC, is_causal=True, enable_gqa=True)
     else:
         mask_SP = torch.ones(S, P, dtype=torch.bool, device=q_BHSC.device).tril(P - S)

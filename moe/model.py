@@ -19,7 +19,7 @@ from moe.decode import DecodeStep
 from moe.experts import MoE, Routing
 from moe.kernels import ops
 from moe.kernels.reference import IGNORE_INDEX
-from moe.layers import Attention, KVCache, LayerCache, Linear, RMSNorm, rope_tables
+from moe.layers import Attention, KVCache, LayerCache, Linear, RMSNorm, document_mask, rope_tables
 
 
 @dataclass
@@ -55,9 +55,14 @@ class Block(nn.Module):
         self.moe = MoE(cfg.d_model, cfg.experts, cfg.router)
 
     def forward(
-        self, x_BSD: Tensor, rope: tuple[Tensor, Tensor], cache: LayerCache | None = None, start: int = 0
+        self,
+        x_BSD: Tensor,
+        rope: tuple[Tensor, Tensor],
+        cache: LayerCache | None = None,
+        start: int = 0,
+        mask_B1SS: Tensor | None = None,
     ) -> tuple[Tensor, Routing]:
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), rope, cache, start)
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), rope, cache, start, mask_B1SS)
         # A step of generation has no use for the balance losses.
         y_BSD, routing = self.moe(self.moe_norm(x_BSD), with_losses=cache is None)
         return x_BSD + y_BSD, routing
@@ -84,28 +89,38 @@ class Transformer(nn.Module):
         if not self.head.weight.is_meta:
             init_weights(self, seed)
 
-    def forward(self, tokens_BS: Tensor, targets_BS: Tensor | None = None, *, cache: KVCache | None = None) -> Output:
+    def forward(
+        self,
+        tokens_BS: Tensor,
+        targets_BS: Tensor | None = None,
+        *,
+        documents_BS: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Output:
         """Logits of the next token at every position, or, with targets, the loss without ever holding the logits.
 
         Args:
             tokens_BS: int64 ids, S <= max_seq_len (with a cache: what is in it included).
             targets_BS: int64 ids of the same shape, -100 where there is none to predict.
-            cache: holds the earlier positions, and takes these; without targets only.
+            documents_BS: integers of the same shape: attention stays among equal ones.
+            cache: holds the earlier positions, and takes these; without targets and documents only.
 
         Raises:
-            ValueError: more positions than the model or the cache has, targets together with a cache, another batch
-                size than the cache's, or (on CPU, where looking costs nothing) ids outside the vocabulary.
+            ValueError: more positions than the model or the cache has, targets or documents together with a cache,
+                another batch size than the cache's, or (on CPU, where looking costs nothing) ids outside the
+                vocabulary.
         """
         start = cache.length if cache is not None else 0
-        self._check_input(tokens_BS, targets_BS, cache, start + tokens_BS.shape[1])
+        self._check_input(tokens_BS, targets_BS, documents_BS, cache, start + tokens_BS.shape[1])
+        mask_B1SS = None if documents_BS is None else document_mask(documents_BS)
         x_BSD = self.embedding(tokens_BS)
         rope = self._rope(start, tokens_BS.shape[1], x_BSD, cache)
         out = Output()
         for i, block in enumerate(self.blocks):
             if self.activation_checkpointing and torch.is_grad_enabled() and cache is None:
-                x_BSD, routing = checkpoint(block, x_BSD, rope, use_reentrant=False)  # type: ignore[misc]
+                x_BSD, routing = checkpoint(block, x_BSD, rope, None, 0, mask_B1SS, use_reentrant=False)  # type: ignore[misc]
             else:
-                x_BSD, routing = block(x_BSD, rope, cache.layers[i] if cache is not None else None, start)
+                x_BSD, routing = block(x_BSD, rope, cache.layers[i] if cache is not None else None, start, mask_B1SS)
             out.routing.append(routing)
         if cache is not None:
             cache.length = start + tokens_BS.shape[1]
@@ -134,7 +149,9 @@ class Transformer(nn.Module):
         attention = self.cfg.attention
         return rope_tables(start, length, attention.head_dim, attention.rope, like.dtype, like.device)
 
-    def _check_input(self, tokens: Tensor, targets: Tensor | None, cache: KVCache | None, length: int) -> None:
+    def _check_input(
+        self, tokens: Tensor, targets: Tensor | None, documents: Tensor | None, cache: KVCache | None, length: int
+    ) -> None:
         if length > self.cfg.max_seq_len:
             raise ValueError(
                 f"sequence of {length} tokens, but max_seq_len = {self.cfg.max_seq_len} ({self.cfg.name}); "
@@ -142,9 +159,14 @@ class Transformer(nn.Module):
             )
         if targets is not None and targets.shape != tokens.shape:
             raise ValueError(f"targets {list(targets.shape)} must have the shape of the tokens {list(tokens.shape)}")
+        if documents is not None and documents.shape != tokens.shape:
+            raise ValueError(
+                f"documents {list(documents.shape)} must have the shape of the tokens {list(tokens.shape)}"
+            )
         if cache is not None:
-            if targets is not None:
-                raise ValueError("targets and cache exclude each other: with a cache, take the logits")
+            if targets is not None or documents is not None:
+                name = "targets" if targets is not None else "documents"
+                raise ValueError(f"{name} and cache exclude each other: with a cache, take the logits")
             if length > cache.max_len:
                 raise ValueError(f"sequence of {length} tokens, but the cache was made for {cache.max_len}")
             if len(tokens) != cache.batch:

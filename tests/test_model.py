@@ -297,3 +297,36 @@ def test_bad_input_is_named(tokens, targets, cache, words) -> None:
     with pytest.raises(ValueError) as error:
         model(tokens, targets, cache=kv)
     assert all(word in str(error.value) for word in words)
+
+
+def test_no_token_sees_another_document() -> None:
+    """With document ids: each document's logits are those it has alone, and nothing of it reaches another."""
+    model, x = lively(tiny_config()), tokens(B=2, S=16)
+    lengths = [[4, 1, 11], [7, 9]]
+    documents = torch.stack([torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in lengths])
+    logits = model(x, documents_BS=documents).logits_BSV
+    for b, row in enumerate(lengths):
+        begin = 0
+        for n in row:
+            alone = model(x[b : b + 1, begin : begin + n]).logits_BSV[0]
+            assert rel(logits[b, begin : begin + n], alone) < 1e-12  # rotations are relative
+            begin += n
+    whole = model(x).logits_BSV
+    assert rel(whole[0, :4], logits[0, :4]) < 1e-13
+    assert rel(whole[0, 4:], logits[0, 4:]) > 1e-2
+
+    embedded = model.embedding(x).detach().requires_grad_()
+    model.embedding.forward = lambda _: embedded  # type: ignore[method-assign]
+    model(x, documents_BS=documents).logits_BSV[0, 4:].sum().backward()
+    assert embedded.grad is not None
+    assert embedded.grad[0, :4].abs().max() == 0
+    assert embedded.grad[0, 4:].abs().amax(1).min() > 0
+
+
+def test_documents_that_cannot_be() -> None:
+    model, x = lively(tiny_config()), tokens(B=1, S=4)
+    with pytest.raises(ValueError, match=r"documents \[1, 3\] must have the shape of the tokens \[1, 4\]"):
+        model(x, documents_BS=x[:, :3])
+    cache = KVCache(model.cfg, 1, 8, torch.float64, torch.device("cpu"))
+    with pytest.raises(ValueError, match="documents and cache exclude each other"):
+        model(x, documents_BS=x, cache=cache)

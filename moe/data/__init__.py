@@ -5,8 +5,8 @@ Importing this costs numpy alone: tokenizers, tiktoken, pyarrow and datasets loa
 
 from moe.data.chat import ChatTemplate, check_messages
 from moe.data.conversations import ConversationData, prepare_conversations
-from moe.data.mixture import Mixture, permute, permute_many, validation_windows
-from moe.data.packing import Batch, ConversationStream
+from moe.data.mixture import Batch, Mixture, Stream, document_ids, permute, permute_many, validation_windows
+from moe.data.packing import ConversationStream
 from moe.data.prepare import DataInfo, SplitInfo, compression, describe, prepare
 from moe.data.shards import DocumentTable, TokenData, TokenStream
 from moe.data.sources import DataError, Document, Report, Source, default_sources, is_held_out, parse_source, read
@@ -24,12 +24,14 @@ __all__ = [
     "Report",
     "Source",
     "SplitInfo",
+    "Stream",
     "TokenData",
     "TokenStream",
     "check_messages",
     "compression",
     "default_sources",
     "describe",
+    "document_ids",
     "is_held_out",
     "parse_source",
     "permute",

@@ -1,21 +1,25 @@
 """The order of training: sample k is a pure function of (seed, k).
 
-A window is seq_len + 1 consecutive tokens of a source's training stream, starting at a multiple of seq_len. One pass of
-the mixture visits each source's windows a whole number of times, in an order drawn afresh for every pass. The order is
-a permutation computed lazily, index by index (a Feistel network), so nothing of the data's size is ever in memory, and
-the whole state of the order is the integer k. Ranks that share k's out among themselves see one stream.
+A window is seq_len consecutive targets of a source's training stream, starting at a multiple of seq_len, with the token
+before each as its input; the last window of a source is filled up with nothing to predict. So one pass of the mixture
+predicts every token of a source exactly as often as its epochs say, in an order drawn afresh for every pass. The order
+is a permutation computed lazily, index by index (a Feistel network), so nothing of the data's size is ever in memory,
+and the whole state of the order is the integer k. Ranks that share k's out among themselves see one stream.
 """
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from math import isqrt
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from moe.data.shards import TokenData, TokenStream
 from moe.data.sources import DataError
 
+IGNORE = -100  # a target that is none
+_ORDER = 2  # of the rule that makes windows; the fingerprint holds it
 _ROUNDS = 8
 _MASK = 2**64 - 1
 
@@ -80,6 +84,37 @@ def _check_range(low: int, high: int, n: int) -> None:
         raise DataError(f"index {low if low < 0 else high} is not in [0, {n}), or {n} is over 2^62")
 
 
+class Batch(NamedTuple):
+    """Windows to train on; arrays are [count, seq_len]."""
+
+    inputs: np.ndarray  # int64
+    targets: np.ndarray  # int64, -100 where there is nothing to predict
+    documents: np.ndarray | None = None  # int32, equal where positions may attend to each other
+
+
+class Stream(Protocol):
+    """What the training loop reads from: an endless order of windows, of which a run's state is one integer."""
+
+    seq_len: int
+
+    @property
+    def windows_per_epoch(self) -> int:
+        """Windows in one pass."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of all that decides the order."""
+        ...
+
+    def check_resume(self, fingerprint: str) -> None:
+        """Raises DataError where a saved `fingerprint` is not this stream's."""
+
+    def batch(self, start: int, count: int) -> Batch:
+        """Windows start .. start + count - 1."""
+        ...
+
+
 class Mixture:
     """The endless stream of training windows over the sources of prepared data.
 
@@ -87,29 +122,32 @@ class Mixture:
         data: the opened data.
         seq_len: tokens of input per window; a window holds one more, for the last target.
         seed: of the order. Equal seeds on equal data give equal streams.
-        epochs: for every source, how many times one pass visits its windows: whole numbers, 0 leaves it out.
-            {"text": 2, "code": 4} weighs code's windows twice as much as text's. None: 1 each.
+        epochs: how many times one pass visits the windows of a source: whole numbers, 1 where it is not named, 0 leaves
+            it out. {"text": 2, "code": 4} weighs code's windows twice as much as text's.
+        documents: whether batches say which document each position is in.
 
     Raises:
-        DataError: a source unknown, missing from `epochs` or not a whole number of times; no source that takes part is
-            one window long.
+        DataError: a source unknown or not a whole number of times; no training token in those that take part.
     """
 
     def __init__(
-        self, data: TokenData, seq_len: int, seed: int, epochs: Mapping[str, int | float] | None = None
+        self,
+        data: TokenData,
+        seq_len: int,
+        seed: int,
+        epochs: Mapping[str, int | float] | None = None,
+        *,
+        documents: bool = False,
     ) -> None:
         if seq_len < 1:
             raise DataError(f"seq_len is {seq_len}, expected 1 or more")
-        self.data, self.seq_len, self.seed = data, seq_len, seed
-        self.epochs = _whole_epochs(data, epochs)
-        self.windows = {name: max(0, len(data.tokens(name, "train")) - 1) // seq_len for name in data.sources}
+        self.data, self.seq_len, self.seed, self.documents = data, seq_len, seed, documents
+        self.epochs = whole_epochs(data.sources, epochs or {})
+        self.windows = {name: -(-len(data.tokens(name, "train")) // seq_len) for name in data.sources}
         self._names = [name for name in data.sources if self.epochs[name] * self.windows[name]]
         if not self._names:
             sizes = ", ".join(f"{name} {len(data.tokens(name, 'train')):,}" for name in data.sources)
-            raise DataError(
-                f"no source has a window of seq_len + 1 = {seq_len + 1:,} training tokens (tokens: {sizes}): use a "
-                "shorter seq_len or more text"
-            )
+            raise DataError(f"no source that takes part has a training token (tokens: {sizes}): give it more text")
         self._ends = np.cumsum([self.epochs[name] * self.windows[name] for name in self._names])
 
     @property
@@ -120,7 +158,7 @@ class Mixture:
     @property
     def fingerprint(self) -> str:
         """The sha256 (hex) of all that decides the order: with k it is the whole state, for a resume to check."""
-        state = [self.data.fingerprint, self.seq_len, self.seed, sorted(self.epochs.items())]
+        state = [self.data.fingerprint, self.seq_len, self.seed, sorted(self.epochs.items()), self.documents, _ORDER]
         return hashlib.sha256(json.dumps(state).encode()).hexdigest()
 
     def check_resume(self, fingerprint: str) -> None:
@@ -128,7 +166,7 @@ class Mixture:
         if fingerprint != self.fingerprint:
             raise DataError(
                 f"the saved run read another stream (fingerprint {fingerprint[:12]}, now {self.fingerprint[:12]}): "
-                "data, seq_len, seed or epochs changed; restore them, or start a new run"
+                "data, seq_len, seed, epochs or document_mask changed; restore them, or start a new run"
             )
 
     def locate(self, k: int) -> tuple[str, int, int]:
@@ -136,14 +174,20 @@ class Mixture:
         where, windows = self._locate(np.array([k]))
         return self._names[int(where[0])], k // self.windows_per_epoch, int(windows[0])
 
-    def sample(self, k: int) -> np.ndarray:
-        """The tokens of sample k >= 0: int64 [seq_len + 1]."""
-        return self._gather(np.array([k]))[0]
-
-    def batch(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """(inputs, targets) of samples start .. start + count - 1: each int64 [count, seq_len]."""
-        tokens = self._gather(np.arange(start, start + count))
-        return np.ascontiguousarray(tokens[:, :-1]), np.ascontiguousarray(tokens[:, 1:])
+    def batch(self, start: int, count: int) -> Batch:
+        """Samples start .. start + count - 1."""
+        S = self.seq_len
+        inputs = np.full((count, S), self.data.eot_id, dtype=np.int64)
+        targets = np.full((count, S), IGNORE, dtype=np.int64)
+        for row, (where, window) in enumerate(zip(*self._locate(np.arange(start, start + count)), strict=True)):
+            stream, begin = self.data.tokens(self._names[where], "train"), int(window) * S
+            tokens = stream[max(0, begin - 1) : begin + S]
+            # Before the first token of a stream stands an end-of-text, as before that of any document.
+            first = int(begin == 0)
+            n = len(tokens) - 1 + first
+            targets[row, :n] = tokens[1 - first :]
+            inputs[row, first:n] = tokens[: n - first]
+        return Batch(inputs, targets, document_ids(inputs, self.data.eot_id) if self.documents else None)
 
     def _locate(self, ks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(index into _names, window) of samples ks, each int64 [len(ks)]."""
@@ -159,33 +203,27 @@ class Mixture:
         starts = np.concatenate([[0], self._ends[:-1]])
         return where, (images - starts[where]) % counts[where]
 
-    def _gather(self, ks: np.ndarray) -> np.ndarray:
-        tokens = np.empty((len(ks), self.seq_len + 1), dtype=np.int64)
-        for row, where, window in zip(tokens, *self._locate(ks), strict=True):
-            begin = int(window) * self.seq_len
-            row[:] = self.data.tokens(self._names[where], "train")[begin : begin + self.seq_len + 1]
-        return tokens
-
     def _key(self, one_pass: int) -> int:
         digest = hashlib.sha256(f"mixture {self.seed} {one_pass}".encode()).digest()
         return int.from_bytes(digest[:8], "little")
 
 
-def _whole_epochs(data: TokenData, epochs: Mapping[str, int | float] | None) -> dict[str, int]:
-    if epochs is None:
-        return dict.fromkeys(data.sources, 1)
+def document_ids(inputs: np.ndarray, eot_id: int) -> np.ndarray:
+    """Which document each position of the windows [N, S] is in, int32: an end-of-text begins the next one."""
+    return (inputs == eot_id).cumsum(1).astype(np.int32)
+
+
+def whole_epochs(sources: Sequence[str], epochs: Mapping[str, int | float]) -> dict[str, int]:
+    """The number of epochs of every source. Raises DataError for a source unknown or not a whole number of times."""
     for name, times in epochs.items():
-        if name not in data.sources:
-            raise DataError(f"epochs names source {name!r}; the data has {', '.join(data.sources)}")
+        if name not in sources:
+            raise DataError(f"epochs names source {name!r}; the data has {', '.join(sources)}")
         if not float(times).is_integer() or times < 0:
             raise DataError(
                 f"epochs[{name!r}] is {times}, expected a whole number of times, 0 or more: multiply all of them until "
                 "they are whole"
             )
-    missing = [name for name in data.sources if name not in epochs]
-    if missing:
-        raise DataError(f"epochs does not say how often to visit {', '.join(missing)}; 0 leaves a source out")
-    return {name: int(epochs[name]) for name in data.sources}
+    return {name: int(epochs.get(name, 1)) for name in sources}
 
 
 def validation_windows(

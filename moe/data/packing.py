@@ -7,26 +7,13 @@ function of (seed, k), and a pass visits every window once, in an order drawn af
 
 import hashlib
 import json
-from typing import NamedTuple
+from collections.abc import Mapping
 
 import numpy as np
 
 from moe.data.conversations import ConversationData
-from moe.data.mixture import permute_many
+from moe.data.mixture import IGNORE, Batch, permute_many, whole_epochs
 from moe.data.sources import DataError
-
-IGNORE_INDEX = -100  # the target that predicts nothing, as in moe.kernels.reference
-
-
-class Batch(NamedTuple):
-    """Training windows: int64 [count, seq_len] each; targets are -100 where nothing is to be predicted.
-
-    documents: int32 [count, seq_len], which document of its window a token belongs to, counted from 0.
-    """
-
-    inputs: np.ndarray
-    targets: np.ndarray
-    documents: np.ndarray | None
 
 
 def best_fit(sizes: np.ndarray, capacity: int) -> np.ndarray:
@@ -69,15 +56,26 @@ class ConversationStream:
         seq_len: tokens of a window. A longer conversation is cut at its end, and left out where that leaves nothing to
             learn; `cut` and `left_out` count them, `notices` says so in words.
         seed: of the order. Equal seeds on equal data give equal streams.
+        epochs: how many times one pass visits the conversations of a source, 1 where it is not named, 0 leaves it out.
+        documents: whether to give each conversation its own document id; without, attention runs through the window.
 
     Raises:
-        DataError: `seq_len` below 1, or nothing left to learn from.
+        DataError: `seq_len` below 1, a source that the data lack, or nothing left to learn from.
     """
 
-    def __init__(self, data: ConversationData, seq_len: int, seed: int) -> None:
+    def __init__(
+        self,
+        data: ConversationData,
+        seq_len: int,
+        seed: int,
+        epochs: Mapping[str, int] | None = None,
+        *,
+        documents: bool = True,
+    ) -> None:
         if seq_len < 1:
             raise DataError(f"seq_len is {seq_len}, expected 1 or more")
-        self.data, self.seq_len, self.seed = data, seq_len, seed
+        self.data, self.seq_len, self.seed, self.documents = data, seq_len, seed, documents
+        self.epochs = whole_epochs(data.sources, epochs or {})
         tables = [data.table(source, "train") for source in data.sources]
         source = np.repeat(np.arange(len(tables)), [len(table) for table in tables])
         offset = np.concatenate([table.offsets for table in tables])
@@ -93,7 +91,10 @@ class ConversationStream:
                 f"seq_len is {seq_len}, too short for a response of any of the {len(size):,} conversations in "
                 f"{data.path}: the shortest has {min(t.n_tokens.min() for t in tables if len(t)):,} tokens"
             )
-        source, offset, size = source[keep], offset[keep], size[keep]
+        times = np.array([self.epochs[name] for name in data.sources])[source] * keep
+        if not times.any():
+            raise DataError(f"epochs = {dict(self.epochs)} leaves no conversation of {data.path} to train on")
+        source, offset, size = (np.repeat(a, times) for a in (source, offset, size))
         largest_first = np.argsort(-size, kind="stable")
         self._source, self._offset, self._size = (a[largest_first] for a in (source, offset, size))
         bins = best_fit(self._size, seq_len)
@@ -101,8 +102,8 @@ class ConversationStream:
         self._begin = np.searchsorted(bins[self._items], np.arange(bins.max() + 2))
 
     @property
-    def samples_per_pass(self) -> int:
-        """Windows that hold every conversation once."""
+    def windows_per_epoch(self) -> int:
+        """Windows that hold every conversation as often as its source's epochs say."""
         return len(self._begin) - 1
 
     @property
@@ -113,7 +114,7 @@ class ConversationStream:
     @property
     def fill(self) -> float:
         """The fraction of all windows that is conversation and not padding."""
-        return float(self._size.sum()) / (self.samples_per_pass * self.seq_len)
+        return float(self._size.sum()) / (self.windows_per_epoch * self.seq_len)
 
     @property
     def notices(self) -> list[str]:
@@ -132,7 +133,8 @@ class ConversationStream:
     @property
     def fingerprint(self) -> str:
         """The sha256 (hex) of all that decides the order: with k it is the whole state, for a resume to check."""
-        state = ["conversations", self.data.fingerprint, self.seq_len, self.seed]
+        state: list[object] = ["conversations", self.data.fingerprint, self.seq_len, self.seed, self.documents]
+        state.append(sorted(self.epochs.items()))
         return hashlib.sha256(json.dumps(state).encode()).hexdigest()
 
     def check_resume(self, fingerprint: str) -> None:
@@ -148,7 +150,7 @@ class ConversationStream:
         if start < 0:
             raise DataError(f"sample {start} is negative; samples count from 0")
         inputs = np.full((count, self.seq_len), self.data.end_id, dtype=np.int64)
-        targets = np.full((count, self.seq_len), IGNORE_INDEX, dtype=np.int64)
+        targets = np.full((count, self.seq_len), IGNORE, dtype=np.int64)
         documents = np.zeros((count, self.seq_len), dtype=np.int32)
         for row, window in enumerate(self._windows(np.arange(start, start + count))):
             place = 0
@@ -158,19 +160,19 @@ class ConversationStream:
                 end = place + size
                 values = self._values(int(self._source[i]), int(self._offset[i]), size)
                 inputs[row, place:end] = values[:-1] >> 1
-                targets[row, place:end] = np.where(values[1:] & 1, values[1:] >> 1, IGNORE_INDEX)
+                targets[row, place:end] = np.where(values[1:] & 1, values[1:] >> 1, IGNORE)
                 documents[row, place:end] = number
                 place = end
             documents[row, place:] = len(items)
-        return Batch(inputs, targets, documents)
+        return Batch(inputs, targets, documents if self.documents else None)
 
     def _windows(self, ks: np.ndarray) -> np.ndarray:
         """The window that each sample is, int64 [len(ks)]."""
-        passes, ranks = np.divmod(ks, self.samples_per_pass)
+        passes, ranks = np.divmod(ks, self.windows_per_epoch)
         windows = np.empty_like(ks)
         for one in np.unique(passes):
             chosen = passes == one
-            windows[chosen] = permute_many(ranks[chosen], self.samples_per_pass, self._key(int(one)))
+            windows[chosen] = permute_many(ranks[chosen], self.windows_per_epoch, self._key(int(one)))
         return windows
 
     def _key(self, one_pass: int) -> int:

@@ -9,16 +9,14 @@ import time
 from pathlib import Path
 from typing import Any, Protocol
 
-from moe.config import Config
-
 
 class Reporter(Protocol):
     """The events of a run, in order. Records are those of metrics.jsonl."""
 
     def __enter__(self) -> Any: ...
     def __exit__(self, *error: object) -> None: ...
-    def start(self, cfg: Config, step: int, tokens_per_byte: float) -> None:
-        """The run is ready to make the step after `step`."""
+    def start(self, steps: int, step: int, tokens_per_byte: float) -> None:
+        """The run of `steps` steps is ready to make the one after `step`."""
 
     def note(self, text: str) -> None:
         """Something the user should know."""
@@ -59,8 +57,8 @@ class Lines:
     def __exit__(self, *error: object) -> None:
         pass
 
-    def start(self, cfg: Config, step: int, tokens_per_byte: float) -> None:
-        self.steps, self.tokens_per_byte = cfg.train.steps, tokens_per_byte
+    def start(self, steps: int, step: int, tokens_per_byte: float) -> None:
+        self.steps, self.tokens_per_byte = steps, tokens_per_byte
 
     def note(self, text: str) -> None:
         print(text, flush=True)
@@ -121,9 +119,9 @@ class Live:
     def __exit__(self, *error: object) -> None:
         self.display.stop()
 
-    def start(self, cfg: Config, step: int, tokens_per_byte: float) -> None:
-        self.lines.start(cfg, step, tokens_per_byte)
-        self._show("training", step, cfg.train.steps, "steps")
+    def start(self, steps: int, step: int, tokens_per_byte: float) -> None:
+        self.lines.start(steps, step, tokens_per_byte)
+        self._show("training", step, steps, "steps")
 
     def note(self, text: str) -> None:
         self.console.print(text, markup=False, soft_wrap=True)

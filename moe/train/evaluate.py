@@ -12,7 +12,7 @@ from itertools import groupby, islice
 import numpy as np
 import torch
 
-from moe.data import TokenData, validation_windows
+from moe.data import TokenData, document_ids, validation_windows
 from moe.kernels.reference import IGNORE_INDEX
 from moe.model import Transformer, stream
 from moe.tokenizer import Tokenizer
@@ -95,6 +95,7 @@ def evaluate(
     *,
     batch: int,
     dtype: torch.dtype = torch.float32,
+    mask_by: int | None = None,
     progress: Callable[[int], None] = lambda scored: None,
 ) -> dict[str, Score]:
     """The score of each source, in order.
@@ -104,6 +105,7 @@ def evaluate(
         lengths: `byte_lengths` of the tokenizer.
         batch: windows at a time.
         dtype: of the matrix products (autocast).
+        mask_by: the end-of-text id, for a model whose attention was kept inside documents.
         progress: called with the number of tokens scored so far.
     """
     device = model.embedding.weight.device
@@ -113,8 +115,12 @@ def evaluate(
         while chunk := list(islice(group, batch)):
             inputs_BS, targets_BS, scored_BS = (np.stack(part) for part in list(zip(*chunk, strict=True))[1:])
             masked_BS = torch.from_numpy(np.where(scored_BS, targets_BS, IGNORE_INDEX)).to(device)
+            documents_BS = None
+            if mask_by is not None:
+                documents_BS = torch.from_numpy(document_ids(inputs_BS, mask_by)).to(device)
             with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-                mean = model(torch.from_numpy(inputs_BS).to(device), masked_BS).losses["lm"]
+                tokens_BS = torch.from_numpy(inputs_BS).to(device)
+                mean = model(tokens_BS, masked_BS, documents_BS=documents_BS).losses["lm"]
             tokens = int(scored_BS.sum())
             part = Score(mean.item() * tokens / math.log(2), tokens, int(lengths[targets_BS[scored_BS]].sum()))
             scores[source] = scores[source] + part if source in scores else part

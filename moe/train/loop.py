@@ -7,7 +7,7 @@ digit, as one that was never interrupted (on one machine with one number of thre
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from moe import checkpoint, plan
-from moe.config import Config
-from moe.data import Mixture, TokenData, compression
+from moe.config import Config, ConfigError
+from moe.data import Batch, Mixture, Stream, TokenData, compression
+from moe.kernels.reference import IGNORE_INDEX
 from moe.model import Output, Transformer
 from moe.profile import load_entropy
 from moe.tokenizer import Tokenizer
@@ -28,7 +29,7 @@ from moe.train import device as devices
 from moe.train.cpu import tune_cpu
 from moe.train.metrics import Meter, MetricsLog
 from moe.train.optimizer import Optimizers, build
-from moe.train.schedule import lr_scale
+from moe.train.schedule import Schedule
 from moe.train.stop import Stop, StopRequested
 from moe.train.watch import TrainError, Watch
 
@@ -54,6 +55,7 @@ def train(
     run_dir: str | Path,
     *,
     resume: Literal["auto", "never"] = "auto",
+    start_from: str | Path | None = None,
     device: str | None = None,
     reporter: console.Reporter | None = None,
 ) -> Result:
@@ -64,11 +66,13 @@ def train(
         run_dir: gets config.toml, metrics.jsonl, samples.txt, tensorboard/, checkpoints/, and at the end final/ (for
             `moe.load`), summary.json and pictures/.
         resume: "auto" goes on from the newest checkpoint in `run_dir`; "never" moves an older run there aside.
+        start_from: a checkpoint whose weights a new run begins with: the next stage of a recipe. Its shape must be that
+            of `cfg`, but for the context and its rotations.
         device: "cuda" or "cpu"; None takes CUDA where there is one.
         reporter: shows progress; None prints lines. See moe.train.console.
 
     Raises:
-        ConfigError: `run_dir` holds a run with another configuration.
+        ConfigError: `run_dir` holds a run with another configuration, or `start_from` a model of another shape.
         DataError: the data are not prepared, not the ones of the run in `run_dir`, or do not fit the model.
         CheckpointError: a checkpoint cannot be written or read; the ones before are intact.
         TrainError: the loss is not finite or has exploded; the last good checkpoint is intact.
@@ -79,10 +83,10 @@ def train(
         if finished is not None:
             reporter.note(f"the run in {run_dir} is complete; start it anew with --fresh, or choose another --out")
             return finished
-        run = _open(cfg, Path(data_dir), Path(run_dir), resume, device, reporter, stop)
+        run = _open(cfg, Path(data_dir), Path(run_dir), resume, start_from, device, reporter, stop)
         t = cfg.train
         try:
-            while run.step < t.steps and not stop.signal:
+            while run.sample < run.schedule.windows and not stop.signal:
                 _train_step(run)
                 reporter.step(run.step)
                 if _due(run, t.log_every):
@@ -91,9 +95,9 @@ def train(
                     _evaluate(run)
                 if _due(run, t.sample_every):
                     _sample(run)
-                if _due(run, t.save_every) or run.step == t.steps or stop.signal:
+                if _due(run, t.save_every) or run.complete or stop.signal:
                     _save(run)
-            if run.step == t.steps:
+            if run.complete:
                 return Result("complete", run.step, run.dir, _finish(run))
         except StopRequested:
             pass  # during the final evaluation; the checkpoint is on disk
@@ -115,7 +119,8 @@ class _Run:
     dir: Path
     data: TokenData
     tokenizer: Tokenizer
-    mixture: Mixture
+    stream: Stream
+    schedule: Schedule
     device: torch.device
     dtype: torch.dtype
     model: Transformer
@@ -133,18 +138,23 @@ class _Run:
     sample: int = 0
     seconds: float = 0.0  # of training, without evaluation, samples and saving, up to `mark`
     mark: float = field(default_factory=time.perf_counter)
+    marked_tokens: int = 0
 
     @property
     def seq_len(self) -> int:
-        return self.mixture.seq_len
+        return self.stream.seq_len
 
     @property
     def micro_batch(self) -> int:
-        return self.cfg.train.micro_batch or self.cfg.train.batch_size
+        return self.cfg.train.micro_batch or max(size for _, size in self.schedule.stages)
 
     @property
     def tokens(self) -> int:
         return self.sample * self.seq_len
+
+    @property
+    def complete(self) -> bool:
+        return self.sample == self.schedule.windows
 
 
 # -------------------------------------------------------------------------------------------------------- beginning
@@ -160,7 +170,14 @@ def _already_finished(cfg: Config, run_dir: Path, resume: str) -> Result | None:
 
 
 def _open(
-    cfg: Config, data_dir: Path, run_dir: Path, resume: str, device_name: str | None, reporter: Any, stop: Stop
+    cfg: Config,
+    data_dir: Path,
+    run_dir: Path,
+    resume: str,
+    start_from: str | Path | None,
+    device_name: str | None,
+    reporter: Any,
+    stop: Stop,
 ) -> _Run:
     """Everything ready for the next step: a new run's first one, or the one after the newest checkpoint."""
     device = devices.pick_device(device_name)
@@ -169,14 +186,17 @@ def _open(
         tune_cpu()
     data = TokenData.open(data_dir)
     data.check_compatible(cfg.vocab_size)
-    mixture = Mixture(data, cfg.train.seq_len or cfg.max_seq_len, cfg.train.seed)
+    t = cfg.train
+    stream = Mixture(data, t.seq_len or cfg.max_seq_len, t.seed, t.epochs, documents=t.document_mask)
+    if start_from is not None:
+        _check_start(cfg, data, Path(start_from))
     found = _enter(run_dir, resume)
     saved = state.load_training(found) if found is not None else None
     if saved is not None:
         state.check_same_config(saved["config"], cfg, run_dir)
-        mixture.check_resume(saved["mixture"])
+        stream.check_resume(saved["stream"])
     (run_dir / CONFIG_FILE).write_text(cfg.to_toml(), encoding="utf-8")
-    model = _model(cfg, device, found)
+    model = _model(cfg, device, found, start_from)
     tokenizer = data.tokenizer()
     text = sum(data.n_bytes(source, "train") for source in data.sources)
     run = _Run(
@@ -184,7 +204,8 @@ def _open(
         dir=run_dir,
         data=data,
         tokenizer=tokenizer,
-        mixture=mixture,
+        stream=stream,
+        schedule=Schedule(t, stream.seq_len, stream.windows_per_epoch),
         device=device,
         dtype=dtype,
         model=model,
@@ -201,7 +222,7 @@ def _open(
     )
     if saved is not None:
         _restore(run, saved)
-    _introduce(run, resumed_from=found)
+    _introduce(run, resumed_from=found, start_from=start_from)
     return run
 
 
@@ -222,74 +243,117 @@ def _enter(run_dir: Path, resume: str) -> Path | None:
     return state.latest(run_dir)
 
 
-def _model(cfg: Config, device: torch.device, found: Path | None) -> Transformer:
-    if found is None:
+# What a later stage of a recipe may change in a model.
+OF_A_STAGE = ("name", "max_seq_len", "attention.rope.", "router.", "train.")
+
+
+def _check_start(cfg: Config, data: TokenData, start_from: Path) -> None:
+    """Raises ConfigError where the weights of `start_from` are not those of a model of `cfg` for these tokens."""
+    before = checkpoint.load_config_of(start_from)
+    changed = [line for line in state.differences(before.to_toml(), cfg) if not line.startswith(OF_A_STAGE)]
+    if changed:
+        raise ConfigError(f"{start_from} has another shape: {', '.join(changed)}; set these as they were there")
+    tokenizer = checkpoint.load_tokenizer(start_from)
+    if tokenizer.fingerprint != data.tokenizer().fingerprint:
+        raise ConfigError(
+            f"{start_from} was trained with another tokenizer than {data.path} was prepared with: prepare the data "
+            f"with --tokenizer {start_from / 'tokenizer.json'}"
+        )
+
+
+def _model(cfg: Config, device: torch.device, found: Path | None, start_from: str | Path | None) -> Transformer:
+    weights = found or start_from
+    if weights is None:
         with device:
             model = Transformer(cfg, cfg.train.seed)
     else:
         with torch.device("meta"):
             model = Transformer(cfg)
-        checkpoint.load_weights(model, found, device=device)
+        # A resumed run takes the dtypes it had; another model's may be narrower than training wants.
+        checkpoint.load_weights(model, weights, device=device, dtype=None if found else torch.float32)
     model.activation_checkpointing = cfg.train.activation_checkpointing
     return model
 
 
 def _restore(run: _Run, saved: dict[str, Any]) -> None:
     run.step, run.sample, run.seconds = saved["step"], saved["sample"], saved["seconds"]
+    run.marked_tokens = saved["marked_tokens"]
     run.optimizers.load_state_dict(saved["optimizers"])
     run.meter.load_state_dict(saved["meter"])
     run.watch.load_state_dict(saved["watch"])
     state.set_rng_state(saved["rng"], run.device)
 
 
-def _introduce(run: _Run, resumed_from: Path | None) -> None:
+def _introduce(run: _Run, resumed_from: Path | None, start_from: str | Path | None) -> None:
     counts = plan.params(run.cfg)
     sizes = ", ".join(f"{s} {len(run.data.tokens(s, 'train')):,}" for s in run.data.sources)
-    t = run.cfg.train
-    run.reporter.start(run.cfg, run.step, run.tokens_per_byte)
+    run.reporter.start(run.schedule.steps, run.step, run.tokens_per_byte)
     run.reporter.note(
         f"{run.cfg.name}: {counts.total:,} parameters, {counts.active['output']:,} active per token; "
-        f"{t.steps:,} steps of {t.batch_size} x {run.seq_len} tokens on {run.device.type} "
+        f"{run.schedule.steps:,} steps of {_batch_sizes(run)} x {run.seq_len} tokens on {run.device.type} "
         f"({str(run.dtype).removeprefix('torch.')}); training tokens: {sizes}"
     )
     if resumed_from is not None:
         run.reporter.note(f"resumed from {resumed_from}")
+    elif start_from is not None:
+        run.reporter.note(f"weights of {start_from}")
     if not run.log.has_tensorboard:
         run.reporter.note('no TensorBoard events: tensorboard is not installed (pip install "gpt4-moe[train]")')
+
+
+def _batch_sizes(run: _Run) -> str:
+    return " -> ".join(f"{size:,}" for _, size in run.schedule.stages)
 
 
 # ------------------------------------------------------------------------------------------------------------ steps
 
 
 def _due(run: _Run, every: int) -> bool:
-    return every > 0 and (run.step % every == 0 or run.step == run.cfg.train.steps)
+    return every > 0 and (run.step % every == 0 or run.complete)
 
 
 def _train_step(run: _Run) -> None:
-    """One optimizer step: the gradient of `batch_size` windows, `micro_batch` at a time."""
+    """One optimizer step: the gradient of the mean over all its targets, `micro_batch` windows at a time."""
     t = run.cfg.train
-    inputs, targets = (_to(run.device, part) for part in run.mixture.batch(run.sample, t.batch_size))
-    n_micro = t.batch_size // run.micro_batch
+    count = run.schedule.batch(run.sample)
+    batch = run.stream.batch(run.sample, count)
+    n_targets = int((batch.targets != IGNORE_INDEX).sum())
     scalars: dict[str, Tensor] = {}
     counts_LE = torch.zeros_like(run.meter.counts_LE)
-    for tokens_BS, targets_BS in zip(inputs.split(run.micro_batch), targets.split(run.micro_batch), strict=True):
+    for begin in range(0, count, run.micro_batch):
+        rows = slice(begin, min(begin + run.micro_batch, count))
+        targets = batch.targets[rows]
+        # The share of the batch: of its targets for the cross-entropy, of its windows for the router's losses.
+        of_targets = int((targets != IGNORE_INDEX).sum()) / max(1, n_targets)
+        of_windows = len(targets) / count
         with torch.autocast(run.device.type, dtype=run.dtype, enabled=run.dtype != torch.float32):
-            out: Output = run.forward(tokens_BS, targets_BS)
+            out: Output = run.forward(
+                _to(run.device, batch.inputs[rows]), _to(run.device, targets), documents_BS=_documents(run, batch, rows)
+            )
         assert out.loss is not None
-        (out.loss / n_micro).backward()
-        # All windows have the same number of targets: the mean over micro-batches is the mean over the batch.
-        for name, value in {"loss": out.loss, **out.losses}.items():
-            scalars[name] = scalars.get(name, 0) + value.detach() / n_micro
+        loss = out.loss * of_windows + out.losses["lm"] * (of_targets - of_windows)
+        loss.backward()
+        shares = {"lm": of_targets, "balance": of_windows, "z": of_windows}
+        scalars["loss"] = scalars.get("loss", 0) + loss.detach()
+        for name, value in out.losses.items():
+            scalars[name] = scalars.get(name, 0) + value.detach() * shares[name]
         counts_LE += torch.stack([routing.counts_E for routing in out.routing])
     scalars["grad_norm"] = torch.nn.utils.clip_grad_norm_(run.model.parameters(), t.grad_clip)
-    run.optimizers.set_lr(lr_scale(run.step, t))
+    run.optimizers.set_lr(run.schedule.lr_scale(run.sample + count))
     run.optimizers.step()
     run.optimizers.zero_grad()
     for block, counts_E in zip(run.model.blocks, counts_LE, strict=True):
         block.moe.router.update_bias(counts_E)  # type: ignore[union-attr]
     run.meter.add(scalars, counts_LE)
     run.step += 1
-    run.sample += t.batch_size
+    run.sample += count
+
+
+def _documents(run: _Run, batch: Batch, rows: slice) -> Tensor | None:
+    """Document ids on the device; None where no window crosses a boundary, which spares the attention a mask."""
+    if batch.documents is None or (batch.documents[rows] == batch.documents[rows, :1]).all():
+        return None
+    return _to(run.device, batch.documents[rows])
 
 
 def _to(device: torch.device, array: np.ndarray) -> Tensor:
@@ -299,13 +363,15 @@ def _to(device: torch.device, array: np.ndarray) -> Tensor:
 
 def _log(run: _Run) -> None:
     """Reads the meters, the only regular wait for the device, and writes a record."""
-    t = run.cfg.train
+    t, top_k, n_experts = run.cfg.train, run.cfg.experts.top_k, run.cfg.experts.n_experts
     means = run.meter.means()
     run.watch.check_finite(run.step, means["loss"], means["grad_norm"])
     now = time.perf_counter()
     elapsed, steps = now - run.mark, run.meter.steps
     run.seconds, run.mark = run.seconds + elapsed, now
-    rate = steps * t.batch_size * run.seq_len / elapsed if steps else math.nan
+    rate = (run.tokens - run.marked_tokens) / elapsed if steps else math.nan
+    per_step = (run.tokens - run.marked_tokens) / max(1, steps)
+    run.marked_tokens = run.tokens
     load = run.meter.load()
     flops = 3 * plan.flops_per_token(run.cfg, run.seq_len)  # the backward pass takes twice the forward's
     record = {
@@ -313,7 +379,9 @@ def _log(run: _Run) -> None:
         "step": run.step,
         "tokens": run.tokens,
         **means,
-        "lr": t.lr * lr_scale(run.step - 1, t),
+        "lr": t.lr * run.schedule.lr_scale(run.sample),
+        "batch_tokens": per_step,
+        "tokens_per_expert": per_step * top_k / n_experts,
         "tokens_per_second": rate,
         "mfu": rate * flops / run.peak_flops,
         "load": load,
@@ -344,10 +412,24 @@ def _untimed(run: _Run) -> Iterator[None]:
 def _evaluate(run: _Run) -> None:
     with _untimed(run):
         windows = evaluate.some_windows(run.data, run.seq_len, run.cfg.train.eval_tokens)
-        scores = evaluate.evaluate(run.model, windows, run.byte_lengths, batch=run.micro_batch, dtype=run.dtype)
+        scores = _score(run, windows)
         record = {"kind": "eval", "step": run.step, "tokens": run.tokens, "bits_per_byte": _per_byte(scores)}
         run.log.write(record)
         run.reporter.evaluation(record)
+
+
+def _score(
+    run: _Run, windows: Iterable[evaluate.Window], progress: Callable[[int], None] = lambda scored: None
+) -> dict[str, evaluate.Score]:
+    return evaluate.evaluate(
+        run.model,
+        windows,
+        run.byte_lengths,
+        batch=run.micro_batch,
+        dtype=run.dtype,
+        mask_by=run.data.eot_id if run.cfg.train.document_mask else None,
+        progress=progress,
+    )
 
 
 def _per_byte(scores: dict[str, evaluate.Score]) -> dict[str, float]:
@@ -369,10 +451,11 @@ def _save(run: _Run) -> None:
     with _untimed(run):
         training = {
             "config": run.cfg.to_toml(),
-            "mixture": run.mixture.fingerprint,
+            "stream": run.stream.fingerprint,
             "step": run.step,
             "sample": run.sample,
             "seconds": run.seconds,
+            "marked_tokens": run.marked_tokens,
             "optimizers": run.optimizers.state_dict(),
             "meter": run.meter.state_dict(),
             "watch": run.watch.state_dict(),
@@ -396,9 +479,7 @@ def _finish(run: _Run) -> dict[str, Any]:
         run.reporter.progress("final evaluation", scored, tokens)
 
     windows = evaluate.all_windows(run.data, run.seq_len)
-    scores = evaluate.evaluate(
-        run.model, windows, run.byte_lengths, batch=run.micro_batch, dtype=run.dtype, progress=progress
-    )
+    scores = _score(run, windows, progress)
     summary = {
         "name": run.cfg.name,
         "step": run.step,

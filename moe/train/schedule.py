@@ -1,25 +1,77 @@
-"""The learning rate over the steps, as a factor of the peak rate. Imports no torch."""
+"""The length of a run, its batch sizes and its learning rate, all counted in windows of the data. Imports no torch."""
 
 import math
 
-from moe.config import TrainConfig
+from moe.config import ConfigError, TrainConfig, parse_tokens
 
 
-def lr_scale(step: int, cfg: TrainConfig) -> float:
-    """The factor on `lr` (and `muon_lr`) for step `step`, counted from 0.
+class Schedule:
+    """What each step of a run does: a pure function of how many windows are done before it.
 
-    A linear warm-up over `warmup` steps reaches 1 at step `warmup - 1`. Then "cosine" falls to `min_lr` at the last
-    step, as 1/2 (1 + cos) (Loshchilov and Hutter 2017, SGDR, eq. 5); "wsd" holds 1 and falls linearly to `min_lr` over
-    the last `decay` of all steps (warm-up, stable, decay: Hu et al. 2024, MiniCPM, section 4).
+    Args:
+        cfg: the recipe.
+        seq_len: tokens of a window.
+        windows_per_pass: windows in one pass of the data, each source its number of epochs.
+
+    Raises:
+        ConfigError: a run of less than one window.
+
+    Attributes:
+        windows: of the whole run. steps: of the whole run. stages: (first window, windows a step from there on).
     """
-    if step < cfg.warmup:
-        return (step + 1) / cfg.warmup
-    last = cfg.steps - 1
-    begin = cfg.warmup if cfg.schedule == "cosine" else max(cfg.warmup, round(cfg.steps * (1 - cfg.decay)))
-    if step < begin:
-        return 1.0
-    # The step before `begin` still has the full rate, the last one has min_lr.
-    fallen = min(1.0, (step - begin + 1) / max(1, last - begin + 1))
-    if cfg.schedule == "wsd":
-        return 1.0 - (1.0 - cfg.min_lr) * fallen
-    return cfg.min_lr + (1.0 - cfg.min_lr) * 0.5 * (1.0 + math.cos(math.pi * fallen))
+
+    def __init__(self, cfg: TrainConfig, seq_len: int, windows_per_pass: int) -> None:
+        self.cfg, self.seq_len = cfg, seq_len
+        ramp = cfg.ramp() or [(0, cfg.batch_size * seq_len)]
+        self.stages = [(math.ceil(begin / seq_len), max(1, round(size / seq_len))) for begin, size in ramp]
+        if cfg.tokens == "epochs":
+            self.windows = windows_per_pass
+        elif cfg.tokens:
+            self.windows = round(parse_tokens("train.tokens", cfg.tokens) / seq_len)
+        else:
+            self.windows = self._after_steps(cfg.steps)
+        if self.windows < 1:
+            raise ConfigError(f"train.tokens = {cfg.tokens!r}: is less than one window of {seq_len} tokens")
+        self.steps = self._steps()
+
+    def batch(self, done: int) -> int:
+        """Windows of the step that begins after `done`; the last step takes what is left."""
+        size = next(size for begin, size in reversed(self.stages) if begin <= done)
+        return min(size, self.windows - done)
+
+    def lr_scale(self, done: int) -> float:
+        """The factor on all learning rates for the step after which `done` windows are done.
+
+        A linear warm-up reaches 1 at the end of `warmup` steps of the first batch size. Then "cosine" falls to `min_lr`
+        at the last step, as 1/2 (1 + cos) (Loshchilov and Hutter 2017, SGDR, eq. 5); "wsd" holds 1 and falls linearly
+        to `min_lr` over the last `decay` of the run (warm-up, stable, decay: Hu et al. 2024, MiniCPM, section 4).
+        """
+        cfg = self.cfg
+        warm = cfg.warmup * self.stages[0][1]
+        if done < warm:
+            return done / warm
+        begin = warm if cfg.schedule == "cosine" else max(warm, round(self.windows * (1 - cfg.decay)))
+        if done <= begin:
+            return 1.0
+        fallen = min(1.0, (done - begin) / (self.windows - begin))
+        if cfg.schedule == "wsd":
+            return 1.0 - (1.0 - cfg.min_lr) * fallen
+        return cfg.min_lr + (1.0 - cfg.min_lr) * 0.5 * (1.0 + math.cos(math.pi * fallen))
+
+    def _steps(self) -> int:
+        """Steps to the end: stage after stage, without going through them one by one."""
+        done = steps = 0
+        ends = [*(begin for begin, _ in self.stages[1:]), self.windows]
+        for (_, size), end in zip(self.stages, ends, strict=True):
+            n = max(0, math.ceil((min(end, self.windows) - done) / size))
+            done, steps = done + n * size, steps + n
+        return steps
+
+    def _after_steps(self, steps: int) -> int:
+        """Windows that `steps` whole steps take."""
+        done = 0
+        ends = [*(begin for begin, _ in self.stages[1:]), None]
+        for (_, size), end in zip(self.stages, ends, strict=True):
+            n = steps if end is None else min(steps, max(0, math.ceil((end - done) / size)))
+            done, steps = done + n * size, steps - n
+        return done

@@ -94,15 +94,19 @@ def load_training(checkpoint: Path) -> dict[str, Any]:
 
 def check_same_config(saved: str, cfg: Config, run_dir: Path) -> None:
     """Raises ConfigError, naming what differs, where a run made with `saved` (TOML) cannot go on with `cfg`."""
-    before, now = _flat(tomllib.loads(saved)), _flat(dataclasses.asdict(cfg))
-    changed = [k for k in now if k not in HARMLESS and before.get(k) != now[k]]
-    changed += [k for k in before if k not in now]
+    changed = [line for line in differences(saved, cfg) if line.split(" ")[0] not in HARMLESS]
     if changed:
-        shown = ", ".join(f"{k} (was {before.get(k)!r}, now {now.get(k)!r})" for k in changed)
         raise ConfigError(
-            f"{run_dir} holds a run with another configuration: {shown}. Restore it to resume, choose another "
-            "directory (--out), or start anew (--fresh)"
+            f"{run_dir} holds a run with another configuration: {', '.join(changed)}. Restore it to resume, choose "
+            "another directory (--out), or start anew (--fresh)"
         )
+
+
+def differences(saved: str, cfg: Config) -> list[str]:
+    """What `cfg` has otherwise than `saved` (TOML): "key (was ..., now ...)"."""
+    before, now = _flat(tomllib.loads(saved)), _flat(dataclasses.asdict(cfg))
+    changed = [k for k in now if before.get(k) != now[k]] + [k for k in before if k not in now]
+    return [f"{k} (was {before.get(k)!r}, now {now.get(k)!r})" for k in changed]
 
 
 def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from moe.data import ConversationData, ConversationStream, DataError, prepare_conversations
 from moe.data.conversations import Prepared, read_conversations
 from moe.data.instructions import small_talk, standard_library
-from moe.data.packing import IGNORE_INDEX, best_fit
+from moe.data.mixture import IGNORE
+from moe.data.packing import best_fit
 from moe.tokenizer import Tokenizer, train_bpe
 
 MARK = "<|endoftext|>"
@@ -228,7 +229,7 @@ def pieces(stream: ConversationStream, start: int, count: int) -> list[tuple[str
         assert (np.diff(documents) >= 0).all()
         for number in range(documents.max() + 1):
             here = documents == number
-            learned = targets[here][targets[here] != IGNORE_INDEX]
+            learned = targets[here][targets[here] != IGNORE]
             if len(learned):
                 found.append((tokenizer.decode(inputs[here].tolist()), tokenizer.decode(learned.tolist())))
             else:
@@ -244,7 +245,7 @@ def test_a_pass_visits_every_conversation_once_and_learns_its_responses(prepared
     for text, _ in stored(prepared.data, "train"):
         answers = [part.split("\n", 1)[1] for part in text.split(MARK) if part.startswith("assistant\n")]
         expected.append((text.removesuffix(MARK), "".join(answer + MARK for answer in answers)))
-    n = stream.samples_per_pass
+    n = stream.windows_per_epoch
     for one_pass in range(2):
         assert sorted(pieces(stream, one_pass * n, n)) == sorted(expected)
     assert stream.fill > 0.8
@@ -253,9 +254,7 @@ def test_a_pass_visits_every_conversation_once_and_learns_its_responses(prepared
 def test_targets_are_the_next_tokens(prepared: Prepared) -> None:
     batch = ConversationStream(prepared.data, 96, seed=3).batch(0, 5)
     assert batch.documents is not None
-    row, place = np.nonzero(
-        (batch.targets[:, :-1] != IGNORE_INDEX) & (batch.documents[:, :-1] == batch.documents[:, 1:])
-    )
+    row, place = np.nonzero((batch.targets[:, :-1] != IGNORE) & (batch.documents[:, :-1] == batch.documents[:, 1:]))
     inner = batch.inputs[row, place + 1] == batch.targets[row, place]
     # Except the last target of a conversation, the end marker, which is no input.
     assert inner.all()
@@ -264,7 +263,7 @@ def test_targets_are_the_next_tokens(prepared: Prepared) -> None:
 
 def test_a_sample_is_a_function_of_seed_and_number(prepared: Prepared) -> None:
     stream, same = (ConversationStream(prepared.data, 64, seed=1) for _ in range(2))
-    n = stream.samples_per_pass
+    n = stream.windows_per_epoch
     whole = stream.batch(0, 2 * n)
     for start, count in ((0, 1), (7, 5), (n - 2, 4)):
         part = same.batch(start, count)
@@ -275,6 +274,22 @@ def test_a_sample_is_a_function_of_seed_and_number(prepared: Prepared) -> None:
     other = ConversationStream(prepared.data, 64, seed=2)
     assert not np.array_equal(other.batch(0, n).inputs, whole.inputs[:n])
     assert not np.array_equal(stream.batch(0, n).inputs, stream.batch(n, n).inputs)
+
+
+def test_epochs_of_a_source_are_exact(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    files = [write(tmp_path / f"{name}.jsonl", [{"messages": talk(i)} for i in range(40)]) for name in ("a", "b", "c")]
+    data = prepare_conversations(files, tmp_path / "out", tokenizer=tokenizer).data
+    stream = ConversationStream(data, 96, 0, {"b": 3, "c": 0})
+    once = ConversationStream(data, 96, 0, {"b": 0, "c": 0})
+    single = pieces(once, 0, once.windows_per_epoch)
+    assert sorted(pieces(stream, 0, stream.windows_per_epoch)) == sorted(single * 4)
+    assert stream.fingerprint != once.fingerprint
+    assert once.batch(0, 1).documents is not None
+    assert ConversationStream(data, 96, 0, documents=False).batch(0, 1).documents is None
+    with pytest.raises(DataError, match="'d'"):
+        ConversationStream(data, 96, 0, {"d": 1})
+    with pytest.raises(DataError, match="leaves no conversation"):
+        ConversationStream(data, 96, 0, {"a": 0, "b": 0, "c": 0})
 
 
 def test_resuming_on_another_stream_is_refused(prepared: Prepared) -> None:
@@ -298,7 +313,7 @@ def test_what_is_too_long_is_cut_or_left_out_with_a_notice(tokenizer: Tokenizer,
         f"1 of {len(texts)} conversations are longer than 40 tokens and are cut",
         f"1 of {len(texts)} conversations are left out",
     ]
-    found = pieces(stream, 0, stream.samples_per_pass)
+    found = pieces(stream, 0, stream.windows_per_epoch)
     assert len(found) == len(texts) - 1
     (cut,) = [learned for _, learned in found if learned.startswith("answer")]
     assert "kind" in cut

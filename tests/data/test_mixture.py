@@ -61,34 +61,59 @@ def test_permutation_range() -> None:
     assert permute_many(np.array([], dtype=np.int64), 0, 0).tolist() == []
 
 
-@pytest.mark.parametrize("epochs", [None, {"prose": 2, "verse": 3.0}, {"prose": 0, "verse": 1}])
-def test_one_pass_visits_each_window_its_number_of_times(data: TokenData, epochs: dict | None) -> None:
-    mixture = Mixture(data, seq_len=32, seed=7, epochs=epochs)
+def windows_of(tokens: list[int], eot: int, S: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """(inputs, targets) of a stream, by hand: every token a target once, the last window filled up."""
+    preceded, found = [eot, *tokens], []
+    for begin in range(0, len(tokens), S):
+        targets = tokens[begin : begin + S]
+        left = S - len(targets)
+        inputs = preceded[begin : begin + len(targets)]
+        found.append((tuple(inputs + [eot] * left), tuple(targets + [-100] * left)))
+    return found
+
+
+def rows(mixture: Mixture, start: int, count: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    batch = mixture.batch(start, count)
+    return [(tuple(i), tuple(t)) for i, t in zip(batch.inputs.tolist(), batch.targets.tolist(), strict=True)]
+
+
+@pytest.mark.parametrize("seq_len", [1, 32, 1000])
+@pytest.mark.parametrize("epochs", [None, {"prose": 2, "verse": 3.0}, {"prose": 0}, {"prose": 2}])
+def test_one_pass_visits_each_window_its_number_of_times(data: TokenData, epochs: dict | None, seq_len: int) -> None:
+    mixture = Mixture(data, seq_len, seed=7, epochs=epochs)
     expected = Counter()
     for name in ("prose", "verse"):
-        tokens = raw_tokens(data, f"{name}-train")
-        for begin in range(0, len(tokens) - 32, 32):  # the last start leaves room for 33 tokens
-            expected[tuple(tokens[begin : begin + 33])] += int((epochs or {}).get(name, 0 if epochs else 1))
+        times = int((epochs or {}).get(name, 1))
+        for window in windows_of(raw_tokens(data, f"{name}-train"), data.eot_id, seq_len):
+            expected[window] += times
     expected = +expected
-    assert mixture.windows_per_epoch == sum(expected.values())
-    passes = []
-    for one in range(2):
-        ks = range(one * mixture.windows_per_epoch, (one + 1) * mixture.windows_per_epoch)
-        windows = [tuple(mixture.sample(k).tolist()) for k in ks]
-        assert Counter(windows) == expected
-        passes.append(windows)
-    assert passes[0] != passes[1]
+    n = mixture.windows_per_epoch
+    assert n == sum(expected.values())
+    passes = [rows(mixture, one * n, n) for one in range(2)]
+    assert Counter(passes[0]) == Counter(passes[1]) == expected
+    if seq_len < 1000:
+        assert passes[0] != passes[1]
 
 
-def test_windows_at_the_edge(data: TokenData) -> None:
-    n = len(raw_tokens(data, "prose-train"))
-    only_prose = {"prose": 1, "verse": 0}
-    one = Mixture(data, n - 1, 0, only_prose)
+def test_epochs_are_exact_to_the_document(data: TokenData) -> None:
+    """Every document's every token is a target exactly as often as its source's epochs say."""
+    mixture = Mixture(data, 48, seed=1, epochs={"prose": 2, "verse": 4})
+    seen = {name: np.zeros(len(data.tokens(name, "train")), dtype=int) for name in data.sources}
+    for k in range(mixture.windows_per_epoch):
+        source, _, window = mixture.locate(k)
+        n = int((mixture.batch(k, 1).targets != -100).sum())
+        seen[source][window * 48 : window * 48 + n] += 1
+    for source, times in (("prose", 2), ("verse", 4)):
+        table = data.documents(source, "train")
+        for begin, n in zip(table.offsets, table.n_tokens, strict=True):
+            assert set(seen[source][begin : begin + n].tolist()) == {times}
+
+
+def test_a_source_shorter_than_a_window_is_one(data: TokenData) -> None:
+    tokens = raw_tokens(data, "prose-train")
+    one = Mixture(data, len(tokens) + 7, 0, {"verse": 0})
     assert one.windows_per_epoch == 1
-    assert one.sample(5).tolist() == raw_tokens(data, "prose-train")
-    # n tokens of input leave no target for the last of them.
-    with pytest.raises(DataError, match="no source has a window"):
-        Mixture(data, n, 0, only_prose)
+    assert rows(one, 5, 1) == windows_of(tokens, data.eot_id, len(tokens) + 7)
 
 
 def test_locate_says_where_a_sample_is_from(data: TokenData) -> None:
@@ -96,14 +121,24 @@ def test_locate_says_where_a_sample_is_from(data: TokenData) -> None:
     for k in (0, 1, mixture.windows_per_epoch - 1, mixture.windows_per_epoch, 3 * mixture.windows_per_epoch + 5):
         source, one_pass, window = mixture.locate(k)
         assert one_pass == k // mixture.windows_per_epoch
-        assert mixture.sample(k).tolist() == raw_tokens(data, f"{source}-train")[window * 16 : window * 16 + 17]
+        assert rows(mixture, k, 1)[0] == windows_of(raw_tokens(data, f"{source}-train"), data.eot_id, 16)[window]
+
+
+def test_documents_are_told_apart_where_one_ends(data: TokenData) -> None:
+    assert Mixture(data, 64, 3).batch(0, 2).documents is None
+    batch = Mixture(data, 64, seed=3, documents=True).batch(0, 40)
+    assert batch.documents is not None
+    assert len({tuple(row) for row in batch.documents.tolist()}) > 5
+    for inputs, documents in zip(batch.inputs, batch.documents, strict=True):
+        steps = np.diff(documents)
+        assert np.array_equal(steps, (inputs[1:] == data.eot_id).astype(int))
 
 
 @settings(deadline=None, max_examples=30)
 @given(start=st.integers(0, 2000), cuts=st.lists(st.integers(1, 9), min_size=1, max_size=6))
 def test_order_does_not_depend_on_how_batches_are_cut(data: TokenData, start: int, cuts: list[int]) -> None:
     mixture = Mixture(data, seq_len=32, seed=11)
-    inputs, targets = mixture.batch(start, sum(cuts))
+    inputs, targets, _ = mixture.batch(start, sum(cuts))
     assert inputs.shape == targets.shape == (sum(cuts), 32)
     assert inputs.dtype == targets.dtype == np.int64
     # A resume is a new object that goes on from an integer.
@@ -113,10 +148,6 @@ def test_order_does_not_depend_on_how_batches_are_cut(data: TokenData, start: in
         position += count
     assert np.array_equal(np.concatenate([p[0] for p in parts]), inputs)
     assert np.array_equal(np.concatenate([p[1] for p in parts]), targets)
-    for row in range(sum(cuts)):
-        window = mixture.sample(start + row)
-        assert np.array_equal(window[:-1], inputs[row])
-        assert np.array_equal(window[1:], targets[row])
 
 
 def test_seed_changes_the_order(data: TokenData) -> None:
@@ -128,7 +159,8 @@ def test_fingerprint_covers_what_decides_the_order(data: TokenData) -> None:
     base = Mixture(data, 32, 1)
     assert base.fingerprint == Mixture(data, 32, 1, {"prose": 1, "verse": 1}).fingerprint
     others = [Mixture(data, 31, 1), Mixture(data, 32, 2), Mixture(data, 32, 1, {"prose": 1, "verse": 2})]
-    assert len({m.fingerprint for m in [base, *others]}) == 4
+    others.append(Mixture(data, 32, 1, documents=True))
+    assert len({m.fingerprint for m in [base, *others]}) == 5
     base.check_resume(base.fingerprint)
     with pytest.raises(DataError, match="another stream"):
         base.check_resume(others[0].fingerprint)
@@ -137,20 +169,17 @@ def test_fingerprint_covers_what_decides_the_order(data: TokenData) -> None:
 def test_bad_mixtures(data: TokenData) -> None:
     for epochs, message in [
         ({"poems": 1}, "epochs names source 'poems'; the data has prose, verse"),
-        ({"prose": 1}, "how often to visit verse"),
         ({"prose": 1.5, "verse": 1}, "is 1.5, expected a whole number"),
         ({"prose": float("nan"), "verse": 1}, "expected a whole number"),
         ({"prose": -1, "verse": 1}, "is -1"),
-        ({"prose": 0, "verse": 0}, "no source has a window"),
+        ({"prose": 0, "verse": 0}, "no source that takes part has a training token"),
     ]:
         with pytest.raises(DataError, match=message):
             Mixture(data, 32, 0, epochs)
-    with pytest.raises(DataError, match=r"seq_len \+ 1 = 1,000,001"):
-        Mixture(data, 1_000_000, 0)
     with pytest.raises(DataError, match="seq_len is 0"):
         Mixture(data, 0, 0)
     with pytest.raises(DataError, match="negative"):
-        Mixture(data, 32, 0).sample(-1)
+        Mixture(data, 32, 0).batch(-1, 1)
 
 
 @pytest.mark.parametrize(("seq_len", "stride"), [(64, 64), (64, 32), (64, 1), (7, 5), (1, 1), (100_000, 10)])

@@ -10,7 +10,7 @@ import torch
 import moe
 from moe.checkpoint import CheckpointError
 from moe.config import ConfigError, RouterConfig, TrainConfig
-from moe.data import DataError, prepare
+from moe.data import DataError, TokenData, prepare
 from moe.train import TrainError, loop, state, train
 from moe.train.metrics import read_metrics
 from moe.train.watch import Watch
@@ -102,7 +102,7 @@ def test_bias_balancing_moves_the_bias_and_is_saved(cfg, data_dir, tmp_path):
 def test_a_loss_that_is_not_finite_stops_with_advice_and_keeps_the_last_good_checkpoint(
     cfg, data_dir, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(loop, "lr_scale", lambda step, cfg: math.nan if step == 5 else 0.5)
+    monkeypatch.setattr(loop.Schedule, "lr_scale", lambda self, done: math.nan if done == 6 * 4 else 0.5)
     cfg = cfg.with_overrides(["train.save_every=2", "train.log_every=5"])
     with pytest.raises(TrainError, match=r"not finite|nan.*train.lr \(now 0.003\).*train.warmup"):
         train(cfg, data_dir, tmp_path / "run")
@@ -235,3 +235,56 @@ def test_without_the_extras_training_goes_on_with_a_hint(cfg, data_dir, tmp_path
 def test_bfloat16_products_keep_float32_weights(cfg, data_dir, tmp_path):
     train(cfg.with_overrides(["train.dtype=bf16", "train.steps=2"]), data_dir, tmp_path / "run")
     assert {p.dtype for p in moe.load(tmp_path / "run" / "final").parameters()} == {torch.float32}
+
+
+def test_once_through_the_epochs_ends_with_what_is_left(cfg, data_dir, tmp_path):
+    recipe = ["train.tokens=epochs", "train.epochs.prose=0", "train.batch_ramp=0:64 1280:208", "train.log_every=1"]
+    cfg = cfg.with_overrides([*recipe, "train.eval_every=0"])
+    result = train(cfg, data_dir, tmp_path / "run")
+    tokens = len(TokenData.open(data_dir).tokens("verse", "train"))
+    windows = -(-tokens // 16)
+    lines = records(tmp_path / "run", "train")
+    sizes = [r["batch_tokens"] // 16 for r in lines]
+    assert sizes[:20] == [4] * 20
+    assert set(sizes[20:-1]) == {13}
+    assert 0 < sizes[-1] <= 13
+    assert sum(sizes) == windows == result.summary["tokens"] // 16
+    assert result.step == len(lines)
+    # 4 experts, 2 of them for each token.
+    assert [r["tokens_per_expert"] for r in lines] == [r["batch_tokens"] / 2 for r in lines]
+
+
+def test_micro_batches_of_unequal_windows_give_the_gradient_of_the_whole_batch(cfg, data_dir, tmp_path):
+    """The last window of a source has fewer targets, and the last micro-batch fewer windows."""
+    cfg = cfg.with_overrides(["train.batch_size=5", "train.tokens=epochs", "train.seq_len=31", "train.log_every=1"])
+    cfg = cfg.with_overrides(["train.document_mask=true", "train.eval_every=0"])
+    runs = {}
+    for name, settings in (("whole", []), ("parts", ["train.micro_batch=1"])):
+        train(cfg.with_overrides(settings), data_dir, tmp_path / name)
+        runs[name] = records(tmp_path / name, "train")
+    for key in ("loss", "lm", "balance", "z", "grad_norm"):
+        assert [r[key] for r in runs["parts"]] == pytest.approx([r[key] for r in runs["whole"]], rel=1e-4)
+    assert len({r["grad_norm"] for r in runs["whole"]}) > 10
+
+
+def test_a_stage_begins_with_the_weights_of_another(cfg, data_dir, tmp_path):
+    train(cfg.with_overrides(["train.steps=40", "train.lr=0.01"]), data_dir, tmp_path / "first")
+    first = tmp_path / "first" / "final"
+    rope = ["scaling=yarn", "factor=2.0", "original_max_seq_len=32"]
+    longer = ["max_seq_len=64", "train.seq_len=64", "train.batch_size=1", *(f"attention.rope.{r}" for r in rope)]
+    stage = cfg.with_overrides([*longer, "train.lr=1e-9", "train.steps=1"])
+    train(stage, data_dir, tmp_path / "second", start_from=first)
+    before, after = moe.load(first).state_dict(), moe.load(tmp_path / "second" / "final").state_dict()
+    assert all(after[name].allclose(before[name], atol=1e-5) for name in before)
+    assert records(tmp_path / "second", "train")[0]["lm"] < 0.7 * records(tmp_path / "first", "train")[0]["lm"]
+
+    with pytest.raises(ConfigError, match=r"another shape: d_model \(was 64, now 128\)"):
+        train(cfg.with_overrides(["d_model=128"]), data_dir, tmp_path / "third", start_from=first)
+    assert not (tmp_path / "third").exists()
+    other = tmp_path / "text"
+    other.mkdir()
+    for i in range(60):
+        (other / f"{i}.txt").write_text(f"0123456789 {i} " * 30)
+    prepare([other], tmp_path / "other-data", vocab_size=280)
+    with pytest.raises(ConfigError, match="another tokenizer"):
+        train(cfg, tmp_path / "other-data", tmp_path / "third", start_from=first)
