@@ -37,6 +37,9 @@ RANK = {
     "moe.serve": 7,
     "moe.cli": 8,
     "moe.cli_profile": 8,
+    "moe.cli_finetune": 8,
+    "moe.cli_chat": 8,
+    "moe.cli_output": 8,
     "moe.__main__": 9,
 }
 MODEL_RANK = RANK["moe.model"]

@@ -4,7 +4,7 @@ Importing this costs numpy alone: tokenizers, tiktoken, pyarrow and datasets loa
 """
 
 from moe.data.chat import ChatTemplate, check_messages
-from moe.data.conversations import ConversationData, prepare_conversations
+from moe.data.conversations import ConversationData, open_data, prepare_conversations
 from moe.data.mixture import Batch, Mixture, Stream, document_ids, permute, permute_many, validation_windows
 from moe.data.packing import ConversationStream
 from moe.data.prepare import DataInfo, SplitInfo, compression, describe, prepare
@@ -33,6 +33,7 @@ __all__ = [
     "describe",
     "document_ids",
     "is_held_out",
+    "open_data",
     "parse_source",
     "permute",
     "permute_many",

@@ -24,7 +24,9 @@ from moe.data.shards import (
     TOKENIZER_FILE,
     DocumentTable,
     ShardWriter,
+    TokenData,
     TokenStream,
+    check_vocabulary,
     load_tokenizer,
     map_stream,
     read_index,
@@ -274,6 +276,7 @@ def _write(
     dtype = token_dtype(2 * tokenizer.vocab_size)
     keys = [(source, split) for source in readers for split in SPLITS]
     writers = {key: ShardWriter(directory, "-".join(key), dtype, shard_tokens) for key in keys}
+    learned = dict.fromkeys(keys, 0)
     try:
         done, conversations = 0, _conversations(readers)
         while batch := list(islice(conversations, _BATCH)):
@@ -281,20 +284,24 @@ def _write(
                 values = 2 * np.array(encoded.ids, dtype=np.int64) + np.array(encoded.learned)
                 last = int(np.flatnonzero(encoded.learned)[-1])
                 n_bytes = sum(len(m["content"].encode()) for m in one.messages if m["role"] == "assistant")
+                learned[one.source, one.split] += sum(encoded.learned)
                 writers[one.source, one.split].add(one.name, n_bytes, values[: last + 1].tolist())
             done += len(batch)
             progress(done)
     finally:
         for writer in writers.values():
             writer.close()
-    entries = {source: {split: writers[source, split].entry() for split in SPLITS} for source in readers}
+    entries: dict[str, dict[str, Any]] = {
+        source: {split: writers[source, split].entry() | {"learned": learned[source, split]} for split in SPLITS}
+        for source in readers
+    }
     sha256 = hashlib.sha256((directory / TOKENIZER_FILE).read_bytes()).hexdigest()
     digest = hashlib.sha256(f"{FORMAT} {VERSION} {template.name} {sha256} {tokenizer.vocab_size}\n".encode())
     for name, entry in entries.items():
         lengths = hashlib.sha256(json.dumps([entry[split]["documents"]["tokens"] for split in SPLITS]).encode())
         digest.update("".join(f"{name} {split} {entry[split]['sha256']}\n" for split in SPLITS).encode())
         digest.update(lengths.digest())
-    index |= {
+    index = {
         "format": FORMAT,
         "version": VERSION,
         "template": template.name,
@@ -304,6 +311,7 @@ def _write(
         "tokenizer_name": tokenizer.name,
         "tokenizer_sha256": sha256,
         "fingerprint": digest.hexdigest(),
+        **index,
         "sources": entries,
     }
     (directory / INDEX_FILE).write_text(json.dumps(index), encoding="utf-8")
@@ -342,6 +350,18 @@ class ConversationData:
         """All conversations of a source's "train" or "val" split, one after the other: 2 * id + learned."""
         return self._streams[source, split]
 
+    def n_tokens(self, source: str, split: str) -> int:
+        """Tokens that are learned: the responses and their end markers."""
+        return self.index["sources"][source][split]["learned"]
+
+    def n_bytes(self, source: str, split: str) -> int:
+        """Bytes of UTF-8 text of the responses: what bits per byte divides by."""
+        return self.index["sources"][source][split]["bytes"]
+
+    def check_compatible(self, vocab_size: int) -> None:
+        """Raises DataError where a model of `vocab_size` ids cannot take these tokens; more ids are fine."""
+        check_vocabulary(self.vocab_size, vocab_size)
+
     def table(self, source: str, split: str) -> DocumentTable:
         """Where each conversation lies in `values`; n_bytes counts the text of its responses alone."""
         entry = self.index["sources"][source][split]["documents"]
@@ -353,7 +373,7 @@ class ConversationData:
         return load_tokenizer(self.path, self.index["tokenizer_sha256"])
 
     def held_out_windows(
-        self, seq_len: int, limit: int | None = None
+        self, seq_len: int, n_tokens: int | None = None
     ) -> Iterator[tuple[str, np.ndarray, np.ndarray, np.ndarray]]:
         """Held-out conversations, each a window of its own, for `moe.train.evaluate.evaluate`: responses are scored.
 
@@ -361,20 +381,32 @@ class ConversationData:
         32; what is beyond seq_len tokens is cut off.
 
         Args:
-            limit: of each source the first so many, in the order of their lengths; None for all.
+            n_tokens: about so many tokens of windows in all, from every n-th conversation; None for all.
 
         Yields:
             (source, inputs int64 [S], targets int64 [S], scored bool [S]).
         """
-        for source in self.sources:
-            table, stream = self.table(source, "val"), self.values(source, "val")
-            sizes = np.minimum(table.n_tokens - 1, seq_len)
-            padded = np.minimum(-(-sizes // 32) * 32, seq_len)
-            for i in np.argsort(padded, kind="stable")[:limit]:
-                begin, size = int(table.offsets[i]), int(sizes[i])
-                values = np.asarray(stream[begin : begin + size + 1], dtype=np.int64)
-                inputs, targets = (np.full(padded[i], self.end_id, dtype=np.int64) for _ in range(2))
-                scored = np.zeros(padded[i], dtype=bool)
-                inputs[:size], targets[:size], scored[:size] = values[:-1] >> 1, values[1:] >> 1, values[1:] & 1
-                if scored.any():
-                    yield source, inputs, targets, scored
+        tables = {source: self.table(source, "val") for source in self.sources}
+        padded = {s: np.minimum(-(-(t.n_tokens - 1) // 32) * 32, seq_len) for s, t in tables.items()}
+        total = sum(int(p.sum()) for p in padded.values())
+        every = 1 if n_tokens is None else max(1, -(-total // max(1, n_tokens)))
+        for source, table in tables.items():
+            for i in np.argsort(padded[source], kind="stable")[::every].tolist():
+                window = self._window(source, int(table.offsets[i]), int(table.n_tokens[i]), int(padded[source][i]))
+                if window[2].any():
+                    yield source, *window
+
+    def _window(self, source: str, begin: int, n_tokens: int, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        size = min(n_tokens - 1, length)
+        values = np.asarray(self.values(source, "val")[begin : begin + size + 1], dtype=np.int64)
+        inputs, targets = (np.full(length, self.end_id, dtype=np.int64) for _ in range(2))
+        scored = np.zeros(length, dtype=bool)
+        inputs[:size], targets[:size], scored[:size] = values[:-1] >> 1, values[1:] >> 1, values[1:] & 1
+        return inputs, targets, scored
+
+
+def open_data(path: str | Path) -> TokenData | ConversationData:
+    """Opens what `moe data prepare` or `moe data instructions` wrote. Raises DataError where it is neither."""
+    index = Path(path) / INDEX_FILE
+    ours = index.is_file() and f'"format": "{FORMAT}"'.encode() in index.read_bytes()[:4096]
+    return ConversationData.open(path) if ours else TokenData.open(path)

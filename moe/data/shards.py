@@ -188,6 +188,15 @@ def load_tokenizer(directory: Path, sha256: str) -> Tokenizer:
     return Tokenizer.load(file)
 
 
+def check_vocabulary(of_data: int, of_model: int) -> None:
+    """Raises DataError where a model of so many ids cannot take the tokens; more ids are fine."""
+    if of_data > of_model:
+        raise DataError(
+            f"the data's tokenizer has {of_data:,} ids, the model's vocab_size is {of_model:,}: set the "
+            f"model's vocab_size to {of_data} or more, or prepare the data with vocab_size={of_model}"
+        )
+
+
 class TokenData:
     """A prepared directory, opened: streams of tokens, tables of documents, the tokenizer.
 
@@ -231,6 +240,10 @@ class TokenData:
         n_tokens, n_bytes, offsets = (np.array(table[key], dtype=np.int64) for key in ("tokens", "bytes", "offset"))
         return DocumentTable(table["name"], n_tokens, n_bytes, offsets)
 
+    def n_tokens(self, source: str, split: str) -> int:
+        """Tokens of a stream."""
+        return len(self.tokens(source, split))
+
     def n_bytes(self, source: str, split: str) -> int:
         """Bytes of UTF-8 text behind a stream: what bits per byte divides by."""
         self._check(source, split)
@@ -242,11 +255,7 @@ class TokenData:
 
     def check_compatible(self, vocab_size: int) -> None:
         """Raises DataError where a model of `vocab_size` ids cannot take these tokens; more ids are fine."""
-        if self.vocab_size > vocab_size:
-            raise DataError(
-                f"the data's tokenizer has {self.vocab_size:,} ids, the model's vocab_size is {vocab_size:,}: set the "
-                f"model's vocab_size to {self.vocab_size} or more, or prepare the data with vocab_size={vocab_size}"
-            )
+        check_vocabulary(self.vocab_size, vocab_size)
 
     def _check(self, source: str, split: str) -> None:
         if source not in self.sources:
