@@ -4,6 +4,7 @@ Commands import what they need when they run, so that `moe --help` loads no torc
 stderr and exit status 1, or 2 where the command itself was at fault; a stack trace means a bug.
 """
 
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -41,6 +42,7 @@ def train(
     from_: Annotated[Path | None, arg(name="from")] = None,
     device: str | None = None,
     fresh: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
+    trace_every: int = 0,
 ) -> int:
     """Train a model; interrupted, the same command goes on where it stopped.
 
@@ -52,6 +54,7 @@ def train(
         from_: A checkpoint to begin with, for the next stage of a recipe: more context, other data.
         device: cuda or cpu. Default: cuda where there is one.
         fresh: Start anew; an older run in the directory is moved aside.
+        trace_every: Record the routing of every so many steps in RUN/traces, for moe profile; 0 records none.
     """
     from moe.config import load_config
 
@@ -61,7 +64,16 @@ def train(
     data_dir = data if data is not None else _default_data(cfg)
     run_dir = out if out is not None else Path("runs") / cfg.name
     resume = "never" if fresh else "auto"
-    result = train(cfg, data_dir, run_dir, resume=resume, start_from=from_, device=device, reporter=console.reporter())
+    result = train(
+        cfg,
+        data_dir,
+        run_dir,
+        resume=resume,
+        start_from=from_,
+        device=device,
+        reporter=console.reporter(),
+        trace_every=trace_every,
+    )
     if result.status == "stopped":
         print(f"stopped after step {result.step:,}; the same command, without --fresh, goes on from there")
         return 128 + result.signal
@@ -103,6 +115,7 @@ def generate(
     top_p: float = 0.95,
     seed: int = 0,
     stop: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="STR")] = (),
+    trace: Path | None = None,
     device: str | None = None,
 ) -> int:
     """Continue a prompt, token by token.
@@ -116,6 +129,7 @@ def generate(
         top_p: Draw from the likeliest tokens that together reach this probability; 1 from all.
         seed: Of the draws.
         stop: A string that ends the text and is not printed; may be given again.
+        trace: Record the routing of the prompt and of every generated token here, for moe profile.
         device: cuda or cpu. Default: cuda where there is one.
     """
     import torch
@@ -123,6 +137,7 @@ def generate(
     from moe import checkpoint as checkpoints
     from moe.config import ConfigError
     from moe.model import stream
+    from moe.profile import record
     from moe.streaming import TextStream
     from moe.train.device import pick_device
 
@@ -135,10 +150,11 @@ def generate(
     try:
         text = TextStream(tokenizer, stop)
         sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-        for next_1 in stream(model, torch.tensor([ids], device=where), max_tokens, **sampling):
-            write(printable(text.push(int(next_1))))
-            if text.done:
-                break
+        with contextlib.nullcontext() if trace is None else record(model, trace):
+            for next_1 in stream(model, torch.tensor([ids], device=where), max_tokens, **sampling):
+                write(printable(text.push(int(next_1))))
+                if text.done:
+                    break
     except ValueError as error:
         raise ConfigError(str(error)) from error
     write(printable(text.finish()) + ("\n" if sys.stdout.isatty() else ""))

@@ -90,7 +90,7 @@ def load(
     source: Mapping[str, StoredTensor | Tensor]
     if isinstance(directory_or_model, str | os.PathLike):
         place = str(directory_or_model)
-        cfg, source = config_from_hf(_read_config(Path(place))), list_tensors(place)
+        cfg, source = config_from_hf(read_config(Path(place))), list_tensors(place)
     elif hasattr(directory_or_model, "state_dict") and hasattr(directory_or_model, "config"):
         place = type(directory_or_model).__name__
         cfg, source = config_from_hf(directory_or_model.config.to_dict()), directory_or_model.state_dict()
@@ -110,7 +110,8 @@ def load(
     return model
 
 
-def _read_config(directory: Path) -> dict[str, Any]:
+def read_config(directory: Path) -> dict[str, Any]:
+    """The content of `config.json`. Raises HFError where there is none, or it is no configuration."""
     file = directory / CONFIG_FILE
     if not file.is_file():
         ours = (directory / "config.toml").is_file()

@@ -56,3 +56,12 @@ def tiny_config(n_kv_heads: int = 1, **changes: object) -> Config:
 @pytest.fixture
 def tiny() -> Config:
     return tiny_config()
+
+
+def run_cli(*arguments: object) -> object:
+    """Runs `moe` with these arguments; returns its exit status."""
+    from moe import cli
+
+    with pytest.raises(SystemExit) as exit_:
+        cli.main([str(a) for a in arguments])
+    return exit_.value.code

@@ -40,6 +40,8 @@ RANK = {
     "moe.cli_finetune": 8,
     "moe.cli_chat": 8,
     "moe.cli_output": 8,
+    "moe.cli_step": 8,
+    "moe.cli_tables": 8,
     "moe.__main__": 9,
 }
 MODEL_RANK = RANK["moe.model"]

@@ -35,7 +35,11 @@ def sources(folder: str, pattern: str) -> set[str]:
 
 
 def expected_in_wheel() -> set[str]:
-    top = {p for p in sources("moe", "*.py") if not p.startswith(("moe/kernels/", "moe/configs/"))}
+    top = {
+        p
+        for p in sources("moe", "*.py") | sources("moe", "*.html")
+        if not p.startswith(("moe/kernels/", "moe/configs/"))
+    }
     linked = sources("kernels", "*.py") | sources("configs", "*.toml")
     return top | {f"moe/{p}" for p in linked}
 

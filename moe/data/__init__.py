@@ -5,7 +5,16 @@ Importing this costs numpy alone: tokenizers, tiktoken, pyarrow and datasets loa
 
 from moe.data.chat import ChatTemplate, check_messages
 from moe.data.conversations import ConversationData, open_data, prepare_conversations
-from moe.data.mixture import Batch, Mixture, Stream, document_ids, permute, permute_many, validation_windows
+from moe.data.mixture import (
+    Batch,
+    Mixture,
+    Stream,
+    document_ids,
+    permute,
+    permute_many,
+    spaced_windows,
+    validation_windows,
+)
 from moe.data.packing import ConversationStream
 from moe.data.prepare import DataInfo, SplitInfo, compression, describe, prepare
 from moe.data.shards import DocumentTable, TokenData, TokenStream
@@ -40,5 +49,6 @@ __all__ = [
     "prepare",
     "prepare_conversations",
     "read",
+    "spaced_windows",
     "validation_windows",
 ]

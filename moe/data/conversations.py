@@ -30,6 +30,7 @@ from moe.data.shards import (
     load_tokenizer,
     map_stream,
     read_index,
+    read_table,
     token_dtype,
 )
 from moe.data.sources import DataError, Source, clean, is_held_out, json_rows, parquet_rows, parse_source, walk
@@ -298,9 +299,10 @@ def _write(
     sha256 = hashlib.sha256((directory / TOKENIZER_FILE).read_bytes()).hexdigest()
     digest = hashlib.sha256(f"{FORMAT} {VERSION} {template.name} {sha256} {tokenizer.vocab_size}\n".encode())
     for name, entry in entries.items():
-        lengths = hashlib.sha256(json.dumps([entry[split]["documents"]["tokens"] for split in SPLITS]).encode())
+        # With the tables: they say where one conversation ends and the next begins.
+        tables = [hashlib.sha256((directory / entry[s]["documents"]["file"]).read_bytes()).hexdigest() for s in SPLITS]
         digest.update("".join(f"{name} {split} {entry[split]['sha256']}\n" for split in SPLITS).encode())
-        digest.update(lengths.digest())
+        digest.update(" ".join(tables).encode())
     index = {
         "format": FORMAT,
         "version": VERSION,
@@ -364,9 +366,7 @@ class ConversationData:
 
     def table(self, source: str, split: str) -> DocumentTable:
         """Where each conversation lies in `values`; n_bytes counts the text of its responses alone."""
-        entry = self.index["sources"][source][split]["documents"]
-        n_tokens, n_bytes, offsets = (np.array(entry[key], dtype=np.int64) for key in ("tokens", "bytes", "offset"))
-        return DocumentTable(entry["name"], n_tokens, n_bytes, offsets)
+        return read_table(self.path, self.index["sources"][source][split]["documents"])
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that the tokens were made with. Raises DataError where the file beside them is another one."""

@@ -262,3 +262,29 @@ def _validation_windows(
         if end == len(stream):
             return
         scored_to, end = end, min(end + stride, len(stream))
+
+
+def spaced_windows(
+    streams: Mapping[str, TokenStream | np.ndarray], first: Mapping[str, int], seq_len: int, n_tokens: int
+) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """About `n_tokens` tokens: separate windows, evenly spaced, as many of a source as its share of all.
+
+    Every source has at least one. The windows are the same each time.
+
+    Args:
+        streams: of at least one token each.
+        first: the id that stands before each stream.
+
+    Yields:
+        (source, inputs int64 [S], targets int64 [S]), S = seq_len or, if that is shorter, the stream.
+    """
+    total = sum(len(stream) for stream in streams.values())
+    for source, stream in streams.items():
+        size = len(stream)
+        length = min(seq_len, size)
+        count = min(max(1, round(n_tokens * size / total / length)), size // length)
+        for i in range(count):
+            begin = i * (size - length) // max(1, count - 1)
+            targets = np.asarray(stream[begin : begin + length], dtype=np.int64)
+            before = stream[begin - 1] if begin else first[source]
+            yield source, np.concatenate([[before], targets[:-1]]), targets

@@ -126,7 +126,7 @@ def describe(data: TokenData, *, reused: bool = True, seconds: dict[str, float] 
     index = data.index
     splits = {
         source: {
-            split: SplitInfo(len(entry[split]["documents"]["name"]), entry[split]["tokens"], entry[split]["bytes"])
+            split: SplitInfo(entry[split]["documents"]["count"], entry[split]["tokens"], entry[split]["bytes"])
             for split in SPLITS
         }
         for source, entry in index["sources"].items()

@@ -3,11 +3,14 @@
 A prepared directory holds, for each source and split, memory-mapped shards `SOURCE-SPLIT-00000.bin` of little-endian
 uint16 (uint32 where the vocabulary is over 65,536): documents one after the other, each followed by one end-of-text id.
 `index.json` describes them, `tokenizer.json` decodes them, `heldout.bin` is the held-out text itself, for the reference
-compression. Tokens of a split are one stream; a window may cross documents and shards.
+compression. Tokens of a split are one stream; a window may cross documents and shards. The table of a split's documents
+is a file of its own, `SOURCE-SPLIT-documents.json`, read when it is asked for: opening data takes the same time and
+memory whatever their size.
 """
 
 import hashlib
 import json
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +22,7 @@ from moe.data.sources import DataError
 from moe.tokenizer import Tokenizer
 
 FORMAT = "moe-tokens"
-VERSION = 1
+VERSION = 2
 INDEX_FILE = "index.json"
 TOKENIZER_FILE = "tokenizer.json"
 HELD_OUT_FILE = "heldout.bin"
@@ -72,18 +75,16 @@ class ShardWriter:
             file.close()
 
     def entry(self) -> dict[str, Any]:
-        """The part of index.json on this stream; call after `close`."""
+        """Writes the table of documents, and returns the part of index.json on this stream; call after `close`."""
+        documents = f"{self._stem}-documents.json"
+        table = {"name": self._names, "tokens": self._tokens, "bytes": self._bytes}
+        (self._directory / documents).write_text(json.dumps(table), encoding="utf-8")
         return {
             "shards": self._shards,
             "tokens": sum(self._tokens),
             "bytes": sum(self._bytes),
             "sha256": self._digest.hexdigest(),
-            "documents": {
-                "name": self._names,
-                "tokens": self._tokens,
-                "bytes": self._bytes,
-                "offset": [int(n) for n in np.cumsum([0, *self._tokens[:-1]])] if self._tokens else [],
-            },
+            "documents": {"file": documents, "count": len(self._names)},
         }
 
 
@@ -144,6 +145,18 @@ class TokenStream:
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
+def _map(file: Path, dtype: np.dtype) -> np.ndarray:
+    """A shard as an array over its file."""
+    if file.stat().st_size == 0:
+        return np.empty(0, dtype)
+    mapped = np.memmap(file, dtype=dtype, mode="r")
+    base: Any = mapped.base
+    if hasattr(mmap, "MADV_RANDOM") and isinstance(base, mmap.mmap):
+        # Windows lie anywhere: reading ahead would bring in what nobody asked for.
+        base.madvise(mmap.MADV_RANDOM)
+    return mapped
+
+
 def read_index(path: Path, format_name: str, version: int, maker: str) -> dict[str, Any]:
     """The index of a prepared directory. Raises DataError where it is missing, damaged, of another kind or version."""
     file = path / INDEX_FILE
@@ -172,8 +185,22 @@ def map_stream(directory: Path, shards: Sequence[dict[str, Any]], dtype: np.dtyp
         if found != expected:
             state = "is missing" if found is None else f"has {found:,} bytes"
             raise DataError(f"{file} {state}, expected {expected:,} bytes: prepare the data again (overwrite)")
-        parts.append(np.memmap(file, dtype=dtype, mode="r"))
+        parts.append(_map(file, dtype))
     return TokenStream(parts, dtype)
+
+
+def read_table(directory: Path, entry: dict[str, Any]) -> DocumentTable:
+    """The table of documents that `ShardWriter.entry` wrote. Raises DataError for a damaged file."""
+    file = directory / entry["file"]
+    try:
+        table = json.loads(file.read_bytes())
+        n_tokens, n_bytes = (np.array(table[key], dtype=np.int64) for key in ("tokens", "bytes"))
+        names = table["name"]
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{file} cannot be read ({error}): prepare the data again (overwrite)") from None
+    if not len(names) == len(n_tokens) == len(n_bytes) == entry["count"]:
+        raise DataError(f"{file} does not have {entry['count']:,} documents: prepare the data again (overwrite)")
+    return DocumentTable(names, n_tokens, n_bytes, np.cumsum(n_tokens) - n_tokens)
 
 
 def load_tokenizer(directory: Path, sha256: str) -> Tokenizer:
@@ -234,11 +261,9 @@ class TokenData:
         return self._streams[source, split]
 
     def documents(self, source: str, split: str) -> DocumentTable:
-        """The documents of a source's "train" or "val" split, in stream order."""
+        """The documents of a source's "train" or "val" split, in stream order. Raises DataError for a damaged file."""
         self._check(source, split)
-        table = self.index["sources"][source][split]["documents"]
-        n_tokens, n_bytes, offsets = (np.array(table[key], dtype=np.int64) for key in ("tokens", "bytes", "offset"))
-        return DocumentTable(table["name"], n_tokens, n_bytes, offsets)
+        return read_table(self.path, self.index["sources"][source][split]["documents"])
 
     def n_tokens(self, source: str, split: str) -> int:
         """Tokens of a stream."""

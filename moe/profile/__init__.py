@@ -3,13 +3,15 @@
 from moe.profile.observe import NotObservable, Pass
 from moe.profile.placement import Placement, place, round_robin
 from moe.profile.serving import StepLoad, decode_steps
-from moe.profile.statistics import RoutingProfile, Share, expert_similarity, load_entropy, routing
+from moe.profile.similarity import ClosestPair, closest_pairs, expert_similarity
+from moe.profile.statistics import RoutingProfile, Share, load_entropy, routing
 from moe.profile.step import Ceilings, Memory, Run, StepProfile, make_run, profile_step, trace_step
 from moe.profile.stopwatch import Timing, timing
 from moe.profile.trace import Comparison, Recorder, Trace, TraceError, compare, import_routed_experts, record, replay
 
 __all__ = [
     "Ceilings",
+    "ClosestPair",
     "Comparison",
     "Memory",
     "NotObservable",
@@ -24,6 +26,7 @@ __all__ = [
     "Timing",
     "Trace",
     "TraceError",
+    "closest_pairs",
     "compare",
     "decode_steps",
     "expert_similarity",

@@ -13,7 +13,7 @@ import numpy as np
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StepLoad:
     """A batch size's figures, averaged over layers and drawn steps."""
 
@@ -28,6 +28,8 @@ class StepLoad:
     tokens_p95: float
     tokens_p5_uniform: float
     tokens_p95_uniform: float
+    mass: np.ndarray  # [batch + 1]: probability that an expert gets 0, 1, ... batch tokens
+    mass_uniform: np.ndarray
 
 
 def decode_steps(
@@ -50,7 +52,8 @@ def decode_steps(
             np.add.at(counts[n], (layer, ids_TLK[rng.integers(T, size=batch)]), 1)
         p = K / n_experts
         # Each of B tokens reaches an expert with probability K / E: binomial.
-        low, high = _binomial_quantiles(batch, p, (0.05, 0.95))
+        uniform = _binomial(batch, p)
+        low, high = _quantiles(uniform, (0.05, 0.95))
         found.append(
             StepLoad(
                 batch=batch,
@@ -64,17 +67,24 @@ def decode_steps(
                 tokens_p95=float(np.quantile(counts, 0.95, method="inverted_cdf")),
                 tokens_p5_uniform=low,
                 tokens_p95_uniform=high,
+                mass=np.bincount(counts.ravel(), minlength=batch + 1) / counts.size,
+                mass_uniform=uniform,
             )
         )
     return found
 
 
-def _binomial_quantiles(n: int, p: float, levels: tuple[float, ...]) -> list[float]:
-    """The least k whose cumulative probability reaches each level."""
-    if p >= 1:
-        return [float(n)] * len(levels)
+def _binomial(n: int, p: float) -> np.ndarray:
+    """The probability of 0, 1, ... n successes."""
     k = np.arange(n + 1)
+    if p >= 1:
+        return (k == n).astype(float)
     log_factorial = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, n + 1)))])
     log_mass = log_factorial[n] - log_factorial[k] - log_factorial[n - k] + k * np.log(p) + (n - k) * np.log1p(-p)
-    cumulative = np.cumsum(np.exp(log_mass))
+    return np.exp(log_mass)
+
+
+def _quantiles(mass: np.ndarray, levels: tuple[float, ...]) -> list[float]:
+    """The least k whose cumulative probability reaches each level."""
+    cumulative = np.cumsum(mass)
     return [float(np.searchsorted(cumulative, level * cumulative[-1] - 1e-12)) for level in levels]

@@ -308,14 +308,24 @@ class RoutingProfile:
             raise ValueError("tokens were not counted: give vocab_size (L * E * V up to 2^28) and call with token ids")
         return self._token_counts_LEV.cpu().unflatten(1, (self.n_experts, self.vocab_size))
 
-    def top_tokens(self, layer: int, expert: int, n: int = 10, at_least: int = 8) -> list[tuple[int, float]]:
-        """The tokens an expert serves most above its share: (id, lift), falling; seen at least `at_least` times."""
+    def layer_top_tokens(self, layer: int, n: int = 10, at_least: int = 8) -> list[list[tuple[int, float]]]:
+        """Per expert, the tokens it serves most above its share: (id, lift), falling; seen at least `at_least` times.
+
+        Lift is how much more often the expert serves that token than its share of all of them.
+        """
         counts_EV = self.token_counts_LEV[layer].double()
         seen_V = counts_EV.sum(0) / self._top_k
-        lift_V = counts_EV[expert] / seen_V.clamp(min=1) / (self.load_LE[layer, expert] * self._top_k).clamp(min=1e-12)
-        lift_V[seen_V < at_least] = 0
-        best = lift_V.topk(min(n, len(lift_V)))
-        return [(int(i), float(v)) for v, i in zip(*best, strict=True) if v > 0]
+        found = []
+        for counts_V, load in zip(counts_EV, self.load_LE[layer], strict=True):
+            lift_V = counts_V / seen_V.clamp(min=1) / (load * self._top_k).clamp(min=1e-12)
+            lift_V[seen_V < at_least] = 0
+            best = lift_V.topk(min(n, len(lift_V)))
+            found.append([(int(i), float(v)) for v, i in zip(*best, strict=True) if v > 0])
+        return found
+
+    def top_tokens(self, layer: int, expert: int, n: int = 10, at_least: int = 8) -> list[tuple[int, float]]:
+        """`layer_top_tokens` of one expert."""
+        return self.layer_top_tokens(layer, n, at_least)[expert]
 
 
 @contextmanager
@@ -333,9 +343,3 @@ def routing(model: nn.Module, vocab_size: int = 0) -> Iterator[RoutingProfile]:
 def load_entropy(load_LE: Tensor) -> Tensor:
     """Entropy of loads [..., E], each summing to 1, over its maximum: 1 when even, 0 when one expert serves all."""
     return torch.special.entr(load_LE).sum(-1) / math.log(max(2, load_LE.shape[-1]))
-
-
-def expert_similarity(weights_E: Tensor) -> Tensor:
-    """Cosine similarity of the experts' weights [E, ...] -> [E, E] float64: near 1 off the diagonal, duplicates."""
-    unit = F.normalize(weights_E.detach().flatten(1).to(torch.float32), dim=1)
-    return (unit @ unit.T).double().cpu()

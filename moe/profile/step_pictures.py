@@ -13,14 +13,24 @@ PHASES = {"forward": 0, "backward": 1, "recompute": 4, "update": 2, "": 5}  # ->
 
 def draw_step(p: StepProfile, place: Path) -> Path:
     """Draws time and roofline into the directory; returns step.png. Raises ImportError without matplotlib."""
-    figure, (left, right) = figures.figure(1, 2, width=6.4, height=5.2)
-    _bars(left, p)
-    _roofline(right, p)
-    return figures.save(figure, place, "step")
+    return figures.save(step_figure(p), place, "step")
 
 
 def draw_memory(memory: Memory, place: Path) -> Path:
     """Draws allocated memory over the step into the directory; returns memory.png. Raises ImportError, too."""
+    return figures.save(memory_figure(memory), place, "memory")
+
+
+def step_figure(p: StepProfile) -> Any:
+    """Time and roofline side by side, as a matplotlib figure."""
+    figure, (left, right) = figures.figure(1, 2, width=6.4, height=5.2)
+    _bars(left, p)
+    _roofline(right, p)
+    return figure
+
+
+def memory_figure(memory: Memory) -> Any:
+    """Allocated memory over the step, as a matplotlib figure."""
     figure, (axis,) = figures.figure(1, 1, width=8.0, height=3.2)
     seconds, gib = np.array(memory.seconds) * 1e3, np.array(memory.bytes) / 2**30
     axis.step(seconds, gib, where="post", color=figures.INK, linewidth=1)
@@ -38,7 +48,7 @@ def draw_memory(memory: Memory, place: Path) -> Path:
     figures.title(
         axis, "Memory over one step", f"peak {gib[peak]:.2f} GiB, in the {memory.phases[peak] or 'rest'}; traced", "ms"
     )
-    return figures.save(figure, place, "memory")
+    return figure
 
 
 def _bars(axis: Any, p: StepProfile) -> None:

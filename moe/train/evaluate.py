@@ -12,7 +12,7 @@ from itertools import groupby, islice
 import numpy as np
 import torch
 
-from moe.data import ChatTemplate, ConversationData, TokenData, document_ids, validation_windows
+from moe.data import ChatTemplate, ConversationData, TokenData, document_ids, spaced_windows, validation_windows
 from moe.kernels.reference import IGNORE_INDEX
 from moe.model import Transformer, stream
 from moe.tokenizer import Tokenizer
@@ -81,16 +81,9 @@ def some_windows(data: TokenData | ConversationData, seq_len: int, n_tokens: int
     if isinstance(data, ConversationData):
         yield from data.held_out_windows(seq_len, n_tokens)
         return
-    sizes = {source: len(data.tokens(source, "val")) for source in _held_out(data)}
-    for source, size in sizes.items():
-        stream_, length = data.tokens(source, "val"), min(seq_len, size)
-        wanted = round(n_tokens * size / sum(sizes.values()) / length)
-        count = min(max(1, wanted), size // length)
-        for i in range(count):
-            begin = i * (size - length) // max(1, count - 1)
-            targets = np.asarray(stream_[begin : begin + length], dtype=np.int64)
-            before = stream_[begin - 1] if begin else data.eot_id
-            yield source, np.concatenate([[before], targets[:-1]]), targets, np.ones(length, dtype=bool)
+    streams = {source: data.tokens(source, "val") for source in _held_out(data)}
+    for source, inputs, targets in spaced_windows(streams, dict.fromkeys(streams, data.eot_id), seq_len, n_tokens):
+        yield source, inputs, targets, np.ones(len(targets), dtype=bool)
 
 
 def _held_out(data: TokenData) -> list[str]:

@@ -22,9 +22,9 @@ from moe.config import Config, ConfigError
 from moe.data import Batch, ConversationData, ConversationStream, Stream, TokenData, compression, open_data
 from moe.kernels.reference import IGNORE_INDEX
 from moe.model import Output, Transformer
-from moe.profile import load_entropy
+from moe.profile import Pass
 from moe.tokenizer import Tokenizer
-from moe.train import console, evaluate, pictures, start, state
+from moe.train import console, evaluate, pictures, start, state, traces
 from moe.train import device as devices
 from moe.train.cpu import tune_cpu
 from moe.train.lora import ADAPTER_FILE, LoraConfig, adapters, merged, save_adapter
@@ -60,6 +60,7 @@ def train(
     lora: LoraConfig | None = None,
     device: str | None = None,
     reporter: console.Reporter | None = None,
+    trace_every: int = 0,
 ) -> Result:
     """Trains the model of `cfg` on prepared data; all results are in `run_dir`.
 
@@ -74,14 +75,17 @@ def train(
             holds them alone.
         device: "cuda" or "cpu"; None takes CUDA where there is one.
         reporter: shows progress; None prints lines. See moe.train.console.
+        trace_every: records the routing of every so many steps in `run_dir`/traces; 0 records none.
 
     Raises:
-        ConfigError: `run_dir` holds a run with another configuration, `start_from` a model of another shape, or `lora`
-            has no `start_from`.
+        ConfigError: `run_dir` holds a run with another configuration, `start_from` a model of another shape, `lora` has
+            no `start_from`, or `trace_every` is negative.
         DataError: the data are not prepared, not the ones of the run in `run_dir`, or do not fit the model.
         CheckpointError: a checkpoint cannot be written or read; the ones before are intact.
         TrainError: the loss is not finite or has exploded; the last good checkpoint is intact.
     """
+    if trace_every < 0:
+        raise ConfigError(f"trace_every = {trace_every}: must be 0 (none) or more")
     reporter = reporter or console.Lines()
     with Stop() as stop, reporter:
         if lora is not None and start_from is None:
@@ -94,7 +98,7 @@ def train(
         t = cfg.train
         try:
             while run.sample < run.schedule.windows and not stop.signal:
-                _train_step(run)
+                _train_step(run, traced=trace_every > 0 and (run.step + 1) % trace_every == 0)
                 reporter.step(run.step)
                 if _due(run, t.log_every):
                     _log(run)
@@ -285,7 +289,7 @@ def _due(run: _Run, every: int) -> bool:
     return every > 0 and (run.step % every == 0 or run.complete)
 
 
-def _train_step(run: _Run) -> None:
+def _train_step(run: _Run, traced: bool) -> None:
     """One optimizer step: the gradient of the mean over all its targets, `micro_batch` windows at a time."""
     t = run.cfg.train
     count = run.schedule.batch(run.sample)
@@ -293,6 +297,7 @@ def _train_step(run: _Run) -> None:
     n_targets = int((batch.targets != IGNORE_INDEX).sum())
     scalars: dict[str, Tensor] = {}
     counts_LE = torch.zeros_like(run.meter.counts_LE)
+    passes: list[Pass] = []
     for begin in range(0, count, run.micro_batch):
         rows = slice(begin, min(begin + run.micro_batch, count))
         targets = batch.targets[rows]
@@ -300,9 +305,8 @@ def _train_step(run: _Run) -> None:
         of_targets = int((targets != IGNORE_INDEX).sum()) / max(1, n_targets)
         of_windows = len(targets) / count
         with torch.autocast(run.device.type, dtype=run.dtype, enabled=run.dtype != torch.float32):
-            out: Output = run.forward(
-                _to(run.device, batch.inputs[rows]), _to(run.device, targets), documents_BS=_documents(run, batch, rows)
-            )
+            tokens_BS = _to(run.device, batch.inputs[rows])
+            out: Output = run.forward(tokens_BS, _to(run.device, targets), documents_BS=_documents(run, batch, rows))
         assert out.loss is not None
         loss = out.loss * of_windows + out.losses["lm"] * (of_targets - of_windows)
         loss.backward()
@@ -311,6 +315,8 @@ def _train_step(run: _Run) -> None:
         for name, value in out.losses.items():
             scalars[name] = scalars.get(name, 0) + value.detach() * shares[name]
         counts_LE += torch.stack([routing.counts_E for routing in out.routing])
+        if traced:
+            passes.append(traces.routing_of(out, tokens_BS))
     scalars["grad_norm"] = torch.nn.utils.clip_grad_norm_(run.model.parameters(), t.grad_clip)
     run.optimizers.set_lr(run.schedule.lr_scale(run.sample + count))
     run.optimizers.step()
@@ -320,6 +326,9 @@ def _train_step(run: _Run) -> None:
     run.meter.add(scalars, counts_LE)
     run.step += 1
     run.sample += count
+    if passes:
+        with _untimed(run):
+            traces.write(run.dir, run.step, passes, run.cfg.experts.n_experts)
 
 
 def _documents(run: _Run, batch: Batch, rows: slice) -> Tensor | None:
@@ -358,8 +367,7 @@ def _log(run: _Run) -> None:
         "tokens_per_second": rate,
         "mfu": rate * flops / run.peak_flops,
         "load": load,
-        "load_max_over_mean": max(max(layer) * len(layer) for layer in load),
-        "load_entropy": load_entropy(torch.tensor(load, dtype=torch.float64)).min().item(),
+        **run.meter.load_statistics(),
     }
     run.meter.reset()
     run.log.write(record)

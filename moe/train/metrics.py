@@ -4,6 +4,7 @@ Shape suffixes: L layers, E experts.
 """
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import IO, Any
@@ -11,8 +12,12 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
+from moe.profile import load_entropy
+from moe.train.watch import Watch
+
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.txt"
+
 _SCALARS = ("loss", "lm", "balance", "z", "grad_norm")
 
 
@@ -37,6 +42,31 @@ class Meter:
     def load(self) -> list[list[float]]:
         """Per layer, the fraction of routed tokens that each expert served: [L][E], each row sums to 1."""
         return (self.counts_LE.double() / self.counts_LE.sum(1, keepdim=True).clamp(min=1)).tolist()
+
+    def load_statistics(self) -> dict[str, Any]:
+        """How evenly the experts of all layers, and of each layer, were used since the last reset.
+
+        Returns:
+            Of the worst layer: load_max_over_mean (1 when even), load_entropy (over its maximum, 1 when even) and
+            load_cv (standard deviation over mean, 0 when even); dead_experts of all layers, those with less than a
+            tenth of the mean load; and under `<name>_by_layer` each of them per layer, {"00": value, ...}.
+        """
+        counts_LE = self.counts_LE.cpu().double()
+        load_LE = counts_LE / counts_LE.sum(1, keepdim=True).clamp(min=1)
+        ratio_LE = load_LE * load_LE.shape[1]
+        per_layer = {
+            "load_max_over_mean": ratio_LE.amax(1),
+            "load_entropy": load_entropy(load_LE),
+            "load_cv": ratio_LE.std(1, correction=0),
+            "dead_experts": (ratio_LE < Watch.IDLE).sum(1),
+        }
+        worst = {name: (v.min() if name == "load_entropy" else v.max()).item() for name, v in per_layer.items()}
+        worst["dead_experts"] = int(per_layer["dead_experts"].sum())
+        by_layer = {
+            f"{name}_by_layer": {f"{i:02d}": value for i, value in enumerate(values.tolist())}
+            for name, values in per_layer.items()
+        }
+        return worst | by_layer
 
     def reset(self) -> None:
         """Starts the next interval."""
@@ -116,6 +146,21 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return records
+
+
+def load_over_training(checkpoint: Path) -> list[dict[str, Any]]:
+    """The "train" records, each with its `load`, of the run that a checkpoint lies in, up to it; empty without a run.
+
+    Args:
+        checkpoint: RUN/final or RUN/checkpoints/step-000100.
+    """
+    place = checkpoint.resolve()
+    in_checkpoints = place.parent.name == "checkpoints"
+    run_dir = place.parent.parent if in_checkpoints else place.parent
+    if not (run_dir / METRICS_FILE).is_file():
+        return []
+    last = int(place.name.rpartition("-")[2]) if in_checkpoints and place.name[-1].isdecimal() else math.inf
+    return [r for r in read_metrics(run_dir) if r["kind"] == "train" and r["step"] <= last]
 
 
 def _numbers(record: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:

@@ -8,14 +8,9 @@ import numpy as np
 import pytest
 
 import moe
-from moe import cli, profile
+from moe import profile
 from moe.data import prepare
-
-
-def run(*args: Any) -> Any:
-    with pytest.raises(SystemExit) as exit_:
-        cli.main([str(a) for a in args])
-    return exit_.value.code
+from tests.conftest import run_cli
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +30,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_from_routing_to_placement(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--data", place / "data", "--tokens", 2000, "--seq-len", 32, "--batch", 4]
     arguments += ["--trace", tmp_path / "t", "--out", tmp_path / "p", "--pictures", tmp_path / "pictures"]
-    assert run("profile", "routing", place / "model", *arguments) == 0
+    assert run_cli("profile", "routing", place / "model", *arguments) == 0
     printed = capsys.readouterr().out
     figures = json.loads((tmp_path / "p").read_text())
     trace = profile.Trace.open(tmp_path / "t")
@@ -46,13 +41,15 @@ def test_from_routing_to_placement(place: Path, tmp_path: Path, capsys: pytest.C
     assert "share of prose / code" in printed or "share of code / prose" in printed
     assert "layer 1: the tokens an expert serves most" in printed
 
-    assert run("profile", "placement", tmp_path / "t", "--gpus", 4, "--redundant", 4, "--out", tmp_path / "g") == 0
+    assert run_cli("profile", "placement", tmp_path / "t", "--gpus", 4, "--redundant", 4, "--out", tmp_path / "g") == 0
     counts = trace.counts_PLE()
     want = profile.place(counts[::2].sum(0).astype(float), 4, 4)
     assert json.loads((tmp_path / "g").read_text())["gpus"] == [[list(held) for held in gpus] for gpus in want.gpus]
     assert f"{want.max_over_mean(counts[1::2]).mean():.3f}" in capsys.readouterr().out
 
-    assert run("profile", "serving", tmp_path / "t", "--config", "gpt4-8k", "--pictures", tmp_path / "pictures") == 0
+    assert (
+        run_cli("profile", "serving", tmp_path / "t", "--config", "gpt4-8k", "--pictures", tmp_path / "pictures") == 0
+    )
     touched = profile.decode_steps(trace.ids_TLK(10**6), 16)[-1].distinct
     gigabytes = touched * moe.plan.params(moe.load_config("gpt4-8k")).expert * 2 / 1e9
     assert f"{gigabytes:,.2f}" in capsys.readouterr().out
@@ -60,7 +57,7 @@ def test_from_routing_to_placement(place: Path, tmp_path: Path, capsys: pytest.C
     drawn = {file.name for file in (tmp_path / "pictures").iterdir() if file.stat().st_size > 10_000}
     assert drawn == {"load.png", "time.png", "together.png", "sources.png", "serving.png"}
 
-    assert run("profile", "compare", tmp_path / "t", tmp_path / "t") == 0
+    assert run_cli("profile", "compare", tmp_path / "t", tmp_path / "t") == 0
     assert "0.000%" in capsys.readouterr().out
 
 
@@ -75,14 +72,14 @@ def test_what_bad_calls_get(place: Path, tmp_path: Path, capsys: pytest.CaptureF
         (["routing", place / "model", "--data", tmp_path], 1, "no prepared data"),
         (["routing", place / "data", "--data", place / "data"], 1, "config.toml"),
     ):
-        assert run("profile", *arguments) == status
+        assert run_cli("profile", *arguments) == status
         assert message in capsys.readouterr().err
 
 
 def test_a_step_part_by_part(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--batch", 2, "--seq-len", 16, "--rounds", 1, "--dtype", "fp32", "--device", "cpu"]
     files = ["--out", tmp_path / "s.json", "--pictures", tmp_path / "pictures", "--chrome", tmp_path / "trace.json"]
-    assert run("profile", "step", place / "model", *flags, *files) == 0
+    assert run_cli("profile", "step", place / "model", *flags, *files) == 0
     printed = capsys.readouterr().out
     figures = json.loads((tmp_path / "s.json").read_text())
     assert {"optimizer", "up", "down", "permute", "combine", "router", "attention", "head"} <= {
@@ -93,7 +90,7 @@ def test_a_step_part_by_part(place: Path, tmp_path: Path, capsys: pytest.Capture
     assert {p.name for p in (tmp_path / "pictures").iterdir()} == {"step.png", "memory.png"}
     assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     for what in ("forward", "backward", "decode"):
-        assert run("profile", "step", "replica-tiny", "--what", what, "--set", "n_layers=1", *flags) == 0
+        assert run_cli("profile", "step", "replica-tiny", "--what", what, "--set", "n_layers=1", *flags) == 0
         assert f"replica-tiny, {what}, 2 x {1 if what == 'decode' else 16} tokens" in capsys.readouterr().out
 
 
@@ -108,10 +105,10 @@ def test_a_step_part_by_part(place: Path, tmp_path: Path, capsys: pytest.Capture
     ],
 )
 def test_steps_that_cannot_be_measured(arguments: list[Any], said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("profile", "step", *arguments) == 2
+    assert run_cli("profile", "step", *arguments) == 2
     assert said in capsys.readouterr().err
 
 
 def test_a_checkpoint_keeps_its_shape(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("profile", "step", place / "model", "--set", "n_layers=1") == 2
+    assert run_cli("profile", "step", place / "model", "--set", "n_layers=1") == 2
     assert "is a checkpoint, whose shape is given" in capsys.readouterr().err

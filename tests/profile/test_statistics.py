@@ -10,7 +10,7 @@ from torch import Tensor
 
 import moe
 from moe.experts import Router
-from moe.profile import NotObservable, RoutingProfile, expert_similarity, routing
+from moe.profile import NotObservable, RoutingProfile, closest_pairs, expert_similarity, routing
 from moe.profile.observe import Pass
 from tests.conftest import rel
 from tests.hf_models import MODELS, build
@@ -174,7 +174,7 @@ def test_load_over_time_keeps_every_pass_in_few_spans(monkeypatch: pytest.Monkey
         begin += span
 
 
-def test_top_tokens_dead_and_duplicate_experts() -> None:
+def test_top_tokens_and_dead_experts() -> None:
     """Expert 3 reads token 7 and nothing else; expert 5 nothing at all."""
     tokens = torch.arange(200) % 10
     ids = torch.where(tokens == 7, 3, tokens % 3)[None, :, None]
@@ -182,11 +182,26 @@ def test_top_tokens_dead_and_duplicate_experts() -> None:
     profile.update(Pass(ids, torch.ones(ids.shape), torch.zeros(1, 200, E), (4, 50), tokens))
     assert profile.top_tokens(0, 3) == [(7, pytest.approx(10.0))]
     assert profile.dead_experts() == [(0, 4), (0, 5)]
-    weights = torch.randn(E, 2, 30, 20)
-    weights[4] = weights[1] * 2
-    similarity = expert_similarity(weights)
-    assert float(similarity[1, 4]) == pytest.approx(1.0, abs=1e-6)
-    assert float(similarity[0, 1].abs()) < 0.2
+
+
+def test_duplicate_experts() -> None:
+    """Against cosines of the joined weights; random experts are as close as chance has it, a scaled copy is not."""
+    weights, others = torch.randn(E, 2, 30, 20), torch.randn(E, 20, 30)
+    weights[4], others[4] = weights[1] * 2, others[1] * 2
+    joined = torch.cat([weights.flatten(1), others.flatten(1)], 1)
+    want = torch.stack([torch.cosine_similarity(row, joined) for row in joined])
+    assert rel(expert_similarity(weights, others), want) < 1e-6
+    model: Any = moe.Transformer(moe.load_config("replica-tiny").scaled(d_model=192, n_layers=3))
+    with torch.no_grad():
+        model.blocks[2].moe.w_in_EGFD[7] = 0.5 * model.blocks[2].moe.w_in_EGFD[2]
+        model.blocks[2].moe.w_out_EDF[7] = 0.5 * model.blocks[2].moe.w_out_EDF[2]
+    first, second, third = closest_pairs(model)
+    for pair in (first, second):
+        assert 0.6 < pair.cosine / pair.by_chance < 1.5
+    assert (third.layer, third.one, third.other) == (2, 2, 7)
+    assert third.cosine == pytest.approx(1.0)
+    assert abs(third.median) < third.by_chance
+    assert closest_pairs(torch.nn.Linear(2, 2)) == []
 
 
 # ------------------------------------------------------------------------------------------------------------- models

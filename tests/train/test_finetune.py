@@ -105,8 +105,8 @@ def test_an_interrupted_fine_tune_goes_on_to_the_same_weights(
     whole = train(short, data.path, tmp_path / "whole", start_from=base, lora=LORA)
     step = loop._train_step
 
-    def interrupted(run) -> None:
-        step(run)
+    def interrupted(run, traced) -> None:
+        step(run, traced)
         if run.step == 3:
             os.kill(os.getpid(), signal.SIGINT)
 
