@@ -4,6 +4,7 @@ They work under `torch.compile(fullgraph=True)` and activation checkpointing. Sh
 """
 
 import importlib.util
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -162,6 +163,36 @@ def expert_mlp_inference(
     if ids_TK.shape == (1, 2):
         return grouped.one_token_top2(*inputs, activation)
     return _forward_grouped(*inputs, activation)[0]
+
+
+def expert_mlp_forward(
+    x_TD: Tensor, w_in_EGFD: Tensor, w_out_EDF: Tensor, weights_TK: Tensor, ids_TK: Tensor, activation: str
+) -> tuple[Tensor, tuple[Tensor, ...], str]:
+    """`expert_mlp` without autograd, for ops around it: y, what `expert_mlp_gradients` reads, and the implementation.
+
+    Raises as `expert_mlp` does.
+    """
+    _check_expert_mlp(x_TD, w_in_EGFD, w_out_EDF, weights_TK, ids_TK, activation, None, None)
+    impl = _choose(None, x_TD, activation, biases=False)
+    y, *saved = _expert_mlp(x_TD, w_in_EGFD, w_out_EDF, weights_TK, ids_TK, None, None, activation, impl, False)
+    return y, tuple(saved), impl
+
+
+def expert_mlp_gradients(
+    dy_TD: Tensor,
+    x_TD: Tensor,
+    w_in_EGFD: Tensor,
+    w_out_EDF: Tensor,
+    weights_TK: Tensor,
+    ids_TK: Tensor,
+    saved: Sequence[Tensor],
+    activation: str,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of x, w_in, w_out and weights; `saved` and `impl` as `expert_mlp_forward` gave them."""
+    inputs = (dy_TD, x_TD, w_in_EGFD, w_out_EDF, weights_TK, ids_TK)
+    dx, dw_in, dw_out, dweights, _, _ = _expert_mlp_backward(*inputs, *saved, None, None, activation, impl)
+    return dx, dw_in, dw_out, dweights
 
 
 def _choose(impl: str | None, x_TD: Tensor, activation: str, biases: bool) -> str:

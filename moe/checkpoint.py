@@ -165,11 +165,11 @@ def load_weights(
     """Gives `model` (usually on the meta device) new parameters and buffers from a checkpoint's tensors; as `load`."""
     stored = list_tensors(directory)
     state = stored_state(model)
-    hint = (
-        "; these are Hugging Face's names: use moe.hf.load"
-        if any(n.startswith("model.layers.") for n in stored)
-        else ""
-    )
+    hint = ""
+    if any(n.startswith("model.layers.") for n in stored):
+        hint = "; these are Hugging Face's names: use moe.hf.load"
+    elif any(".lora_" in n for n in stored):
+        hint = "; a fine-tune with LoRA saved this to go on from: load what it left in final/"
     check_tensors(directory, stored, {name: tuple(t.shape) for name, t in state.items()}, hint)
     targets = {
         name: torch.empty(
@@ -241,7 +241,7 @@ def put_tensors(model: Transformer, tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         owner_name, _, leaf = name.rpartition(".")
         owner = model.get_submodule(owner_name)
-        is_parameter = isinstance(getattr(owner, leaf), nn.Parameter)
-        setattr(owner, leaf, nn.Parameter(tensor) if is_parameter else tensor)
+        old = getattr(owner, leaf)
+        setattr(owner, leaf, nn.Parameter(tensor, old.requires_grad) if isinstance(old, nn.Parameter) else tensor)
     if model.cfg.tie_embeddings:
         model.head.weight = model.embedding.weight

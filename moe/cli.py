@@ -1,4 +1,4 @@
-"""The command line: `moe train`, `moe data prepare`, `moe generate`, and `moe profile` (cli_profile.py).
+"""The command line: `moe train`, `moe data prepare`, `moe generate`, and what other cli_*.py files add.
 
 Commands import what they need when they run, so that `moe --help` loads no torch. What can go wrong ends in one line on
 stderr and exit status 1, or 2 where the command itself was at fault; a stack trace means a bug.
@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 from tyro.conf import Positional, UseAppendAction, arg
 
+from moe.cli_chat import chat
+from moe.cli_finetune import finetune, instructions
+from moe.cli_output import printable, write
 from moe.cli_profile import profile_app
 
 if TYPE_CHECKING:
@@ -24,6 +27,9 @@ app = tyro.extras.SubcommandApp()
 data_app = tyro.extras.SubcommandApp()
 app.command(data_app, name="data")
 app.command(profile_app, name="profile")
+app.command(finetune)
+app.command(chat)
+data_app.command(instructions)
 
 
 @app.command
@@ -140,18 +146,18 @@ def generate(
     model = checkpoints.load(checkpoint, device=where)
     ids = tokenizer.encode(prompt) or [tokenizer.eot_id]
     if sys.stdout.isatty():
-        _write(f"\033[2m{_printable(prompt)}\033[0m")
+        write(f"\033[2m{printable(prompt)}\033[0m")
     try:
         text = TextStream(tokenizer, stop)
         sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
         with contextlib.nullcontext() if trace is None else record(model, trace):
             for next_1 in stream(model, torch.tensor([ids], device=where), max_tokens, **sampling):
-                _write(_printable(text.push(int(next_1))))
+                write(printable(text.push(int(next_1))))
                 if text.done:
                     break
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    _write(_printable(text.finish()) + ("\n" if sys.stdout.isatty() else ""))
+    write(printable(text.finish()) + ("\n" if sys.stdout.isatty() else ""))
     return 0
 
 
@@ -211,19 +217,7 @@ def _print_data(info: "DataInfo") -> None:
         console.print(f"not text, left out: {len(info.skipped):,} ({shown})", markup=False, soft_wrap=True)
 
 
-# ----------------------------------------------------------------------------------------------------------- output
-
-
-def _write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
-
-
-def _printable(text: str) -> str:
-    """Text for a terminal: a model may write escape sequences. What goes to a file or a pipe is left as it is."""
-    if not sys.stdout.isatty():
-        return text
-    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+# ----------------------------------------------------------------------------------------------------------- errors
 
 
 def _fail(error: BaseException) -> None:

@@ -218,17 +218,18 @@ def init_weights(model: Transformer, seed: int) -> None:
             parameter.fill_(1.0)
         elif kind in ("embedding", "head"):
             std = 1.0 if kind == "embedding" and not model.cfg.tie_embeddings else 0.02
-            parameter.normal_(0.0, std, generator=_generator(parameter.device, seed, name))
+            parameter.normal_(0.0, std, generator=generator_for(parameter.device, seed, name))
         else:
             std = 0.5 / math.sqrt(parameter.shape[-1])
             if kind in ("wo", "w_out_EDF"):
                 std /= math.sqrt(2 * model.cfg.n_layers)
             slices = parameter if kind in ("w_in_EGFD", "w_out_EDF") else [parameter]
             for e, part in enumerate(slices):
-                part.normal_(0.0, std, generator=_generator(parameter.device, seed, name, e))
+                part.normal_(0.0, std, generator=generator_for(parameter.device, seed, name, e))
 
 
-def _generator(device: torch.device, *key: object) -> torch.Generator:
+def generator_for(device: torch.device, *key: object) -> torch.Generator:
+    """A generator of its own for each key: the same values wherever, and in whatever order, they are drawn."""
     digest = hashlib.sha256(":".join(map(str, key)).encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "little"))
 

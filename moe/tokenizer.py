@@ -44,6 +44,9 @@ CL100K_SPECIAL = {
     "<|fim_suffix|>": 100260,
     "<|endofprompt|>": 100276,
 }
+# The markers of ChatML, at the ids of OpenAI's chat models, which the published encoding leaves unused.
+IM_START, IM_END = "<|im_start|>", "<|im_end|>"
+CL100K_CHAT = {IM_START: 100264, IM_END: 100265}
 
 
 class TokenizerError(ValueError):
@@ -54,6 +57,8 @@ class Tokenizer:
     """One tokenizer over a `tokenizers.Tokenizer` (byte-level BPE) or a tiktoken `Encoding`.
 
     Special tokens written out in a text are ordinary characters here: no text can forge an end of document.
+
+    `special` maps the special tokens to their ids.
 
     Args:
         backend: the library's object; a `tokenizers.Tokenizer` must be byte-level and know `<|endoftext|>`.
@@ -79,6 +84,7 @@ class Tokenizer:
                 f"the tokenizer has no special token {END_OF_TEXT!r} (it has {sorted(special)[:5]}); "
                 "documents are separated by it: add it or train one with moe.tokenizer.train_bpe"
             )
+        self.special: dict[str, int] = special
         self.eot_id: int = special[END_OF_TEXT]
 
     @property
@@ -242,7 +248,7 @@ def cl100k() -> Tokenizer:
     ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
     return Tokenizer(
         tiktoken.Encoding(
-            CL100K_NAME, pat_str=CL100K_PATTERN, mergeable_ranks=ranks, special_tokens=dict(CL100K_SPECIAL)
+            CL100K_NAME, pat_str=CL100K_PATTERN, mergeable_ranks=ranks, special_tokens={**CL100K_SPECIAL, **CL100K_CHAT}
         )
     )
 

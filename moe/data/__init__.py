@@ -3,6 +3,8 @@
 Importing this costs numpy alone: tokenizers, tiktoken, pyarrow and datasets load where they are used.
 """
 
+from moe.data.chat import ChatTemplate, check_messages
+from moe.data.conversations import ConversationData, open_data, prepare_conversations
 from moe.data.mixture import (
     Batch,
     Mixture,
@@ -13,12 +15,16 @@ from moe.data.mixture import (
     spaced_windows,
     validation_windows,
 )
+from moe.data.packing import ConversationStream
 from moe.data.prepare import DataInfo, SplitInfo, compression, describe, prepare
 from moe.data.shards import DocumentTable, TokenData, TokenStream
 from moe.data.sources import DataError, Document, Report, Source, default_sources, is_held_out, parse_source, read
 
 __all__ = [
     "Batch",
+    "ChatTemplate",
+    "ConversationData",
+    "ConversationStream",
     "DataError",
     "DataInfo",
     "Document",
@@ -30,15 +36,18 @@ __all__ = [
     "Stream",
     "TokenData",
     "TokenStream",
+    "check_messages",
     "compression",
     "default_sources",
     "describe",
     "document_ids",
     "is_held_out",
+    "open_data",
     "parse_source",
     "permute",
     "permute_many",
     "prepare",
+    "prepare_conversations",
     "read",
     "spaced_windows",
     "validation_windows",

@@ -9,7 +9,7 @@ and the whole state of the order is the integer k. Ranks that share k's out amon
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from math import isqrt
 from typing import NamedTuple, Protocol
 
@@ -142,7 +142,7 @@ class Mixture:
         if seq_len < 1:
             raise DataError(f"seq_len is {seq_len}, expected 1 or more")
         self.data, self.seq_len, self.seed, self.documents = data, seq_len, seed, documents
-        self.epochs = _whole_epochs(data, epochs or {})
+        self.epochs = whole_epochs(data.sources, epochs or {})
         self.windows = {name: -(-len(data.tokens(name, "train")) // seq_len) for name in data.sources}
         self._names = [name for name in data.sources if self.epochs[name] * self.windows[name]]
         if not self._names:
@@ -213,16 +213,17 @@ def document_ids(inputs: np.ndarray, eot_id: int) -> np.ndarray:
     return (inputs == eot_id).cumsum(1).astype(np.int32)
 
 
-def _whole_epochs(data: TokenData, epochs: Mapping[str, int | float]) -> dict[str, int]:
+def whole_epochs(sources: Sequence[str], epochs: Mapping[str, int | float]) -> dict[str, int]:
+    """The number of epochs of every source. Raises DataError for a source unknown or not a whole number of times."""
     for name, times in epochs.items():
-        if name not in data.sources:
-            raise DataError(f"epochs names source {name!r}; the data has {', '.join(data.sources)}")
+        if name not in sources:
+            raise DataError(f"epochs names source {name!r}; the data has {', '.join(sources)}")
         if not float(times).is_integer() or times < 0:
             raise DataError(
                 f"epochs[{name!r}] is {times}, expected a whole number of times, 0 or more: multiply all of them until "
                 "they are whole"
             )
-    return {name: int(epochs.get(name, 1)) for name in data.sources}
+    return {name: int(epochs.get(name, 1)) for name in sources}
 
 
 def validation_windows(

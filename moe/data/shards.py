@@ -157,6 +157,73 @@ def _map(file: Path, dtype: np.dtype) -> np.ndarray:
     return mapped
 
 
+def read_index(path: Path, format_name: str, version: int, maker: str) -> dict[str, Any]:
+    """The index of a prepared directory. Raises DataError where it is missing, damaged, of another kind or version."""
+    file = path / INDEX_FILE
+    if not file.is_file():
+        raise DataError(f"no prepared data in {path} ({INDEX_FILE} is missing): prepare it with {maker}")
+    try:
+        index = json.loads(file.read_bytes())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"{file} is not complete JSON ({error}): prepare the data again") from None
+    if not isinstance(index, dict) or index.get("format") != format_name:
+        found = index.get("format") if isinstance(index, dict) else None
+        other = f"{found!r}, not {format_name!r}" if found else f"not {format_name!r}"
+        raise DataError(f"{file} is not the index of prepared data (format is {other}): prepare it with {maker}")
+    if index.get("version") != version:
+        raise DataError(f"{file} has format version {index.get('version')}, expected {version}: prepare it again")
+    return index
+
+
+def map_stream(directory: Path, shards: Sequence[dict[str, Any]], dtype: np.dtype) -> TokenStream:
+    """The memory-mapped stream of the shards of an index. Raises DataError where one is missing or cut short."""
+    parts = []
+    for shard in shards:
+        file = directory / shard["file"]
+        expected = shard["tokens"] * dtype.itemsize
+        found = file.stat().st_size if file.is_file() else None
+        if found != expected:
+            state = "is missing" if found is None else f"has {found:,} bytes"
+            raise DataError(f"{file} {state}, expected {expected:,} bytes: prepare the data again (overwrite)")
+        parts.append(_map(file, dtype))
+    return TokenStream(parts, dtype)
+
+
+def read_table(directory: Path, entry: dict[str, Any]) -> DocumentTable:
+    """The table of documents that `ShardWriter.entry` wrote. Raises DataError for a damaged file."""
+    file = directory / entry["file"]
+    try:
+        table = json.loads(file.read_bytes())
+        n_tokens, n_bytes = (np.array(table[key], dtype=np.int64) for key in ("tokens", "bytes"))
+        names = table["name"]
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{file} cannot be read ({error}): prepare the data again (overwrite)") from None
+    if not len(names) == len(n_tokens) == len(n_bytes) == entry["count"]:
+        raise DataError(f"{file} does not have {entry['count']:,} documents: prepare the data again (overwrite)")
+    return DocumentTable(names, n_tokens, n_bytes, np.cumsum(n_tokens) - n_tokens)
+
+
+def load_tokenizer(directory: Path, sha256: str) -> Tokenizer:
+    """The tokenizer of prepared data. Raises DataError where the file is not the one that the tokens were made with."""
+    file = directory / TOKENIZER_FILE
+    found = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else "missing"
+    if found != sha256:
+        raise DataError(
+            f"{file} is not the tokenizer these tokens were made with (sha256 {found[:12]}, expected "
+            f"{sha256[:12]}): prepare the data again (overwrite)"
+        )
+    return Tokenizer.load(file)
+
+
+def check_vocabulary(of_data: int, of_model: int) -> None:
+    """Raises DataError where a model of so many ids cannot take the tokens; more ids are fine."""
+    if of_data > of_model:
+        raise DataError(
+            f"the data's tokenizer has {of_data:,} ids, the model's vocab_size is {of_model:,}: set the "
+            f"model's vocab_size to {of_data} or more, or prepare the data with vocab_size={of_model}"
+        )
+
+
 class TokenData:
     """A prepared directory, opened: streams of tokens, tables of documents, the tokenizer.
 
@@ -171,7 +238,11 @@ class TokenData:
         self.fingerprint: str = index["fingerprint"]
         self.sources: tuple[str, ...] = tuple(index["sources"])
         self.dtype = np.dtype(index["dtype"])
-        self._streams = {(source, split): self._map(source, split) for source in self.sources for split in SPLITS}
+        self._streams = {
+            (source, split): map_stream(path, index["sources"][source][split]["shards"], self.dtype)
+            for source in self.sources
+            for split in SPLITS
+        }
 
     @staticmethod
     def open(path: str | Path) -> "TokenData":
@@ -181,30 +252,8 @@ class TokenData:
             DataError: not a prepared directory, another version, or a file that is missing or cut short.
         """
         path = Path(path)
-        file = path / INDEX_FILE
-        if not file.is_file():
-            raise DataError(f"no prepared data in {path} ({INDEX_FILE} is missing): prepare it with moe.data.prepare")
-        try:
-            index = json.loads(file.read_bytes())
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise DataError(f"{file} is not complete JSON ({error}): prepare the data again") from None
-        if not isinstance(index, dict) or index.get("format") != FORMAT:
-            raise DataError(f"{file} is not the index of prepared data (format is not {FORMAT!r})")
-        if index.get("version") != VERSION:
-            raise DataError(f"{file} has format version {index.get('version')}, expected {VERSION}: prepare it again")
+        index = read_index(path, FORMAT, VERSION, "moe.data.prepare")
         return TokenData(path, index)
-
-    def _map(self, source: str, split: str) -> TokenStream:
-        shards = []
-        for shard in self.index["sources"][source][split]["shards"]:
-            file = self.path / shard["file"]
-            expected = shard["tokens"] * self.dtype.itemsize
-            found = file.stat().st_size if file.is_file() else None
-            if found != expected:
-                state = "is missing" if found is None else f"has {found:,} bytes"
-                raise DataError(f"{file} {state}, expected {expected:,} bytes: prepare the data again (overwrite)")
-            shards.append(_map(file, self.dtype))
-        return TokenStream(shards, self.dtype)
 
     def tokens(self, source: str, split: str) -> TokenStream:
         """The token stream of a source's "train" or "val" split. Raises DataError for an unknown source or split."""
@@ -214,17 +263,11 @@ class TokenData:
     def documents(self, source: str, split: str) -> DocumentTable:
         """The documents of a source's "train" or "val" split, in stream order. Raises DataError for a damaged file."""
         self._check(source, split)
-        entry = self.index["sources"][source][split]["documents"]
-        file = self.path / entry["file"]
-        try:
-            table = json.loads(file.read_bytes())
-            n_tokens, n_bytes = (np.array(table[key], dtype=np.int64) for key in ("tokens", "bytes"))
-            names = table["name"]
-        except (OSError, ValueError, KeyError) as error:
-            raise DataError(f"{file} cannot be read ({error}): prepare the data again (overwrite)") from None
-        if not len(names) == len(n_tokens) == len(n_bytes) == entry["count"]:
-            raise DataError(f"{file} does not have {entry['count']:,} documents: prepare the data again (overwrite)")
-        return DocumentTable(names, n_tokens, n_bytes, np.cumsum(n_tokens) - n_tokens)
+        return read_table(self.path, self.index["sources"][source][split]["documents"])
+
+    def n_tokens(self, source: str, split: str) -> int:
+        """Tokens of a stream."""
+        return len(self.tokens(source, split))
 
     def n_bytes(self, source: str, split: str) -> int:
         """Bytes of UTF-8 text behind a stream: what bits per byte divides by."""
@@ -233,22 +276,11 @@ class TokenData:
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that the tokens were made with. Raises DataError where the file beside them is another one."""
-        file = self.path / TOKENIZER_FILE
-        found = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else "missing"
-        if found != self.index["tokenizer_sha256"]:
-            raise DataError(
-                f"{file} is not the tokenizer these tokens were made with (sha256 {found[:12]}, expected "
-                f"{self.index['tokenizer_sha256'][:12]}): prepare the data again (overwrite)"
-            )
-        return Tokenizer.load(file)
+        return load_tokenizer(self.path, self.index["tokenizer_sha256"])
 
     def check_compatible(self, vocab_size: int) -> None:
         """Raises DataError where a model of `vocab_size` ids cannot take these tokens; more ids are fine."""
-        if self.vocab_size > vocab_size:
-            raise DataError(
-                f"the data's tokenizer has {self.vocab_size:,} ids, the model's vocab_size is {vocab_size:,}: set the "
-                f"model's vocab_size to {self.vocab_size} or more, or prepare the data with vocab_size={vocab_size}"
-            )
+        check_vocabulary(self.vocab_size, vocab_size)
 
     def _check(self, source: str, split: str) -> None:
         if source not in self.sources:

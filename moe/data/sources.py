@@ -10,7 +10,7 @@ import importlib.util
 import json
 import os
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
@@ -148,11 +148,11 @@ def _named_texts(source: Source) -> Iterator[tuple[str, str | None]]:
     ):
         yield from _read_dataset(path, source.text_field)
     else:
-        for name in sorted(_walk(source)):
+        for name in sorted(walk(source)):
             yield from _read_file(path / name, name, source.text_field)
 
 
-def _walk(source: Source) -> Iterator[str]:
+def walk(source: Source) -> Iterator[str]:
     """Relative names, with forward slashes, of the files of a tree that count."""
 
     def skipped(part: str) -> bool:
@@ -189,7 +189,7 @@ def _as_text(content: bytes) -> str | None:
         return None
 
 
-def _clean(text: str) -> str | None:
+def clean(text: str) -> str | None:
     """The text of a row, or None where it holds NUL or a lone surrogate (JSON can write both)."""
     try:
         text.encode()
@@ -199,6 +199,19 @@ def _clean(text: str) -> str | None:
 
 
 def _read_jsonl(path: Path, name: str, text_field: str) -> Iterator[tuple[str, str | None]]:
+    for row, where, value in json_rows(path, f"a field {text_field!r}"):
+        yield f"{name}#{row}", _field_text(value, text_field, where)
+
+
+def json_rows(path: Path, fields: str) -> Iterator[tuple[int, str, dict[str, Any]]]:
+    """(row from 0, its place in words, the object) of each line of a JSONL file that is not blank.
+
+    Args:
+        fields: what an object should have, for the message of an error.
+
+    Raises:
+        DataError: a line is not a JSON object.
+    """
     with path.open("rb") as lines:
         for row, line in enumerate(lines):
             where = f"{path}, line {row + 1}"
@@ -209,8 +222,8 @@ def _read_jsonl(path: Path, name: str, text_field: str) -> Iterator[tuple[str, s
             except (UnicodeDecodeError, json.JSONDecodeError) as error:
                 raise DataError(f"{where}: not valid JSON ({error}); one JSON object per line is expected") from None
             if not isinstance(value, dict):
-                raise DataError(f"{where}: a {type(value).__name__}, expected an object with a field {text_field!r}")
-            yield f"{name}#{row}", _field_text(value, text_field, where)
+                raise DataError(f"{where}: a {type(value).__name__}, expected an object with {fields}")
+            yield row, where, value
 
 
 def _field_text(row: dict[str, Any], text_field: str, where: str) -> str | None:
@@ -219,10 +232,28 @@ def _field_text(row: dict[str, Any], text_field: str, where: str) -> str | None:
     value = row[text_field]
     if not isinstance(value, str):
         raise DataError(f"{where}: field {text_field!r} is a {type(value).__name__}, expected a string")
-    return _clean(value)
+    return clean(value)
 
 
 def _read_parquet(path: Path, name: str, text_field: str) -> Iterator[tuple[str, str | None]]:
+    def chosen(columns: list[str]) -> list[str]:
+        _check_column(text_field, columns, str(path))
+        return [text_field]
+
+    for row, where, value in parquet_rows(path, chosen):
+        yield f"{name}#{row}", _field_text(value, text_field, where)
+
+
+def parquet_rows(path: Path, choose: Callable[[list[str]], list[str]]) -> Iterator[tuple[int, str, dict[str, Any]]]:
+    """(row from 0, its place in words, its values by column) of a parquet file, 1,024 rows in memory at a time.
+
+    Args:
+        choose: takes the file's columns, returns those to read.
+
+    Raises:
+        DataError: not a readable parquet file.
+        ImportError: pyarrow is missing.
+    """
     try:
         import pyarrow as arrow
         import pyarrow.parquet as parquet
@@ -233,12 +264,10 @@ def _read_parquet(path: Path, name: str, text_field: str) -> Iterator[tuple[str,
     except (arrow.ArrowException, OSError) as error:
         raise DataError(f"{path} is not a readable parquet file: {error}") from None
     with file:
-        columns = list(file.schema_arrow.names)
-        _check_column(text_field, columns, str(path))
         row = 0
-        for batch in file.iter_batches(batch_size=1024, columns=[text_field]):
-            for value in batch.column(0).to_pylist():
-                yield f"{name}#{row}", _field_text({text_field: value}, text_field, f"{path}, row {row}")
+        for batch in file.iter_batches(batch_size=1024, columns=choose(list(file.schema_arrow.names))):
+            for value in batch.to_pylist():
+                yield row, f"{path}, row {row}", value
                 row += 1
 
 

@@ -203,9 +203,11 @@ def summary_text(summary: dict[str, Any], run_dir: Path) -> str:
 
 def places(summary: dict[str, Any], run_dir: Path) -> str:
     """Where everything is."""
+    final = run_dir / "final"
+    try_ = f"moe chat {final}" if summary.get("chat") else f'moe generate {final} --prompt "Once"'
     return (
-        f"{summary['tokens']:,} tokens in {clock(summary['train_seconds'])}; model in {run_dir / 'final'}, pictures in "
-        f'{run_dir / "pictures"}\ntry: moe generate {run_dir / "final"} --prompt "Once"'
+        f"{summary['tokens']:,} tokens in {clock(summary['train_seconds'])}; model in {final}, pictures in "
+        f"{run_dir / 'pictures'}\ntry: {try_}"
     )
 
 

@@ -12,7 +12,7 @@ from itertools import groupby, islice
 import numpy as np
 import torch
 
-from moe.data import TokenData, document_ids, spaced_windows, validation_windows
+from moe.data import ChatTemplate, ConversationData, TokenData, document_ids, spaced_windows, validation_windows
 from moe.kernels.reference import IGNORE_INDEX
 from moe.model import Transformer, stream
 from moe.tokenizer import Tokenizer
@@ -22,6 +22,11 @@ Window = tuple[str, np.ndarray, np.ndarray, np.ndarray]
 
 # One in the form of the plays, one in that of the code, and the beginning of any document.
 PROMPTS = ("**ROMEO**  \n", "def read(path):\n", "")
+# Small talk, and a function that no library has word for word.
+REQUESTS = (
+    "What is AI?",
+    "Write the Python function read_lines.\n\nRead a text file and return its lines as a list, without line endings.",
+)
 
 
 @dataclass(frozen=True)
@@ -42,8 +47,9 @@ class Score:
 
 
 def byte_lengths(tokenizer: Tokenizer) -> np.ndarray:
-    """The bytes of text that each id stands for, int64 [V]; end-of-text stands for none."""
-    lengths = [0 if i == tokenizer.eot_id else _length(tokenizer, i) for i in range(tokenizer.vocab_size)]
+    """The bytes of text that each id stands for, int64 [V]; special tokens stand for none."""
+    special = set(tokenizer.special.values())
+    lengths = [0 if i in special else _length(tokenizer, i) for i in range(tokenizer.vocab_size)]
     return np.array(lengths, dtype=np.int64)
 
 
@@ -54,18 +60,27 @@ def _length(tokenizer: Tokenizer, token_id: int) -> int:
         return 0
 
 
-def all_windows(data: TokenData, seq_len: int) -> Iterator[Window]:
-    """Every held-out token once, with at least half a window of context from the second window on."""
+def all_windows(data: TokenData | ConversationData, seq_len: int) -> Iterator[Window]:
+    """Every held-out token once, with at least half a window of context from the second window on.
+
+    Of conversations: every held-out response.
+    """
+    if isinstance(data, ConversationData):
+        yield from data.held_out_windows(seq_len)
+        return
     for source in _held_out(data):
         for inputs, targets, scored in validation_windows(data, source, seq_len, max(1, seq_len // 2)):
             yield source, inputs, targets, scored
 
 
-def some_windows(data: TokenData, seq_len: int, n_tokens: int) -> Iterator[Window]:
+def some_windows(data: TokenData | ConversationData, seq_len: int, n_tokens: int) -> Iterator[Window]:
     """About `n_tokens` held-out tokens: separate windows, evenly spaced, as many of a source as its share of the text.
 
-    Every source has at least one. The windows are the same each time.
+    Every source has at least one. The windows are the same each time. Conversations have a window each.
     """
+    if isinstance(data, ConversationData):
+        yield from data.held_out_windows(seq_len, n_tokens)
+        return
     streams = {source: data.tokens(source, "val") for source in _held_out(data)}
     for source, inputs, targets in spaced_windows(streams, dict.fromkeys(streams, data.eot_id), seq_len, n_tokens):
         yield source, inputs, targets, np.ones(len(targets), dtype=bool)
@@ -75,9 +90,9 @@ def _held_out(data: TokenData) -> list[str]:
     return [source for source in data.sources if len(data.tokens(source, "val"))]
 
 
-def count_scored(data: TokenData) -> int:
-    """Tokens that `all_windows` scores."""
-    return sum(len(data.tokens(source, "val")) for source in data.sources)
+def count_scored(data: TokenData | ConversationData) -> int:
+    """Tokens that `all_windows` scores (of conversations a few less, where some are longer than a window)."""
+    return sum(data.n_tokens(source, "val") for source in data.sources)
 
 
 @torch.no_grad()
@@ -127,21 +142,28 @@ def total(scores: dict[str, Score]) -> Score:
     return sum(scores.values(), Score(0.0, 0, 0))
 
 
-def draw_samples(model: Transformer, tokenizer: Tokenizer, *, n_tokens: int = 160) -> list[dict[str, str]]:
+def draw_samples(
+    model: Transformer, tokenizer: Tokenizer, *, n_tokens: int = 160, chat: bool = False
+) -> list[dict[str, str]]:
     """What the model writes after each of `PROMPTS`, as {"prompt", "text"}; the same each time.
 
-    The sample ends with the document.
+    The sample ends with the document. With `chat` it answers `REQUESTS`, and ends with its turn.
     """
-    device = model.embedding.weight.device
+    template = ChatTemplate(tokenizer)
     samples = []
-    for prompt in PROMPTS:
-        ids = tokenizer.encode(prompt) or [tokenizer.eot_id]
+    for prompt in REQUESTS if chat else PROMPTS:
+        if chat:
+            ids, end_id = template.prompt([{"role": "user", "content": prompt}]), template.end_id
+        else:
+            ids, end_id = tokenizer.encode(prompt) or [tokenizer.eot_id], tokenizer.eot_id
+        ids = ids[: model.cfg.max_seq_len]
         new: list[int] = []
-        for next_1 in stream(model, torch.tensor([ids], device=device), n_tokens, temperature=0.8, top_p=0.95):
-            if int(next_1) == tokenizer.eot_id:
+        prompt_1S = torch.tensor([ids], device=model.embedding.weight.device)
+        for next_1 in stream(model, prompt_1S, n_tokens, temperature=0.8, top_p=0.95):
+            if int(next_1) == end_id:
                 break
             new.append(int(next_1))
         # A model may have more ids than its tokenizer; nothing ever trained them, but the first steps may draw one.
         text = tokenizer.decode([i for i in new if i < tokenizer.vocab_size])
-        samples.append({"prompt": prompt, "text": text})
+        samples.append({"prompt": f"{prompt}\n\n" if chat else prompt, "text": text})
     return samples

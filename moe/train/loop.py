@@ -19,14 +19,15 @@ from torch import Tensor
 
 from moe import checkpoint, plan
 from moe.config import Config, ConfigError
-from moe.data import Batch, Mixture, Stream, TokenData, compression
+from moe.data import Batch, ConversationData, ConversationStream, Stream, TokenData, compression, open_data
 from moe.kernels.reference import IGNORE_INDEX
 from moe.model import Output, Transformer
 from moe.profile import Pass
 from moe.tokenizer import Tokenizer
-from moe.train import console, evaluate, pictures, state, traces
+from moe.train import console, evaluate, pictures, start, state, traces
 from moe.train import device as devices
 from moe.train.cpu import tune_cpu
+from moe.train.lora import ADAPTER_FILE, LoraConfig, adapters, merged, save_adapter
 from moe.train.metrics import Meter, MetricsLog
 from moe.train.optimizer import Optimizers, build
 from moe.train.schedule import Schedule
@@ -56,6 +57,7 @@ def train(
     *,
     resume: Literal["auto", "never"] = "auto",
     start_from: str | Path | None = None,
+    lora: LoraConfig | None = None,
     device: str | None = None,
     reporter: console.Reporter | None = None,
     trace_every: int = 0,
@@ -63,19 +65,21 @@ def train(
     """Trains the model of `cfg` on prepared data; all results are in `run_dir`.
 
     Args:
-        data_dir: what `moe.data.prepare` wrote.
+        data_dir: what `moe.data.prepare` wrote, or `moe.data.prepare_conversations`, whose responses are learned.
         run_dir: gets config.toml, metrics.jsonl, samples.txt, tensorboard/, checkpoints/, and at the end final/ (for
             `moe.load`), summary.json and pictures/.
         resume: "auto" goes on from the newest checkpoint in `run_dir`; "never" moves an older run there aside.
         start_from: a checkpoint whose weights a new run begins with: the next stage of a recipe. Its shape must be that
             of `cfg`, but for the context and its rotations.
+        lora: freeze these weights and train adapters on them. final/ then has them merged, and adapter.safetensors
+            holds them alone.
         device: "cuda" or "cpu"; None takes CUDA where there is one.
         reporter: shows progress; None prints lines. See moe.train.console.
         trace_every: records the routing of every so many steps in `run_dir`/traces; 0 records none.
 
     Raises:
-        ConfigError: `run_dir` holds a run with another configuration, or `start_from` a model of another shape;
-            `trace_every` is negative.
+        ConfigError: `run_dir` holds a run with another configuration, `start_from` a model of another shape, `lora` has
+            no `start_from`, or `trace_every` is negative.
         DataError: the data are not prepared, not the ones of the run in `run_dir`, or do not fit the model.
         CheckpointError: a checkpoint cannot be written or read; the ones before are intact.
         TrainError: the loss is not finite or has exploded; the last good checkpoint is intact.
@@ -84,11 +88,13 @@ def train(
         raise ConfigError(f"trace_every = {trace_every}: must be 0 (none) or more")
     reporter = reporter or console.Lines()
     with Stop() as stop, reporter:
-        finished = _already_finished(cfg, Path(run_dir), resume)
+        if lora is not None and start_from is None:
+            raise ConfigError("lora without start_from: adapters belong on a trained model; name its checkpoint")
+        finished = _already_finished(cfg, Path(run_dir), resume, lora)
         if finished is not None:
             reporter.note(f"the run in {run_dir} is complete; start it anew with --fresh, or choose another --out")
             return finished
-        run = _open(cfg, Path(data_dir), Path(run_dir), resume, start_from, device, reporter, stop)
+        run = _open(cfg, Path(data_dir), Path(run_dir), resume, start_from, lora, device, reporter, stop)
         t = cfg.train
         try:
             while run.sample < run.schedule.windows and not stop.signal:
@@ -122,7 +128,8 @@ class _Run:
 
     cfg: Config
     dir: Path
-    data: TokenData
+    data: TokenData | ConversationData
+    lora: LoraConfig | None
     tokenizer: Tokenizer
     stream: Stream
     schedule: Schedule
@@ -161,16 +168,21 @@ class _Run:
     def complete(self) -> bool:
         return self.sample == self.schedule.windows
 
+    @property
+    def chat(self) -> bool:
+        return isinstance(self.data, ConversationData)
+
 
 # -------------------------------------------------------------------------------------------------------- beginning
 
 
-def _already_finished(cfg: Config, run_dir: Path, resume: str) -> Result | None:
+def _already_finished(cfg: Config, run_dir: Path, resume: str, lora: LoraConfig | None) -> Result | None:
     summary = run_dir / SUMMARY_FILE
     if resume == "never" or not summary.is_file():
         return None
     state.check_same_config((run_dir / CONFIG_FILE).read_text(encoding="utf-8"), cfg, run_dir)
     content = json.loads(summary.read_text(encoding="utf-8"))
+    start.check_same_lora(content.get("lora"), lora, run_dir)
     return Result("complete", content["step"], run_dir, content)
 
 
@@ -180,6 +192,7 @@ def _open(
     run_dir: Path,
     resume: str,
     start_from: str | Path | None,
+    lora: LoraConfig | None,
     device_name: str | None,
     reporter: Any,
     stop: Stop,
@@ -189,25 +202,26 @@ def _open(
     dtype = devices.pick_dtype(cfg.train, device)
     if device.type == "cpu":
         tune_cpu()
-    data = TokenData.open(data_dir)
+    data = open_data(data_dir)
     data.check_compatible(cfg.vocab_size)
-    t = cfg.train
-    stream = Mixture(data, t.seq_len or cfg.max_seq_len, t.seed, t.epochs, documents=t.document_mask)
+    t, stream = cfg.train, start.open_stream(cfg, data)
     if start_from is not None:
-        _check_start(cfg, data, Path(start_from))
-    found = _enter(run_dir, resume)
+        start.check_start(cfg, data, Path(start_from))
+    found = start.enter(run_dir, resume)
     saved = state.load_training(found) if found is not None else None
     if saved is not None:
         state.check_same_config(saved["config"], cfg, run_dir)
+        start.check_same_lora(saved.get("lora"), lora, run_dir)
         stream.check_resume(saved["stream"])
     (run_dir / CONFIG_FILE).write_text(cfg.to_toml(), encoding="utf-8")
-    model = _model(cfg, device, found, start_from)
+    model = start.open_model(cfg, device, found, start_from, lora)
     tokenizer = data.tokenizer()
     text = sum(data.n_bytes(source, "train") for source in data.sources)
     run = _Run(
         cfg=cfg,
         dir=run_dir,
         data=data,
+        lora=lora,
         tokenizer=tokenizer,
         stream=stream,
         schedule=Schedule(t, stream.seq_len, stream.windows_per_epoch),
@@ -223,61 +237,12 @@ def _open(
         stop=stop,
         peak_flops=devices.peak_flops(device, dtype),
         byte_lengths=evaluate.byte_lengths(tokenizer),
-        tokens_per_byte=sum(len(data.tokens(source, "train")) for source in data.sources) / text,
+        tokens_per_byte=sum(data.n_tokens(source, "train") for source in data.sources) / text,
     )
     if saved is not None:
         _restore(run, saved)
     _introduce(run, resumed_from=found, start_from=start_from)
     return run
-
-
-def _enter(run_dir: Path, resume: str) -> Path | None:
-    """Makes the run's directory; the checkpoint to resume from, if any."""
-    if run_dir.exists() and not run_dir.is_dir():
-        raise TrainError(f"run directory {run_dir} is a file: choose another --out")
-    if run_dir.is_dir() and any(run_dir.iterdir()):
-        if not (run_dir / CONFIG_FILE).is_file():
-            raise TrainError(f"run directory {run_dir} exists and is not a run: choose a new or an empty --out")
-        if resume == "never":
-            n = 1
-            while (aside := run_dir.with_name(f"{run_dir.name}-old-{n}")).exists():
-                n += 1
-            run_dir.rename(aside)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    state.remove_unfinished(run_dir)
-    return state.latest(run_dir)
-
-
-# What a later stage of a recipe may change in a model.
-OF_A_STAGE = ("name", "max_seq_len", "attention.rope.", "router.", "train.")
-
-
-def _check_start(cfg: Config, data: TokenData, start_from: Path) -> None:
-    """Raises ConfigError where the weights of `start_from` are not those of a model of `cfg` for these tokens."""
-    before = checkpoint.load_config_of(start_from)
-    changed = [line for line in state.differences(before.to_toml(), cfg) if not line.startswith(OF_A_STAGE)]
-    if changed:
-        raise ConfigError(f"{start_from} has another shape: {', '.join(changed)}; set these as they were there")
-    tokenizer = checkpoint.load_tokenizer(start_from)
-    if tokenizer.fingerprint != data.tokenizer().fingerprint:
-        raise ConfigError(
-            f"{start_from} was trained with another tokenizer than {data.path} was prepared with: prepare the data "
-            f"with --tokenizer {start_from / 'tokenizer.json'}"
-        )
-
-
-def _model(cfg: Config, device: torch.device, found: Path | None, start_from: str | Path | None) -> Transformer:
-    weights = found or start_from
-    if weights is None:
-        with device:
-            model = Transformer(cfg, cfg.train.seed)
-    else:
-        with torch.device("meta"):
-            model = Transformer(cfg)
-        # A resumed run takes the dtypes it had; another model's may be narrower than training wants.
-        checkpoint.load_weights(model, weights, device=device, dtype=None if found else torch.float32)
-    model.activation_checkpointing = cfg.train.activation_checkpointing
-    return model
 
 
 def _restore(run: _Run, saved: dict[str, Any]) -> None:
@@ -291,13 +256,20 @@ def _restore(run: _Run, saved: dict[str, Any]) -> None:
 
 def _introduce(run: _Run, resumed_from: Path | None, start_from: str | Path | None) -> None:
     counts = plan.params(run.cfg)
-    sizes = ", ".join(f"{s} {len(run.data.tokens(s, 'train')):,}" for s in run.data.sources)
+    sizes = ", ".join(f"{s} {run.data.n_tokens(s, 'train'):,}" for s in run.data.sources)
     run.reporter.start(run.schedule.steps, run.step, run.tokens_per_byte)
+    what = "tokens of responses" if run.chat else "training tokens"
     run.reporter.note(
         f"{run.cfg.name}: {counts.total:,} parameters, {counts.active['output']:,} active per token; "
         f"{run.schedule.steps:,} steps of {_batch_sizes(run)} x {run.seq_len} tokens on {run.device.type} "
-        f"({str(run.dtype).removeprefix('torch.')}); training tokens: {sizes}"
+        f"({str(run.dtype).removeprefix('torch.')}); {what}: {sizes}"
     )
+    if isinstance(run.stream, ConversationStream):
+        for notice in run.stream.notices:
+            run.reporter.note(notice)
+    if run.lora is not None:
+        trained = sum(p.numel() for p in adapters(run.model).values())
+        run.reporter.note(f"LoRA of rank {run.lora.rank} on {' and '.join(run.lora.targets)}: {trained:,} are trained")
     if resumed_from is not None:
         run.reporter.note(f"resumed from {resumed_from}")
     elif start_from is not None:
@@ -422,6 +394,8 @@ def _evaluate(run: _Run) -> None:
     with _untimed(run):
         windows = evaluate.some_windows(run.data, run.seq_len, run.cfg.train.eval_tokens)
         scores = _score(run, windows)
+        if not scores:  # no conversation is held out
+            return
         record = {"kind": "eval", "step": run.step, "tokens": run.tokens, "bits_per_byte": _per_byte(scores)}
         run.log.write(record)
         run.reporter.evaluation(record)
@@ -436,18 +410,19 @@ def _score(
         run.byte_lengths,
         batch=run.micro_batch,
         dtype=run.dtype,
-        mask_by=run.data.eot_id if run.cfg.train.document_mask else None,
+        mask_by=run.data.eot_id if isinstance(run.data, TokenData) and run.cfg.train.document_mask else None,
         progress=progress,
     )
 
 
 def _per_byte(scores: dict[str, evaluate.Score]) -> dict[str, float]:
-    return {name: s.bits_per_byte for name, s in {**scores, "total": evaluate.total(scores)}.items()}
+    rows = {**scores, "total": evaluate.total(scores)} if scores else {}
+    return {name: score.bits_per_byte for name, score in rows.items()}
 
 
 def _sample(run: _Run) -> list[dict[str, str]]:
     with _untimed(run):
-        samples = evaluate.draw_samples(run.model, run.tokenizer)
+        samples = evaluate.draw_samples(run.model, run.tokenizer, chat=run.chat)
         run.log.write_samples(run.step, samples)
         run.reporter.samples(run.step, samples)
     return samples
@@ -460,6 +435,7 @@ def _save(run: _Run) -> None:
     with _untimed(run):
         training = {
             "config": run.cfg.to_toml(),
+            "lora": start.lora_record(run.lora),
             "stream": run.stream.fingerprint,
             "step": run.step,
             "sample": run.sample,
@@ -498,15 +474,20 @@ def _finish(run: _Run) -> dict[str, Any]:
         "train_seconds": run.seconds,
         "tokens_per_second": run.tokens / run.seconds if run.seconds else None,
         "bits_per_byte": _per_byte(scores),
-        "compression": compression(run.data),
+        "compression": compression(run.data) if isinstance(run.data, TokenData) else {},
         "held_out": {name: asdict(score) for name, score in scores.items()},
         "data": run.data.fingerprint,
+        "chat": run.chat,
+        "lora": start.lora_record(run.lora),
     }
     _sample(run)
     run.log.write(
         {"kind": "final", **{key: summary[key] for key in ("step", "tokens", "bits_per_byte", "compression")}}
     )
-    checkpoint.save(run.model, run.dir / FINAL, tokenizer=run.tokenizer)
+    plain = run.model if run.lora is None else merged(run.model)
+    checkpoint.save(plain, run.dir / FINAL, tokenizer=run.tokenizer)
+    if run.lora is not None:
+        save_adapter(run.model, run.lora, run.dir / ADAPTER_FILE)
     drawn = pictures.draw(run.dir)
     if drawn is None:
         run.reporter.note('no pictures: matplotlib is not installed (pip install "gpt4-moe[plot]")')

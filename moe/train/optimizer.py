@@ -49,13 +49,15 @@ class Optimizers:
 
 
 def build(model: nn.Module, cfg: TrainConfig) -> Optimizers:
-    """The optimizers of `cfg.optimizer` for the model's parameters.
+    """The optimizers of `cfg.optimizer` for the model's parameters; frozen ones (LoRA) are left out.
 
     Weight decay (decoupled, Loshchilov and Hutter 2019) pulls on matrices only: norms and the embedding go without.
     """
     muon, decay, no_decay, embedding = [], [], [], []
     for name, parameter in model.named_parameters():
         kind = name.removesuffix(".weight").rpartition(".")[2]
+        if not parameter.requires_grad:
+            continue
         if cfg.optimizer == "muon" and kind in MUON_MATRICES:
             muon.append(parameter)
         elif kind == "embedding":

@@ -70,6 +70,8 @@ def _bits_per_byte(
         labels.append((y[-1], f"{name} {y[-1]:.2f}", colour))
     if final is not None:
         for name, flags in (("gzip", "gzip -9"), ("xz", "xz -9e")):
+            if name not in final["compression"]:  # of conversations
+                continue
             value = final["compression"][name]
             axis.axhline(value, color=figures.MUTED, linewidth=1, linestyle=(0, (4, 3)))
             labels.append((value, f"{flags} {value:.2f}", figures.MUTED))
@@ -77,9 +79,9 @@ def _bits_per_byte(
     axis.set_ylim(max(0.0, min(values) - 0.15 * (max(values) - min(values)) - 0.02), max(values) * 1.03)
     axis.set_xlim(0, x[-1])
     figures.label_ends(axis, x[-1], labels)
-    figures.title(
-        axis, "Held-out text", "bits per byte, lower is better; dashed: general compressors", f"tokens {unit}"
-    )
+    of_text = final is None or bool(final["compression"])
+    note = "bits per byte, lower is better" + ("; dashed: general compressors" if of_text else "")
+    figures.title(axis, "Held-out text" if of_text else "Held-out responses", note, f"tokens {unit}")
 
 
 def _experts(train: list[dict[str, Any]]) -> Any:

@@ -1,0 +1,100 @@
+"""What a run begins with: its directory, its windows, and its model: new, another run's, or from a checkpoint."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from moe import checkpoint
+from moe.config import Config, ConfigError
+from moe.data import ConversationData, ConversationStream, Mixture, Stream, TokenData
+from moe.model import Transformer
+from moe.train import lora as loras
+from moe.train import state
+from moe.train.lora import LoraConfig
+from moe.train.watch import TrainError
+
+
+def enter(run_dir: Path, resume: str) -> Path | None:
+    """Makes the run's directory; the checkpoint to resume from, if any. "never" moves an older run aside.
+
+    Raises:
+        TrainError: something other than a run is there.
+    """
+    if run_dir.exists() and not run_dir.is_dir():
+        raise TrainError(f"run directory {run_dir} is a file: choose another --out")
+    if run_dir.is_dir() and any(run_dir.iterdir()):
+        if not (run_dir / checkpoint.CONFIG_FILE).is_file():
+            raise TrainError(f"run directory {run_dir} exists and is not a run: choose a new or an empty --out")
+        if resume == "never":
+            n = 1
+            while (aside := run_dir.with_name(f"{run_dir.name}-old-{n}")).exists():
+                n += 1
+            run_dir.rename(aside)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    state.remove_unfinished(run_dir)
+    return state.latest(run_dir)
+
+
+# What a later stage of a recipe may change in a model.
+OF_A_STAGE = ("name", "max_seq_len", "attention.rope.", "router.", "train.")
+
+
+def open_stream(cfg: Config, data: TokenData | ConversationData) -> Stream:
+    """The windows of prepared documents or conversations, in the order of `cfg.train`."""
+    t = cfg.train
+    kind = ConversationStream if isinstance(data, ConversationData) else Mixture
+    return kind(data, t.seq_len or cfg.max_seq_len, t.seed, t.epochs, documents=t.document_mask)  # type: ignore[arg-type]
+
+
+def check_start(cfg: Config, data: TokenData | ConversationData, start_from: Path) -> None:
+    """Raises ConfigError where the weights of `start_from` are not those of a model of `cfg` for these tokens."""
+    before = checkpoint.load_config_of(start_from)
+    changed = [line for line in state.differences(before.to_toml(), cfg) if not line.startswith(OF_A_STAGE)]
+    if changed:
+        raise ConfigError(f"{start_from} has another shape: {', '.join(changed)}; set these as they were there")
+    tokenizer = checkpoint.load_tokenizer(start_from)
+    if tokenizer.fingerprint != data.tokenizer().fingerprint:
+        raise ConfigError(
+            f"{start_from} was trained with another tokenizer than {data.path} was prepared with: prepare the data "
+            f"with --tokenizer {start_from / 'tokenizer.json'}"
+        )
+
+
+def open_model(
+    cfg: Config, device: torch.device, found: Path | None, start_from: str | Path | None, lora: LoraConfig | None
+) -> Transformer:
+    """The model: from the run's checkpoint `found`, else with the weights of `start_from`, else new.
+
+    With `lora` it is frozen and has adapters, which `found` holds, too.
+    """
+    weights = found or start_from
+    if weights is None:
+        with device:
+            model = Transformer(cfg, cfg.train.seed)
+    else:
+        with torch.device("meta"):
+            model = Transformer(cfg)
+        if lora is not None and found is not None:
+            loras.add(model, lora)
+        # A resumed run takes the dtypes it had; another model's may be narrower than training wants.
+        checkpoint.load_weights(model, weights, device=device, dtype=None if found else torch.float32)
+    if lora is not None and found is None:
+        loras.add(model, lora, cfg.train.seed)
+    model.activation_checkpointing = cfg.train.activation_checkpointing
+    return model
+
+
+def lora_record(lora: LoraConfig | None) -> dict[str, object] | None:
+    """The settings as a run saves them."""
+    return None if lora is None else {**asdict(lora), "targets": list(lora.targets)}
+
+
+def check_same_lora(saved: dict[str, object] | None, lora: LoraConfig | None, run_dir: Path) -> None:
+    """Raises ConfigError where a run made with the `saved` settings cannot go on with `lora`."""
+    if saved != lora_record(lora):
+        was, now = (f"with LoRA {s}" if s else "without LoRA" for s in (saved, lora_record(lora)))
+        raise ConfigError(
+            f"{run_dir} holds a run {was}, and this is one {now}: give the settings it had, choose another directory "
+            "(--out), or start anew (--fresh)"
+        )

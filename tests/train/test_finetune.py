@@ -1,0 +1,157 @@
+"""Fine-tuning through the training loop: responses alone are learned, LoRA, resuming, and what is refused."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+import moe
+from moe import Config, checkpoint
+from moe.config import ConfigError
+from moe.data import ConversationData, ConversationStream, prepare_conversations
+from moe.data.mixture import IGNORE
+from moe.model import Transformer
+from moe.tokenizer import train_bpe
+from moe.train import loop, train
+from moe.train.finetune import recipe
+from moe.train.lora import LoraConfig, load_adapter, merged
+
+ANIMALS = ("cat", "dog", "owl", "fox", "hen", "cow", "pig", "ant")
+SOUNDS = ("meow", "woof", "hoot", "yip", "cluck", "moo", "oink", "none")
+LORA = LoraConfig(rank=4)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> ConversationData:
+    """What animals say, asked in thirty ways."""
+    place = tmp_path_factory.mktemp("finetune")
+    rows = [
+        {"prompt": f"{i} what does the {animal} say", "response": sound}
+        for i in range(30)
+        for animal, sound in zip(ANIMALS, SOUNDS, strict=True)
+    ]
+    (place / "animals.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = train_bpe([" ".join([*ANIMALS, *SOUNDS, "what does the say user assistant\n"]) * 30], 300)
+    return prepare_conversations([place / "animals.jsonl"], place / "data", tokenizer=tokenizer).data
+
+
+@pytest.fixture
+def base(cfg: Config, data: ConversationData, tmp_path: Path) -> Path:
+    model = Transformer(cfg.with_overrides(["max_seq_len=64"]), seed=5)
+    checkpoint.save(model, tmp_path / "base", tokenizer=data.tokenizer())
+    return tmp_path / "base"
+
+
+@pytest.fixture
+def short(base: Path, data: ConversationData) -> Config:
+    """Eight steps of 4 windows."""
+    changes = ["steps=8", "seq_len=48", "batch_size=4", "micro_batch=2", "lr=1e-2", "log_every=1", "save_every=4"]
+    return recipe(base, data, epochs=1, lora=True, overrides=[f"train.{c}" for c in [*changes, "eval_tokens=512"]])
+
+
+def records(run_dir: Path, kind: str) -> list[dict]:
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [r for r in map(json.loads, lines) if r["kind"] == kind]
+
+
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+def test_a_fine_tune_learns_the_responses(
+    short: Config, data: ConversationData, base: Path, tmp_path: Path, lora: LoraConfig | None
+) -> None:
+    cfg = short.with_overrides(["train.steps=24"])
+    result = train(cfg, data.path, tmp_path / "run", start_from=base, lora=lora)
+    evals = records(tmp_path / "run", "eval")
+    assert result.status == "complete"
+    # Adapters cannot change the random output layer, so they learn less of an untrained model.
+    fraction = 0.7 if lora is None else 0.95
+    assert evals[-1]["bits_per_byte"]["animals"] < fraction * evals[0]["bits_per_byte"]["animals"]
+    assert result.summary["chat"]
+    final = moe.load(tmp_path / "run" / "final")
+    if lora is not None:
+        again = moe.load(base)
+        assert load_adapter(again, tmp_path / "run") == lora
+        tokens = torch.randint(300, (2, 20), generator=torch.Generator().manual_seed(0))
+        assert torch.equal(merged(again)(tokens).logits_BSV, final(tokens).logits_BSV)
+    else:
+        assert not (tmp_path / "run" / "adapter.safetensors").exists()
+    assert "What is AI?" in (tmp_path / "run" / "samples.txt").read_text()
+
+
+def test_the_first_loss_is_that_of_the_responses_each_seen_alone(
+    short: Config, data: ConversationData, base: Path, tmp_path: Path
+) -> None:
+    """The loop's first batch, packed and in micro-batches, against every conversation passed by itself."""
+    train(short, data.path, tmp_path / "run", start_from=base, lora=LORA)
+    batch = ConversationStream(data, 48, short.train.seed).batch(0, 4)
+    assert batch.documents is not None
+    model, total, count = moe.load(base).double(), 0.0, 0
+    for inputs, targets, documents in zip(*map(torch.from_numpy, batch), strict=True):
+        for number in documents.unique():
+            here = documents == number
+            if (targets[here] == IGNORE).all():
+                continue
+            logits = model(inputs[here].unsqueeze(0)).logits_BSV[0]
+            total += torch.nn.functional.cross_entropy(logits, targets[here], reduction="sum").item()
+            count += int((targets[here] != IGNORE).sum())
+    assert records(tmp_path / "run", "train")[0]["lm"] == pytest.approx(total / count, rel=1e-5)
+
+
+def test_an_interrupted_fine_tune_goes_on_to_the_same_weights(
+    short: Config, data: ConversationData, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = train(short, data.path, tmp_path / "whole", start_from=base, lora=LORA)
+    step = loop._train_step
+
+    def interrupted(run, traced) -> None:
+        step(run, traced)
+        if run.step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(loop, "_train_step", interrupted)
+    part = train(short, data.path, tmp_path / "part", start_from=base, lora=LORA)
+    assert (part.status, part.step) == ("stopped", 3)
+    monkeypatch.undo()
+    with pytest.raises(ConfigError, match=r"holds a run with LoRA .* and this is one without LoRA"):
+        train(short, data.path, tmp_path / "part", start_from=base)
+    assert train(short, data.path, tmp_path / "part", start_from=base, lora=LORA).status == whole.status == "complete"
+    for one, other in zip(*(moe.load(tmp_path / n / "final").parameters() for n in ("whole", "part")), strict=True):
+        assert torch.equal(one, other)
+    with pytest.raises(ConfigError, match="holds a run with LoRA"):
+        train(short, data.path, tmp_path / "part", start_from=base, lora=LoraConfig(rank=2))
+
+
+def test_adapters_need_a_model_to_begin_with(short: Config, data: ConversationData, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="lora without start_from"):
+        train(short, data.path, tmp_path / "run", lora=LORA)
+
+
+def test_conversations_of_another_tokenizer_are_refused(short: Config, data: ConversationData, tmp_path: Path) -> None:
+    other = train_bpe(["entirely other words and so on " * 30], 275)
+    checkpoint.save(Transformer(short.with_overrides(["max_seq_len=64"])), tmp_path / "base", tokenizer=other)
+    with pytest.raises(ConfigError, match="trained with another tokenizer"):
+        train(short, data.path, tmp_path / "run", start_from=tmp_path / "base", lora=LORA)
+
+
+def test_without_held_out_conversations_training_goes_on(short: Config, data: ConversationData, base, tmp_path) -> None:
+    (tmp_path / "few.jsonl").write_text(json.dumps({"prompt": "what does the cat say", "response": "meow"}) + "\n")
+    few = prepare_conversations([tmp_path / "few.jsonl"], tmp_path / "few", tokenizer=data.tokenizer()).data
+    assert few.n_tokens("few", "val") == 0
+    assert "no conversation is held out" in few.index["notices"][0]
+    result = train(short, few.path, tmp_path / "run", start_from=base)
+    assert result.status == "complete"
+    assert result.summary["bits_per_byte"] == {}
+
+
+def test_the_recipe_counts_its_steps_in_epochs(base: Path, data: ConversationData) -> None:
+    windows = ConversationStream(data, 64, 0).windows_per_epoch
+    cfg = recipe(base, data, epochs=3, lora=False, overrides=["train.batch_size=2"])
+    assert cfg.train.seq_len == 64  # the model's context, as it is below the default
+    assert cfg.train.steps == -(-3 * windows // 2)
+    assert cfg.train.document_mask
+    assert recipe(base, data, epochs=3, lora=False, overrides=["train.steps=7"]).train.steps == 7
+    assert recipe(base, data, epochs=1, lora=True).train.lr > recipe(base, data, epochs=1, lora=False).train.lr
+    with pytest.raises(ConfigError, match="epochs = 0"):
+        recipe(base, data, epochs=0, lora=False)
