@@ -1,4 +1,5 @@
-"""The command line: `moe train`, `moe data prepare`, `moe generate`, and `moe profile` (cli_profile.py).
+"""The command line: `moe train`, `moe data prepare`, `moe generate`, `moe eval` (cli_eval.py), `moe profile`
+(cli_profile.py).
 
 Commands import what they need when they run, so that `moe --help` loads no torch. What can go wrong ends in one line on
 stderr and exit status 1, or 2 where the command itself was at fault; a stack trace means a bug.
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 from tyro.conf import Positional, UseAppendAction, arg
 
+from moe.cli_eval import evaluate
 from moe.cli_profile import profile_app
 
 if TYPE_CHECKING:
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 app = tyro.extras.SubcommandApp()
 data_app = tyro.extras.SubcommandApp()
 app.command(data_app, name="data")
+app.command(name="eval")(evaluate)
 app.command(profile_app, name="profile")
 
 

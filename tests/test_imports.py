@@ -35,7 +35,9 @@ RANK = {
     "moe.profile": 6,
     "moe.train": 7,
     "moe.serve": 7,
+    "moe.lm_eval": 7,
     "moe.cli": 8,
+    "moe.cli_eval": 8,
     "moe.cli_profile": 8,
     "moe.__main__": 9,
 }

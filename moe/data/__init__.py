@@ -4,7 +4,7 @@ Importing this costs numpy alone: tokenizers, tiktoken, pyarrow and datasets loa
 """
 
 from moe.data.mixture import Mixture, permute, permute_many, validation_windows
-from moe.data.prepare import DataInfo, SplitInfo, compression, describe, prepare
+from moe.data.prepare import DataInfo, SplitInfo, compressed, compression, describe, held_out_text, prepare
 from moe.data.shards import DocumentTable, TokenData, TokenStream
 from moe.data.sources import DataError, Document, Report, Source, default_sources, is_held_out, parse_source, read
 
@@ -19,9 +19,11 @@ __all__ = [
     "SplitInfo",
     "TokenData",
     "TokenStream",
+    "compressed",
     "compression",
     "default_sources",
     "describe",
+    "held_out_text",
     "is_held_out",
     "parse_source",
     "permute",

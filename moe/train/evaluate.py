@@ -5,14 +5,16 @@ that tokenizers, and general compressors, can be compared. Shape suffixes: B win
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby, islice
+from pathlib import Path
+from typing import Protocol, cast
 
 import numpy as np
 import torch
 
-from moe.data import TokenData, validation_windows
+from moe.data import DataError, TokenData, TokenStream, validation_windows
 from moe.kernels.reference import IGNORE_INDEX
 from moe.model import Transformer, stream
 from moe.tokenizer import Tokenizer
@@ -22,6 +24,40 @@ Window = tuple[str, np.ndarray, np.ndarray, np.ndarray]
 
 # One in the form of the plays, one in that of the code, and the beginning of any document.
 PROMPTS = ("**ROMEO**  \n", "def read(path):\n", "")
+
+
+class HeldOut(Protocol):
+    """Text to score: what is needed of `TokenData`."""
+
+    sources: tuple[str, ...]
+    eot_id: int
+
+    def tokens(self, source: str, split: str) -> TokenStream | np.ndarray: ...
+
+
+class Texts:
+    """Raw texts as held-out data, each a source of its own; a text ends with end-of-text, as documents do.
+
+    Args:
+        tokenizer: the model's.
+        texts: by name.
+
+    Raises:
+        DataError: an empty text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, texts: Mapping[str, str]) -> None:
+        for name, text in texts.items():
+            if not text:
+                raise DataError(f"{name} is empty: there is nothing to score; leave it out")
+        self.sources = tuple(texts)
+        self.eot_id = tokenizer.eot_id
+        self.path = Path()
+        self._ids = {name: np.array([*tokenizer.encode(text), self.eot_id]) for name, text in texts.items()}
+
+    def tokens(self, source: str, split: str) -> np.ndarray:
+        """The ids of one text, int64; all of it is held out."""
+        return self._ids[source] if split == "val" else self._ids[source][:0]
 
 
 @dataclass(frozen=True)
@@ -36,6 +72,11 @@ class Score:
     def bits_per_byte(self) -> float:
         """Bits divided by bytes."""
         return self.bits / self.bytes
+
+    @property
+    def perplexity(self) -> float:
+        """Of a token: 2 to the bits per token."""
+        return 2 ** (self.bits / self.tokens)
 
     def __add__(self, other: "Score") -> "Score":
         return Score(self.bits + other.bits, self.tokens + other.tokens, self.bytes + other.bytes)
@@ -54,10 +95,11 @@ def _length(tokenizer: Tokenizer, token_id: int) -> int:
         return 0
 
 
-def all_windows(data: TokenData, seq_len: int) -> Iterator[Window]:
+def all_windows(data: HeldOut, seq_len: int) -> Iterator[Window]:
     """Every held-out token once, with at least half a window of context from the second window on."""
     for source in _held_out(data):
-        for inputs, targets, scored in validation_windows(data, source, seq_len, max(1, seq_len // 2)):
+        stride = max(1, seq_len // 2)
+        for inputs, targets, scored in validation_windows(cast(TokenData, data), source, seq_len, stride):
             yield source, inputs, targets, scored
 
 
@@ -78,11 +120,11 @@ def some_windows(data: TokenData, seq_len: int, n_tokens: int) -> Iterator[Windo
             yield source, np.concatenate([[before], targets[:-1]]), targets, np.ones(length, dtype=bool)
 
 
-def _held_out(data: TokenData) -> list[str]:
+def _held_out(data: HeldOut) -> list[str]:
     return [source for source in data.sources if len(data.tokens(source, "val"))]
 
 
-def count_scored(data: TokenData) -> int:
+def count_scored(data: HeldOut) -> int:
     """Tokens that `all_windows` scores."""
     return sum(len(data.tokens(source, "val")) for source in data.sources)
 
