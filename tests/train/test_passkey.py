@@ -140,7 +140,11 @@ def test_the_extended_replica_uses_positions_beyond_its_context(tmp_path):
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "passkey.json").read_text())
     unextended, extended = record["models"]["unextended"], record["models"]["yarn, fine-tuned"]
-    assert unextended["within"]["accuracy"] > 0.8
-    assert extended["within"]["accuracy"] > 0.8
-    assert extended["beyond"]["accuracy"] > 0.8
-    assert unextended["beyond"]["accuracy"] < 0.15
+    assert unextended["within"]["accuracy"] > 0.6
+    assert unextended["beyond"]["accuracy"] < 0.1
+    assert extended["within"]["accuracy"] > 0.6
+    assert extended["beyond"]["accuracy"] > 0.6
+    # What it answers beyond is worse than a guess; fine-tuned it is much better.
+    chance = math.log(record["chance"])
+    assert unextended["beyond"]["logprob"] < chance + 1
+    assert extended["beyond"]["logprob"] > chance + 4
