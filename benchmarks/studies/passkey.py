@@ -232,7 +232,11 @@ def table(record: dict[str, Any]) -> str:
     lines.append("|---|" + "---|" * len(LENGTHS))
     for name, found in record["models"].items():
         lines.append(f"| {name} | " + " | ".join(f"{m:.0%}" for m in _grid(found).mean(0)) + " |")
-    lines += ["", f"{record['seconds']:.0f} s, {record['cpu_seconds']:.0f} s of CPU time"]
+    lines.append("")
+    for name, phase in record["phases"].items():
+        end = "solved" if phase["solved"] else "NOT SOLVED: the figures say nothing about the context"
+        lines.append(f"{name}: {phase['steps']} steps, {phase['tokens']:,} tokens, {end}")
+    lines.append(f"{record['seconds']:.0f} s, {record['cpu_seconds']:.0f} s of CPU time")
     return "\n".join(lines)
 
 
