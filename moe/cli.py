@@ -15,6 +15,7 @@ import tyro
 from tyro.conf import Positional, UseAppendAction, arg
 
 from moe.cli_chat import chat
+from moe.cli_eval import evaluate
 from moe.cli_finetune import finetune, instructions
 from moe.cli_output import printable, write
 from moe.cli_profile import profile_app
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 app = tyro.extras.SubcommandApp()
 data_app = tyro.extras.SubcommandApp()
 app.command(data_app, name="data")
+app.command(name="eval")(evaluate)
 app.command(profile_app, name="profile")
 app.command(finetune)
 app.command(chat)

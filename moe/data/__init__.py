@@ -16,7 +16,7 @@ from moe.data.mixture import (
     validation_windows,
 )
 from moe.data.packing import ConversationStream
-from moe.data.prepare import DataInfo, SplitInfo, compression, describe, prepare
+from moe.data.prepare import DataInfo, SplitInfo, compressed, compression, describe, held_out_text, prepare
 from moe.data.shards import DocumentTable, TokenData, TokenStream
 from moe.data.sources import DataError, Document, Report, Source, default_sources, is_held_out, parse_source, read
 
@@ -37,10 +37,12 @@ __all__ = [
     "TokenData",
     "TokenStream",
     "check_messages",
+    "compressed",
     "compression",
     "default_sources",
     "describe",
     "document_ids",
+    "held_out_text",
     "is_held_out",
     "open_data",
     "parse_source",

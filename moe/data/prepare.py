@@ -142,11 +142,27 @@ def compression(data: DataInfo | TokenData) -> dict[str, float]:
 
     The held-out documents of all sources, concatenated in order of (source, name), through `gzip -9` and `xz -9e`.
     """
-    text = (data.path / HELD_OUT_FILE).read_bytes()
+    return compressed((data.path / HELD_OUT_FILE).read_bytes())
+
+
+def compressed(text: bytes) -> dict[str, float]:
+    """Bits per byte of `text` under `gzip -9` and `xz -9e`."""
     return {
         "gzip": 8 * len(gzip.compress(text, 9, mtime=0)) / len(text),
         "xz": 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text),
     }
+
+
+def held_out_text(data: TokenData) -> dict[str, bytes]:
+    """The held-out documents of each source that has any, concatenated."""
+    text, parts = (data.path / HELD_OUT_FILE).read_bytes(), {}
+    begin = 0
+    for source in sorted(data.sources):  # the order in which the file was written
+        end = begin + data.n_bytes(source, "val")
+        if end > begin:
+            parts[source] = text[begin:end]
+        begin = end
+    return parts
 
 
 @dataclass

@@ -5,14 +5,25 @@ that tokenizers, and general compressors, can be compared. Shape suffixes: B win
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby, islice
+from pathlib import Path
+from typing import Protocol, cast
 
 import numpy as np
 import torch
 
-from moe.data import ChatTemplate, ConversationData, TokenData, document_ids, spaced_windows, validation_windows
+from moe.data import (
+    ChatTemplate,
+    ConversationData,
+    DataError,
+    TokenData,
+    TokenStream,
+    document_ids,
+    spaced_windows,
+    validation_windows,
+)
 from moe.kernels.reference import IGNORE_INDEX
 from moe.model import Transformer, stream
 from moe.tokenizer import Tokenizer
@@ -29,6 +40,40 @@ REQUESTS = (
 )
 
 
+class HeldOut(Protocol):
+    """Text to score: what is needed of `TokenData`."""
+
+    sources: tuple[str, ...]
+    eot_id: int
+
+    def tokens(self, source: str, split: str) -> TokenStream | np.ndarray: ...
+
+
+class Texts:
+    """Raw texts as held-out data, each a source of its own; a text ends with end-of-text, as documents do.
+
+    Args:
+        tokenizer: the model's.
+        texts: by name.
+
+    Raises:
+        DataError: an empty text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, texts: Mapping[str, str]) -> None:
+        for name, text in texts.items():
+            if not text:
+                raise DataError(f"{name} is empty: there is nothing to score; leave it out")
+        self.sources = tuple(texts)
+        self.eot_id = tokenizer.eot_id
+        self.path = Path()
+        self._ids = {name: np.array([*tokenizer.encode(text), self.eot_id]) for name, text in texts.items()}
+
+    def tokens(self, source: str, split: str) -> np.ndarray:
+        """The ids of one text, int64; all of it is held out."""
+        return self._ids[source] if split == "val" else self._ids[source][:0]
+
+
 @dataclass(frozen=True)
 class Score:
     """What held-out tokens cost under the model."""
@@ -41,6 +86,11 @@ class Score:
     def bits_per_byte(self) -> float:
         """Bits divided by bytes."""
         return self.bits / self.bytes
+
+    @property
+    def perplexity(self) -> float:
+        """Of a token: 2 to the bits per token."""
+        return 2 ** (self.bits / self.tokens)
 
     def __add__(self, other: "Score") -> "Score":
         return Score(self.bits + other.bits, self.tokens + other.tokens, self.bytes + other.bytes)
@@ -60,7 +110,7 @@ def _length(tokenizer: Tokenizer, token_id: int) -> int:
         return 0
 
 
-def all_windows(data: TokenData | ConversationData, seq_len: int) -> Iterator[Window]:
+def all_windows(data: HeldOut | ConversationData, seq_len: int) -> Iterator[Window]:
     """Every held-out token once, with at least half a window of context from the second window on.
 
     Of conversations: every held-out response.
@@ -69,11 +119,12 @@ def all_windows(data: TokenData | ConversationData, seq_len: int) -> Iterator[Wi
         yield from data.held_out_windows(seq_len)
         return
     for source in _held_out(data):
-        for inputs, targets, scored in validation_windows(data, source, seq_len, max(1, seq_len // 2)):
+        stride = max(1, seq_len // 2)
+        for inputs, targets, scored in validation_windows(cast(TokenData, data), source, seq_len, stride):
             yield source, inputs, targets, scored
 
 
-def some_windows(data: TokenData | ConversationData, seq_len: int, n_tokens: int) -> Iterator[Window]:
+def some_windows(data: HeldOut | ConversationData, seq_len: int, n_tokens: int) -> Iterator[Window]:
     """About `n_tokens` held-out tokens: separate windows, evenly spaced, as many of a source as its share of the text.
 
     Every source has at least one. The windows are the same each time. Conversations have a window each.
@@ -86,13 +137,15 @@ def some_windows(data: TokenData | ConversationData, seq_len: int, n_tokens: int
         yield source, inputs, targets, np.ones(len(targets), dtype=bool)
 
 
-def _held_out(data: TokenData) -> list[str]:
+def _held_out(data: HeldOut) -> list[str]:
     return [source for source in data.sources if len(data.tokens(source, "val"))]
 
 
-def count_scored(data: TokenData | ConversationData) -> int:
+def count_scored(data: HeldOut | ConversationData) -> int:
     """Tokens that `all_windows` scores (of conversations a few less, where some are longer than a window)."""
-    return sum(data.n_tokens(source, "val") for source in data.sources)
+    if isinstance(data, ConversationData):
+        return sum(data.n_tokens(source, "val") for source in data.sources)
+    return sum(len(data.tokens(source, "val")) for source in data.sources)
 
 
 @torch.no_grad()

@@ -1,0 +1,351 @@
+"""The adapter to lm-eval, EleutherAI's evaluation harness: its model "moe".
+
+`moe eval CHECKPOINT --tasks TASK.yaml` uses it, and so does `lm_eval --model moe --model_args checkpoint=DIR` where
+lm-eval reads the entry points of the group `lm_eval.models`, which it does after release 0.4.13. Up to that one
+`python -m moe.lm_eval` is lm-eval's command line with this model in it.
+
+Shape suffixes: B sequences, S positions, N selected positions, D model width, V vocabulary.
+"""
+
+import logging
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from moe import checkpoint as checkpoints
+from moe.config import ConfigError
+from moe.model import Transformer, stream
+from moe.streaming import TextStream
+from moe.tokenizer import Tokenizer
+from moe.train.device import pick_device, pick_dtype
+
+try:
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
+    from tqdm import tqdm
+except ImportError as error:
+    raise ImportError(f'tasks need lm-eval: pip install "gpt4-moe[eval]" ({error})') from error
+
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
+
+DEFAULT_BATCH = 16
+_CHUNK_ELEMENTS = 2**22  # logits that exist at once
+_GENERATION_KEYS = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"}
+
+# ((context, continuation) or None, ids of the context, ids of the continuation)
+Request = tuple[tuple[str, str] | None, list[int], list[int]]
+
+
+class MoeLM(TemplateLM):
+    """A checkpoint of this program for lm-eval.
+
+    Args:
+        checkpoint: a directory that `moe.save` or `moe train` wrote, with a tokenizer; or give `model` and `tokenizer`.
+        batch_size: sequences at a time; "auto" is 16.
+        device: None takes CUDA where there is one; so does "cuda:0", lm-eval's default, where there is none.
+        max_length: the longest context; None: all that the model has.
+
+    Raises:
+        ConfigError: a setting out of range, both or neither of `checkpoint` and `model`.
+        CheckpointError: `checkpoint` cannot be read, or has no tokenizer.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str | None = None,
+        *,
+        model: Transformer | None = None,
+        tokenizer: Tokenizer | None = None,
+        batch_size: int | str | None = None,
+        max_batch_size: int | None = None,
+        device: str | None = None,
+        max_length: int | None = None,
+    ) -> None:
+        super().__init__()
+        if (checkpoint is None) == (model is None) or (model is None) != (tokenizer is None):
+            raise ConfigError("model_args: give checkpoint=DIR, or a model together with its tokenizer")
+        if model is None:
+            assert checkpoint is not None
+            model = checkpoints.load(checkpoint, device=_device(device))
+            tokenizer = checkpoints.load_tokenizer(checkpoint)
+        assert tokenizer is not None
+        longest = model.cfg.max_seq_len
+        self.max_length = _whole("max_length", max_length if max_length is not None else longest, longest)
+        self.batch_size = DEFAULT_BATCH if batch_size in (None, "auto") else _whole("batch_size", batch_size, 2**20)
+        self.model, self.vocabulary = model.eval(), tokenizer
+        self._device = model.embedding.weight.device
+        self._dtype = pick_dtype(model.cfg.train, self._device)
+        self._draws = 0
+
+    @property
+    def eot_token_id(self) -> int:
+        """The id of end-of-text, which also stands before a text without a context."""
+        return self.vocabulary.eot_id
+
+    @property
+    def max_gen_toks(self) -> int:
+        """Tokens to generate where a task does not say."""
+        return min(256, self.max_length // 2)
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Tells tokenizers apart in lm-eval's cache of requests."""
+        return f"{self.vocabulary.name}-{self.vocabulary.fingerprint[:16]}"
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """The ids of a text. None is added; special tokens written out in it are ordinary characters."""
+        return self.vocabulary.encode(string)
+
+    # ------------------------------------------------------------------------------------------------- likelihoods
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[Request], disable_tqdm: bool = False, **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        """(log-likelihood in nats, whether greedy decoding gives it) of each continuation; an empty one is certain.
+
+        A context too long for the model loses its beginning. Requests with the same tokens run once.
+
+        Raises:
+            ValueError: a continuation longer than the context of the model.
+        """
+        found: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
+        wanted: dict[tuple[int, ...], list[tuple[int, list[int]]]] = defaultdict(list)
+        cut = 0
+        for i, (_, context, continuation) in enumerate(requests):
+            if len(continuation) > self.max_length:
+                raise ValueError(
+                    f"a continuation of {len(continuation)} tokens, but max_length = {self.max_length}: score it as "
+                    "loglikelihood_rolling, or use a model with a longer context"
+                )
+            if continuation:
+                whole = context + continuation
+                cut += len(whole) > self.max_length + 1
+                wanted[tuple(whole[-(self.max_length + 1) : -1])].append((i, continuation))
+        if cut:
+            logging.getLogger(__name__).warning(
+                "%d of %d requests are longer than max_length = %d: the beginning of their context is left out",
+                *(cut, len(requests), self.max_length),
+            )
+        # The longest first: memory runs out at once or never, and times left are overestimated rather than under.
+        order = sorted(wanted, key=lambda ids: (-len(ids), ids))
+        with tqdm(total=len(requests), disable=disable_tqdm, desc="log-likelihoods") as bar:
+            for batch in _batches(order, self.batch_size):
+                targets = [wanted[ids] for ids in batch]
+                for i, answer in self._score(batch, targets):
+                    found[i] = answer
+                    bar.update()
+                    texts = requests[i][0]
+                    if texts is not None:
+                        self.cache_hook.add_partial("loglikelihood", texts, answer)
+        return found
+
+    @torch.no_grad()
+    def _score(
+        self, inputs: Sequence[tuple[int, ...]], targets: Sequence[Sequence[tuple[int, list[int]]]]
+    ) -> Iterator[tuple[int, tuple[float, bool]]]:
+        """(number of the request, answer) for the requests that end each of the inputs."""
+        length = max(map(len, inputs))
+        padded = [[*ids, *[self.eot_token_id] * (length - len(ids))] for ids in inputs]  # attention is causal
+        x_BSD = self._hidden(torch.tensor(padded, device=self._device))
+        for x_SD, ids, ends in zip(x_BSD, inputs, targets, strict=True):
+            most = max(len(continuation) for _, continuation in ends)
+            x_ND = x_SD[len(ids) - most : len(ids)]
+            # At one position different requests may want different tokens, but the prediction is the same.
+            table = torch.tensor([[0] * (most - len(c)) + c for _, c in ends], device=self._device)
+            logp, greedy = self._log_probabilities(x_ND, table.t())
+            for column, (i, continuation) in enumerate(ends):
+                rows = slice(most - len(continuation), most)
+                yield i, (float(logp[rows, column].sum()), bool(greedy[rows, column].all()))
+
+    def _hidden(self, tokens_BS: Tensor) -> Tensor:
+        """What the output layer gets, [B, S, D]. All logits at once would be S x V; only some are wanted."""
+        seen: list[Tensor] = []
+
+        def keep(module: torch.nn.Module, arguments: tuple[Tensor]) -> tuple[Tensor]:
+            seen.append(arguments[0])
+            return (arguments[0][:, :0],)
+
+        hook = self.model.head.register_forward_pre_hook(keep)
+        try:
+            with self._autocast():
+                self.model(tokens_BS)
+        finally:
+            hook.remove()
+        return seen[0]
+
+    def _log_probabilities(self, x_ND: Tensor, wanted_NC: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the tokens `wanted_NC`: log-probabilities, float64, and whether each is the likeliest, bool; [N, C]."""
+        logp, greedy = [], []
+        size = max(1, _CHUNK_ELEMENTS // self.model.cfg.vocab_size)
+        for x_D, wanted in zip(x_ND.split(size), wanted_NC.split(size), strict=True):
+            with self._autocast():
+                logits_NV = self.model.head(x_D).double()
+            logp.append(logits_NV.log_softmax(-1).gather(1, wanted))
+            greedy.append(logits_NV.argmax(-1, keepdim=True) == wanted)
+        return torch.cat(logp), torch.cat(greedy)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self._device.type, dtype=self._dtype, enabled=self._dtype != torch.float32)
+
+    def loglikelihood_rolling(self, requests: list["Instance"], disable_tqdm: bool = False) -> list[float]:
+        """The log-likelihood of each text from end-of-text on, in nats, every token scored once.
+
+        In windows of `max_length` that do not overlap, but for the last one: lm-eval's convention.
+        """
+        from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+        windows: list[Request] = []
+        owners: list[int] = []
+        for i, request in enumerate(requests):
+            ids = self.tok_encode(request.args[0])
+            for pair in get_rolling_token_windows(ids, self.eot_token_id, self.max_length, context_len=1):
+                context, continuation = make_disjoint_window(pair)
+                windows.append((None, context, continuation))
+                owners.append(i)
+        totals = [0.0] * len(requests)
+        answers = self._loglikelihood_tokens(windows, disable_tqdm=disable_tqdm)
+        for i, (logp, _) in zip(owners, answers, strict=True):
+            totals[i] += logp
+        for request, sum_ in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, sum_)
+        return totals
+
+    # -------------------------------------------------------------------------------------------------- generation
+
+    def generate_until(self, requests: list["Instance"], disable_tqdm: bool = False) -> list[str]:
+        """What the model writes after each context, up to a stop string, end-of-text or `max_gen_toks` tokens.
+
+        Contexts of equal length, and with equal settings, run together. One that leaves no room for `max_gen_toks`
+        loses its beginning.
+
+        Raises:
+            ValueError: a setting that this model does not have, or more tokens to generate than it has positions.
+        """
+        found = [""] * len(requests)
+        groups: dict[tuple[int, tuple[Any, ...]], list[tuple[int, list[int]]]] = defaultdict(list)
+        for i, request in enumerate(requests):
+            context, given = request.arguments  # type: ignore[misc]
+            settings = _generation(given, self.max_gen_toks, self.max_length)
+            room = self.max_length - settings[1]
+            ids = (self.tok_encode(context) or [self.eot_token_id])[-room:]
+            groups[len(ids), settings].append((i, ids))
+        with tqdm(total=len(requests), disable=disable_tqdm, desc="generation") as bar:
+            for (_, settings), members in sorted(groups.items(), key=lambda group: -group[0][0]):
+                for batch in _batches(members, self.batch_size):
+                    texts = self._generate([ids for _, ids in batch], *settings)
+                    for (i, _), text in zip(batch, texts, strict=True):
+                        found[i] = text
+                        self.cache_hook.add_partial("generate_until", requests[i].args, text)
+                        bar.update()
+        return found
+
+    @torch.no_grad()
+    def _generate(
+        self, prompts: list[list[int]], stop: tuple[str, ...], n_tokens: int, sampling: tuple[tuple[str, float], ...]
+    ) -> list[str]:
+        """The continuations of prompts of one length."""
+        streams = [TextStream(self.vocabulary, stop) for _ in prompts]
+        texts = [""] * len(prompts)
+        tokens_BS = torch.tensor(prompts, device=self._device)
+        self._draws += 1  # equal prompts in different batches get different draws
+        for next_B in stream(self.model, tokens_BS, n_tokens, seed=self._draws, **dict(sampling)):  # type: ignore[arg-type]
+            for row, token in enumerate(next_B.tolist()):
+                texts[row] += streams[row].push(token)
+            if all(s.done for s in streams):
+                break
+        return [text + s.finish() for text, s in zip(texts, streams, strict=True)]
+
+
+register_model("moe")(MoeLM)
+
+
+def _device(name: str | None) -> torch.device:
+    if name is not None and name.startswith("cuda") and not torch.cuda.is_available():
+        logging.getLogger(__name__).warning("device %s: no CUDA here, the CPU is used", name)
+        return torch.device("cpu")
+    return pick_device(name)
+
+
+def _whole(name: str, value: int | str | None, high: int) -> int:
+    """A number of the command line, from 1 to `high`."""
+    if not str(value).isdecimal() or not 1 <= int(str(value)) <= high:
+        raise ConfigError(f"{name} = {value!r}: must be a whole number from 1 to {high}")
+    return int(str(value))
+
+
+def _batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    return (items[i : i + size] for i in range(0, len(items), size))
+
+
+def _generation(given: dict[str, Any], default: int, max_length: int) -> tuple[tuple[str, ...], int, tuple[Any, ...]]:
+    """(stop strings, tokens, sampling settings of `stream`) of a task's generation_kwargs, hashable."""
+    from lm_eval.models.utils import normalize_gen_kwargs
+
+    settings = dict(normalize_gen_kwargs(given, default))
+    unknown = sorted(settings.keys() - _GENERATION_KEYS)
+    if unknown:
+        known = ", ".join(sorted(_GENERATION_KEYS))
+        raise ValueError(f"generation_kwargs: {', '.join(unknown)} unknown; there are {known}")
+    n_tokens: Any = settings["max_gen_toks"]
+    if not 1 <= n_tokens < max_length:
+        raise ValueError(
+            f"max_gen_toks = {n_tokens}: must be at least 1 and leave room for a context within max_length = "
+            f"{max_length}; set it with --gen_kwargs or in the task"
+        )
+    stop: Any = settings["until"]
+    sampling: dict[str, Any] = {"temperature": 0.0}
+    if settings["do_sample"]:
+        sampling = {key: settings[key] for key in ("temperature", "top_k", "top_p") if key in settings}
+    return tuple(stop), n_tokens, tuple(sorted(sampling.items()))
+
+
+# ------------------------------------------------------------------------------------------------------------ tasks
+
+
+def run_tasks(lm: MoeLM, tasks: Sequence[str], *, limit: int | None = None) -> tuple[dict[str, Any], str]:
+    """Runs tasks of lm-eval: (metrics by task, the table that lm-eval prints).
+
+    Args:
+        tasks: YAML files (relative paths inside them start at the working directory), or names that lm-eval knows.
+        limit: only so many documents of each.
+
+    Raises:
+        ConfigError: no such file or name.
+    """
+    from lm_eval.config.evaluate_config import EvaluatorConfig
+    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.utils import make_table
+
+    for name in tasks:
+        if name.endswith((".yaml", ".yml")) and not Path(name).is_file():
+            raise ConfigError(f"--tasks {name}: no such file")
+    config = EvaluatorConfig(model="moe", tasks=list(tasks))  # type: ignore[arg-type]
+    try:
+        manager = config.process_tasks()
+    except ValueError as error:
+        raise ConfigError(f"--tasks {' '.join(tasks)}: {error}") from error
+    results = simple_evaluate(
+        model=lm,
+        tasks=config.tasks,  # type: ignore[arg-type]
+        task_manager=manager,
+        limit=limit,
+        log_samples=False,
+    )
+    assert results is not None  # only processes other than the first get none
+    table: dict[str, Any] = dict(results)
+    metrics = {
+        name: {key: value for key, value in row.items() if isinstance(value, int | float)}
+        for name, row in table["results"].items()
+    }
+    return metrics, make_table(table) or ""
+
+
+if __name__ == "__main__":
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()
