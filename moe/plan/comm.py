@@ -1,7 +1,8 @@
 """What training sends over each link: tensor, expert, pipeline and data parallelism, per GPU and optimizer step.
 
 Ring collectives move (n - 1) / n of a tensor per reduce-scatter or all-gather, twice that for an all-reduce (Thakur et
-al. 2005, section 4). With sequence parallelism each all-reduce becomes a reduce-scatter and an all-gather: the same bytes.
+al. 2005, section 4). With sequence parallelism each all-reduce becomes a reduce-scatter and an all-gather: as many
+bytes.
 """
 
 from moe.plan.hardware import Hardware, element_bytes
@@ -78,8 +79,8 @@ def _data(sheet: Sheet, shape: Shape, layout: Layout) -> None:
     gathers = 2 if layout.zero == 3 else 1
     sheet.derive(
         "comm.data", "GB",
-        "byte * (gradients + gathers * weights) * "
-        "((sharded / tp + replicated) * (copies - 1) / copies + routed / expert_ranks * (expert_copies - 1) / expert_copies)",
+        "byte * (gradients + gathers * weights) * ((sharded / tp + replicated) * (copies - 1) / copies"
+        " + routed / expert_ranks * (expert_copies - 1) / expert_copies)",
         gradients=element_bytes(layout.gradients), weights=element_bytes(layout.weights), gathers=gathers,
         sharded=counts.sharded, tp=layout.tp, replicated=counts.replicated, routed=counts.routed,
         expert_ranks=layout.expert_ranks, copies=copies, expert_copies=expert_copies,

@@ -70,7 +70,7 @@ def _states(sheet: Sheet, cfg: Config, dtype: Dtype, optimizer: str) -> None:
     counts = params(cfg)
     total = quantity(counts.total, "param", key="params.total")
     sheet.derive("device.weights", "MB", "4 * byte/param * params", params=total)
-    # Under autocast every matrix has a bfloat16 copy until the backward pass is done with it; the embedding is looked up.
+    # Under autocast every matrix has a bfloat16 copy until the backward pass is done with it.
     copied = counts.attention + counts.experts if dtype == "bf16" else 0
     sheet.derive("device.copies", "MB", "2 * byte/param * param * copied", "for products in bfloat16", copied=copied)
     sheet.derive("device.gradients", "MB", "4 * byte/param * params", params=total)
@@ -107,8 +107,8 @@ def _activations(sheet: Sheet, cfg: Config, dtype: Dtype, tokens: Quantity, chec
 
 
 def _loss(sheet: Sheet, cfg: Config, dtype: Dtype, tokens: Quantity) -> None:
-    """The output layer with its cross-entropy: one chunk of logits and of their softmax, never [tokens, vocabulary]; the
-    gradients of its input and of its weight, which the backward pass scales into another pair."""
+    """The output layer with its cross-entropy: one chunk of logits and of their softmax, never [tokens, vocabulary];
+    the gradients of its input and of its weight, which the backward pass scales into another pair."""
     size = 2 if dtype == "bf16" else 4
     rows = min(tokens.value, max(1, CHUNK_ELEMENTS // cfg.vocab_size))
     sheet.derive(
@@ -174,8 +174,9 @@ def device_step_time(
     length = t.seq_len or cfg.max_seq_len
     sheet.derive("step.tokens", "token", "token * batch * length", batch=t.batch_size, length=length)
     sheet.derive(
-        "step.flops", "TFLOP", "passes * FLOP/token * forward * tokens", "backward is two forwards, checkpointing a third",
-        passes=4 if t.activation_checkpointing else 3, forward=flops_per_token(cfg, length), tokens=sheet["step.tokens"],
+        "step.flops", "TFLOP", "passes * FLOP/token * forward * tokens",
+        "backward is two forwards, checkpointing a third", passes=4 if t.activation_checkpointing else 3,
+        forward=flops_per_token(cfg, length), tokens=sheet["step.tokens"],
     )  # fmt: skip
     sheet.derive(
         "step.time", "s", "flops / (peak * share)", flops=sheet["step.flops"], peak=hardware.peak(dtype), share=share

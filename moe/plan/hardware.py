@@ -13,6 +13,7 @@ from moe.config import CONFIG_DIR, ConfigError
 from moe.plan.quantity import Quantity, given
 
 HARDWARE_DIR = CONFIG_DIR / "hardware"
+_SECTIONS = ("links", "peak", "sources")
 # Bytes of a stored element. MX formats hold 4-bit numbers in blocks of 32 with a scale of 8 bits.
 BYTES = {"fp32": 4.0, "tf32": 4.0, "bf16": 2.0, "fp16": 2.0, "fp8": 1.0, "int8": 1.0, "fp4": 0.5, "mxfp4": 4.25 / 8}
 
@@ -78,7 +79,7 @@ def load_hardware(name_or_path: str | Path) -> Hardware:
     _check_keys(
         table, {"name", "source", "node_size", "memory", "bandwidth", "price", "links", "peak", "sources"}, place
     )
-    links, peak, sources = (_section(table, key, place) for key in ("links", "peak", "sources"))
+    links, peak, sources = (_section(table, key, place) for key in _SECTIONS)
     _check_keys(links, {"node", "network"}, f"{place}: links")
     _check_keys(peak, {"dense", *BYTES}, f"{place}: peak")
     if peak.get("dense") is not True:

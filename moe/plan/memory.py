@@ -269,7 +269,8 @@ def serving_memory(
     stages = layout.layers_of(shape)
     for i, counts in enumerate(stage_counts(shape, layout)):
         weights = sheet.derive(
-            f"stage{i}.weights", "GB", "bytes * byte/param * param * (sharded / tp + replicated + routed / expert_ranks)",
+            f"stage{i}.weights", "GB",
+            "bytes * byte/param * param * (sharded / tp + replicated + routed / expert_ranks)",
             bytes=element_bytes(layout.weights), sharded=counts.sharded, tp=layout.tp, replicated=counts.replicated,
             routed=counts.routed, expert_ranks=layout.expert_ranks,
         )  # fmt: skip

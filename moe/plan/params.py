@@ -82,7 +82,7 @@ def params(model: Model) -> Params:
         norms=norms,
         active={
             "none": used,
-            "output": used + shape.vocab_size * d + shape.head_biases,
+            "output": used + output,
             "both": used + embedding + head,
         },
         shared=shared,
@@ -228,7 +228,8 @@ def _layer_quantities(sheet: Sheet, layer: Layer, n: int, d: Quantity, suffix: s
         inputs = {"q_rank": a.q_rank, "kv_rank": a.kv_rank, "rope": a.rope_dim, "nope": a.head_dim - a.rope_dim}
         inputs |= {"heads": a.n_heads, "v": a.v_dim, "q": a.q}
     else:
-        formula, inputs = "2 * d * q + 2 * d * kv", {"q": a.q, "kv": a.kv}
+        inputs = {"q": a.q, "kv": a.kv}
+        formula = "2 * d * q + 2 * d * kv"
     made = {
         "attention": (f"param * layers * ({formula} + biases)", {**inputs, "biases": a.biases, "d": d, "layers": n})
     }
@@ -238,14 +239,21 @@ def _layer_quantities(sheet: Sheet, layer: Layer, n: int, d: Quantity, suffix: s
         made["expert"] = (one, mlp)
         made["experts"] = (f"experts * {one}", {**mlp, "experts": m.n_experts})
         made["used_experts"] = (f"top_k * {one}", {**mlp, "top_k": m.top_k})
-        router = {"d": d, "experts": m.n_experts, "biases": m.router_biases, "layers": n}
+        router: dict[str, Quantity | float] = {"d": d, "experts": m.n_experts, "biases": m.router_biases, "layers": n}
         made["router"] = ("param * layers * (d * experts + biases)", router)
         if m.shared_d_ff:
+            shared: dict[str, Quantity | float]
             shared = {"matrices": m.matrices, "d": d, "f": m.shared_d_ff, "gate": int(m.shared_gate), "layers": n}
+                "matrices": m.matrices,
+                "d": d,
+                "f": m.shared_d_ff,
+                "gate": int(m.shared_gate),
+                "layers": n,
+            }
             made["shared"] = ("param * layers * (matrices * d * f + gate * d)", shared)
     else:
         made["dense"] = ("param * layers * (matrices * d * f + biases)", mlp)
-    made["norms"] = ("param * layers * norms", {"layers": n, "norms": layer.norms + a.norms})
+    made["norms"] = ("param * layers * norms", dict(layers=n, norms=layer.norms + a.norms))
     for name, (text, values) in made.items():
         key = f"params.{name}{suffix}" if suffix or name == "norms" else f"params.{name}"
         found[name] = sheet.derive(key + (".layers" if name == "norms" else ""), "param", text, **values)

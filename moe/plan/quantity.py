@@ -339,7 +339,7 @@ def _spread(function: Callable[..., float]) -> Callable[..., Quantity]:
         qs = [quantity(a) for a in args]
         total = qs[0]
         for q in qs[1:]:
-            total._same(q, function.__name__)
+            total._same(q, "largest or smallest")
             total = total._with(q, total.value, (0.0,), total.dims)
         bounds = (function(*(q.lo for q in qs)), function(*(q.hi for q in qs)))
         return total._with(total, function(*(q.value for q in qs)), bounds, total.dims)
@@ -347,7 +347,7 @@ def _spread(function: Callable[..., float]) -> Callable[..., Quantity]:
     return apply
 
 
-larger, smaller = _spread(max), _spread(min)
+larger, smaller = _spread(lambda *xs: max(xs)), _spread(lambda *xs: min(xs))
 floor = _spread(lambda x: math.floor(x) if math.isfinite(x) else x)
 ceil = _spread(lambda x: math.ceil(x) if math.isfinite(x) else x)
 

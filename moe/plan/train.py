@@ -123,8 +123,8 @@ def predict_step(
     """The time of one optimizer step: (m + (p - 1) / v) x a micro-batch's time on a stage + data parallel time.
 
     The products run at the fitted share of peak, recomputation included; tensor-parallel all-reduces at the fitted bus
-    bandwidth; expert, pipeline and data traffic at their links' peak, none of it hidden. `causal` False is for attention
-    that computes the masked half of the scores too, as it was before flash attention.
+    bandwidth; expert, pipeline and data traffic at their links' peak, none of it hidden. `causal` False is for
+    attention that computes the masked half of the scores too, as it was before flash attention.
 
     Raises:
         ConfigError: a layout that cannot be, or without a batch.

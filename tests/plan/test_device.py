@@ -121,5 +121,5 @@ def test_bad_input() -> None:
     for arguments in ({"micro_batch": 0}, {"seq_len": -1}, {"dtype": "fp8"}):
         with pytest.raises(ConfigError, match=next(iter(arguments))):
             device_memory("replica-nano", **arguments)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="efficiency = 1.5"):
+    with pytest.raises(ConfigError, match=r"efficiency = 1\.5"):
         device_step_time("replica-nano", load_hardware("cpu"), 1.5)
