@@ -1,4 +1,5 @@
-"""The command line: `moe train`, `moe data prepare`, `moe generate`, and `moe profile` (cli_profile.py).
+"""The command line: `moe train`, `moe data prepare`, `moe generate`, `moe profile` (cli_profile.py), `moe plan`
+(cli_plan.py).
 
 Commands import what they need when they run, so that `moe --help` loads no torch. What can go wrong ends in one line on
 stderr and exit status 1, or 2 where the command itself was at fault; a stack trace means a bug.
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 from tyro.conf import Positional, UseAppendAction, arg
 
+from moe.cli_plan import plan_app
 from moe.cli_profile import profile_app
 
 if TYPE_CHECKING:
@@ -23,6 +25,7 @@ app = tyro.extras.SubcommandApp()
 data_app = tyro.extras.SubcommandApp()
 app.command(data_app, name="data")
 app.command(profile_app, name="profile")
+app.command(plan_app, name="plan")
 
 
 @app.command

@@ -4,12 +4,13 @@ As in cli.py, commands import what they need when they run.
 """
 
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tyro
 from tyro.conf import Positional
+
+from moe.cli_output import table
 
 if TYPE_CHECKING:
     from moe.profile import RoutingProfile, Share
@@ -109,7 +110,7 @@ def placement(trace: Positional[Path], /, *, gpus: int, redundant: int = 0, out:
     rows = [[str(i), f"{b:.3f}", f"{a:.3f}"] for i, (b, a) in enumerate(zip(before, after, strict=True))]
     rows.append(["all", f"{before.mean():.3f}", f"{after.mean():.3f}"])
     judged = f"{len(counts_PLE) // 2:,} passes that did not choose"
-    _table(
+    table(
         f"busiest GPU over the mean, {gpus} GPUs, {redundant} redundant; {judged}",
         ["layer", "round-robin", "placed"],
         rows,
@@ -159,7 +160,7 @@ def serving(
             gigabytes = s.distinct * expert_bytes / 1e9
             row += [f"{gigabytes:,.2f}", f"{gigabytes / bandwidth * 1e3:,.2f}"]
         rows.append(row)
-    _table(f"one decoding step of {trace}; uniform: independent choices at even load", columns, rows)
+    table(f"one decoding step of {trace}; uniform: independent choices at even load", columns, rows)
     if pictures is not None:
         from moe.profile.pictures import draw_serving
 
@@ -184,7 +185,7 @@ def compare(one: Positional[Path], other: Positional[Path], /) -> int:
         shares = [f"{float(x[layer]):.3%}" for x in (found.changed_L, found.first_changed_L, found.moved_L)]
         weight = "" if found.log_weight_L is None else f"{float(found.log_weight_L[layer]):.2e}"
         rows.append([str(layer), *shares, weight])
-    _table(f"{found.tokens:,} tokens", columns, rows)
+    table(f"{found.tokens:,} tokens", columns, rows)
     return 0
 
 
@@ -201,7 +202,7 @@ def _print_routing(p: "RoutingProfile") -> None:
         row += [f"{p.pass_max_over_mean_L[i]:.2f}", f"{drop[i]:.2%}", f"{p.router_entropy_L[i]:.2f}"]
         row += [f"{p.top_probability_L[i]:.2f}", f"{p.repeat_rate_L[i]:.1%}", f"{p.expected_repeat_rate_L[i]:.1%}"]
         rows.append([str(i), *row, f"{after[i]:.2f}" if i < len(after) else ""])
-    _table(f"{p.tokens:,} tokens in {p.passes:,} passes", columns, rows)
+    table(f"{p.tokens:,} tokens in {p.passes:,} passes", columns, rows)
     dead = p.dead_experts()
     shown = ", ".join(f"layer {i} expert {e}" for i, e in dead[:8]) + (", ..." if len(dead) > 8 else "")
     print(f"experts with less than a tenth of the mean load: {len(dead)}" + (f" ({shown})" if dead else ""))
@@ -222,7 +223,7 @@ def _print_sources(p: "RoutingProfile") -> None:
                 rows.append([str(layer), f"{int(clear[layer])} of {z.shape[1]}", *cells])
             columns = ["layer", f"differ (|z| > {CLEAR_Z:g})", f"most for {one}", f"most for {other}"]
             sizes = f"{shares[one].sequences} and {shares[other].sequences} sequences"
-            _table(f"share of {one} / {other} that an expert serves, ± standard error; {sizes}", columns, rows)
+            table(f"share of {one} / {other} that an expert serves, ± standard error; {sizes}", columns, rows)
 
 
 def _share(share: "Share", layer: int, expert: int) -> str:
@@ -242,7 +243,7 @@ def _print_tokens(p: "RoutingProfile", tokenizer: Any) -> None:
         best = p.top_tokens(layer, e, 8)
         words = [repr(tokenizer.decode([i]))[1:-1] for i, _ in best]
         rows.append([str(e), f"{float(p.load_LE[layer, e]):.1%}", "  ".join(words)])
-    _table(f"layer {layer}: the tokens an expert serves most above its share", ["expert", "load", "tokens"], rows)
+    table(f"layer {layer}: the tokens an expert serves most above its share", ["expert", "load", "tokens"], rows)
 
 
 def _figures(p: "RoutingProfile") -> dict[str, Any]:
@@ -263,19 +264,3 @@ def _figures(p: "RoutingProfile") -> dict[str, Any]:
             for name, s in p.sources.items()
         },
     }
-
-
-def _table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table()
-    for name in columns:
-        table.add_column(name, justify="left" if name == "tokens" or name.startswith("most for") else "right")
-    for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
-    # A pipe has no width to fit.
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
-    console.print(Text(title), soft_wrap=True)
-    console.print(table)

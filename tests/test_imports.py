@@ -37,6 +37,10 @@ RANK = {
     "moe.serve": 7,
     "moe.cli": 8,
     "moe.cli_profile": 8,
+    "moe.cli_plan": 8,
+    "moe.cli_output": 7,
+    "moe.cli_check": 8,
+    "moe.plan_pictures": 2,
     "moe.__main__": 9,
 }
 MODEL_RANK = RANK["moe.model"]

@@ -124,11 +124,12 @@ def decode(
         "node": hardware.node if layout.tp <= hardware.node_size else hardware.network,
         "net": hardware.node if layout.expert_ranks <= hardware.node_size else hardware.network,
     }
+    sent = " + tensor / node + routed / net + n * wait"
     wait = latency if latency is not None else quantity(0, "s")
     for i, load in enumerate(loads):
         sheet.derive(
             f"stage{i}.time", "ms",
-            "max((weights + kv) / bandwidth, flops / peak)" + (" + tensor / node + routed / net + n * wait" if collectives else ""),
+            "max((weights + kv) / bandwidth, flops / peak)" + (sent if collectives else ""),
             weights=quantity(load.weights, "B"), kv=quantity(load.kv, "B"), bandwidth=bandwidth,
             flops=quantity(load.flops, "FLOP"), peak=peak,
             **(_link_inputs(load, links, wait) if collectives else {}),

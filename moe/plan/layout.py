@@ -77,7 +77,8 @@ class Layout:
             self.pp > 1 or self.interleave == 1, "interleave", "needs a pipeline: pp of at least 2, or set it to 1"
         )
         for name in self.assumed:
-            self._require(name in _SETTINGS, "assumed", f"{name!r} is not a setting of a layout{_nearest(name)}")
+            if name not in _SETTINGS:
+                raise ConfigError(f"assumed: {name!r} is not a setting of a layout{_nearest(name)}")
 
     def _require(self, ok: bool, name: str, rule: str) -> None:
         if not ok:

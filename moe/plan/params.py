@@ -244,12 +244,6 @@ def _layer_quantities(sheet: Sheet, layer: Layer, n: int, d: Quantity, suffix: s
         if m.shared_d_ff:
             shared: dict[str, Quantity | float]
             shared = {"matrices": m.matrices, "d": d, "f": m.shared_d_ff, "gate": int(m.shared_gate), "layers": n}
-                "matrices": m.matrices,
-                "d": d,
-                "f": m.shared_d_ff,
-                "gate": int(m.shared_gate),
-                "layers": n,
-            }
             made["shared"] = ("param * layers * (matrices * d * f + gate * d)", shared)
     else:
         made["dense"] = ("param * layers * (matrices * d * f + biases)", mlp)

@@ -5,6 +5,7 @@
 
 from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from moe.config import CONFIG_DIR, Config, ConfigError, load_config, shipped
@@ -100,12 +101,12 @@ class Shape:
         """How many blocks."""
         return len(self.layers)
 
-    @property
+    @cached_property
     def kinds(self) -> dict[Layer, int]:
         """Each different kind of block, and how many there are of it."""
         return dict(Counter(self.layers))
 
-    @property
+    @cached_property
     def main(self) -> Layer:
         """The most frequent kind of block with routed experts, or the most frequent one where none has."""
         kinds = self.kinds

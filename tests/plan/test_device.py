@@ -32,7 +32,7 @@ if tuned == "tuned":
 def step(model, optimizers, cfg, micro_batch, seq_len):
     n = cfg.train.batch_size // micro_batch
     for _ in range(n):
-        tokens = torch.randint(cfg.vocab_size, (micro_batch, seq_len + 1))
+        tokens = torch.randint(model.cfg.vocab_size, (micro_batch, seq_len + 1))
         (model(tokens[:, :-1], tokens[:, 1:]).loss / n).backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizers.step()
