@@ -3,7 +3,6 @@
 As in cli.py, commands import what they need when they run.
 """
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,14 +17,12 @@ def check(
     /,
     *,
     model: str = "gpt4-8k",
-    report: Path | None = None,
     show: Output = SHOW,
 ) -> int:
     """A verdict for each figure of the article; exit status 1 where one is not as expected.
 
     Args:
         claims: A claims file. Default: the article's. Its expressions are run: check only files that you trust.
-        report: Write one page with all of it, pictures included: .html or .md.
     """
     from moe.plan.claims import CLAIMS_FILE, check_claims, load_claims
     from moe.plan.quantity import explain
@@ -42,11 +39,6 @@ def check(
         if found.computed is not None:
             print(explain(found.computed))
         return 0
-    if report is not None:
-        from moe.plan_pictures import write_report
-
-        write_report(verdicts, model, report)
-        print(f"report: {report}", file=sys.stderr)
     rows = [
         {"id": v.claim.id, "verdict": v.verdict, "claim": v.claim.text, "computed": v.reason, "expected": v.expected}
         for v in verdicts
@@ -60,6 +52,20 @@ def check(
             print(f"{v.claim.id}: expected {v.claim.verdict}, found {v.verdict}: {v.reason}")
         print(_summary(verdicts))
     return 1 if unexpected else 0
+
+
+def report(path: Positional[Path], /, *, model: str = "gpt4-8k") -> int:
+    """Write one page, "the article, recomputed": every claim with its verdict, and pictures.
+
+    Args:
+        path: .html (holds its pictures) or .md (has them in a directory beside it).
+    """
+    from moe.plan.claims import check_claims
+    from moe.plan_pictures import write_report
+
+    write_report(check_claims(model=model), model, path)
+    print(f"report: {path}")
+    return 0
 
 
 def calibrate(csv_file: Positional[Path], /, *, peak: str | None = None, show: Output = SHOW) -> int:

@@ -5,12 +5,12 @@ As in cli.py, commands import what they need when they run; with --json they loa
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction, arg
 
-from moe.cli_check import calibrate, check
+from moe.cli_check import calibrate, check, report
 from moe.cli_output import SHOW, Output, show_rows, show_sheet
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 plan_app = tyro.extras.SubcommandApp()
 plan_app.command(check)
 plan_app.command(calibrate)
+plan_app.command(report)
 
 Settings = Annotated[UseAppendAction[tuple[tuple[str, ...], ...]], arg(name="set", metavar="KEY=VALUE ...")]
 
@@ -328,29 +329,14 @@ def fit(
     top_k: int = 2,
     kv_heads: int = 1,
     vocab_size: int = 100_352,
-    redesign: FlagCreatePairsOff[bool] = False,
-    model: Model = "gpt4-8k",
-    hardware: str = "a100-80",
-    gpus: int = 128,
-    per_user: float = 8.33,
-    context: int = 8192,
-    weights: Literal["bf16", "fp8", "int8", "fp4"] = "bf16",
     show: Output = SHOW,
 ) -> int:
-    """The shape that has claimed totals; with --redesign the layout that serves a model best.
+    """The shape that has claimed totals.
 
     Args:
         target: total, expert, attention, active, forward, dense; such as total=1.8e12. Default: the article's.
         layers: Of the shape. experts, top_k, kv_heads, vocab_size: as well.
-        redesign: Search layouts instead, for --model on --gpus GPUs.
-        hardware: A shipped name or a TOML file.
-        gpus: To serve on.
-        per_user: Tokens/s that every user is to get.
-        context: Tokens that each sequence has.
-        weights: Their precision.
     """
-    if redesign:
-        return _redesign(model, hardware, gpus, per_user, context, weights, show)
     from moe.config import ConfigError
     from moe.plan.fit import fit
 
@@ -375,6 +361,48 @@ def fit(
         for f in found
     ]
     return show_rows(f"{layers} layers, top {top_k} of {experts}", rows, show)
+
+
+@plan_app.command
+def redesign(
+    model: Positional[Model] = "gpt4-8k",
+    /,
+    *,
+    hardware: str = "a100-80",
+    gpus: int = 128,
+    per_user: float = 8.33,
+    context: int = 8192,
+    weights: str = "bf16",
+    show: Output = SHOW,
+) -> int:
+    """The layouts that serve a model best on given GPUs, beside the article's.
+
+    Args:
+        hardware: A shipped name or a TOML file.
+        gpus: To serve on.
+        per_user: Tokens/s that every user is to get.
+        context: Tokens that each sequence has.
+        weights: Their precision.
+    """
+    from moe.plan import load_shape
+    from moe.plan.fit import evaluate, redesign
+    from moe.plan.hardware import load_hardware
+    from moe.plan.layout import load_layout
+
+    shape, hw = load_shape(model), load_hardware(hardware)
+    found = redesign(shape, hw, gpus=gpus, per_user=per_user, context=context, weights=weights)[:10]
+    if gpus == 128 and shape.n_layers == 120:
+        article = load_layout("gpt4-serve").replace(weights=weights, name="the article's tp8 pp16")
+        found.append(evaluate(shape, article, hw, 256, context))
+    rows = [
+        {
+            "layout": d.layout.name, "batch": d.batch, "in flight": d.batch * d.layout.pp,
+            "tokens/s a user": d.per_user, "tokens/s": d.throughput, "USD per 1k": d.usd_per_1k,
+            "GB a GPU": d.memory / 1e9, "fits": d.memory <= hw.memory.value,
+        }
+        for d in found
+    ]  # fmt: skip
+    return show_rows(f"{shape.name} on {gpus} x {hw.name}, {per_user:g} tokens/s a user", rows, show)
 
 
 # ---------------------------------------------------------------------------------------------------------- helpers
@@ -426,25 +454,3 @@ def _prices(shape: "Shape", sheet: "Sheet", utilisation: float, reclaimed: float
         training=training,
         lifetime_tokens=lifetime_tokens,
     )
-
-
-def _redesign(model: str, hardware: str, gpus: int, per_user: float, context: int, weights: str, show: Show) -> int:
-    from moe.plan import load_shape
-    from moe.plan.fit import evaluate, redesign
-    from moe.plan.hardware import load_hardware
-    from moe.plan.layout import load_layout
-
-    shape, hw = load_shape(model), load_hardware(hardware)
-    found = redesign(shape, hw, gpus=gpus, per_user=per_user, context=context, weights=weights)[:10]
-    if gpus == 128 and shape.n_layers == 120:
-        article = load_layout("gpt4-serve").replace(weights=weights, name="the article's tp8 pp16")
-        found.append(evaluate(shape, article, hw, 256, context))
-    rows = [
-        {
-            "layout": d.layout.name, "batch": d.batch, "in flight": d.batch * d.layout.pp,
-            "tokens/s a user": d.per_user, "tokens/s": d.throughput, "USD per 1k": d.usd_per_1k, "GB a GPU": d.memory / 1e9,
-            "fits": d.memory <= hw.memory.value,
-        }
-        for d in found
-    ]  # fmt: skip
-    return show_rows(f"{shape.name} on {gpus} x {hw.name}, {per_user:g} tokens/s a user", rows, show)

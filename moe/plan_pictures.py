@@ -136,7 +136,8 @@ def _headline(verdicts: Sequence[Verdict]) -> str:
     counts = Counter(v.verdict for v in verdicts)
     external = counts.pop("EXTERNAL", 0)
     parts = ", ".join(f"{n} {name}" for name, n in counts.most_common())
-    return f"{len(verdicts) - external} of its {len(verdicts)} claims can be checked: {parts}. {external} are external facts."
+    checkable = f"{len(verdicts) - external} of its {len(verdicts)} claims can be checked: {parts}."
+    return f"{checkable} The other {external} are external facts."
 
 
 def _design() -> str:
@@ -147,7 +148,7 @@ def _design() -> str:
     one, other = found
     return (
         f"At 256 sequences a pass and 8k of context on 128 A100-80, tensor 8 x pipeline 16 gives a user "
-        f"{one.per_user:.1f} tokens/s at ${one.usd_per_1k:.4f} per 1k tokens; an expert on each node without a pipeline "
+        f"{one.per_user:.1f} tokens/s at ${one.usd_per_1k:.4f} per 1k tokens; an expert on each node, no pipeline, "
         f"{other.per_user:.1f} tokens/s at ${other.usd_per_1k:.4f}."
     )
 
