@@ -196,15 +196,14 @@ def decode(
         lifetime: Tokens served over the model's life, as "1000 Ttoken"; also against the cost of training.
         floor: Memory and compute alone, nothing of links.
     """
-    from moe.plan import decode as roofline
     from moe.plan import load_shape
     from moe.plan.hardware import load_hardware
 
     shape, where = load_shape(model), _layout(layout, set_)
     hw = load_hardware(hardware or where.hardware)
-    sheet = roofline.decode(shape, where, hw, batch=batch, context=context, collectives=not floor)
+    sheet = one_step(shape, where, hw, batch=batch, context=context, collectives=not floor)
     if prompt or utilisation is not None:
-        sheet.update(roofline.prefill(shape, where, hw, batch=1, prompt=prompt or context))
+        sheet.update(prefill(shape, where, hw, batch=1, prompt=prompt or context))
     if utilisation is not None:
         sheet.update(_prices(shape, sheet, utilisation, reclaimed, lifetime))
     return show_sheet(f"{shape.name}, {where.name} on {where.gpus:,} x {hw.name}", sheet, show)

@@ -4,6 +4,7 @@ As in cli.py, commands import what they need when they run.
 """
 
 import json
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from tyro.conf import Positional
 from moe.cli_output import table
 
 if TYPE_CHECKING:
+    from moe.config import Config
     from moe.profile import RoutingProfile, Share
 
 profile_app = tyro.extras.SubcommandApp()
@@ -62,10 +64,12 @@ def routing(
     held_out.check_compatible(model.cfg.vocab_size)
     tokenizer = held_out.tokenizer()
     windows = evaluate.some_windows(held_out, min(seq_len, model.cfg.max_seq_len), tokens)
+    started = time.perf_counter()
     recording = profile.record(model, trace) if trace is not None else contextlib.nullcontext()
     with recording, profile.routing(model, model.cfg.vocab_size) as p:
         for p.source, own in itertools.groupby(windows, key=lambda window: window[0]):
             evaluate.evaluate(model, own, evaluate.byte_lengths(tokenizer), batch=batch)
+    _print_rate(p, model.cfg, seq_len, time.perf_counter() - started, out)
     _print_routing(p)
     _print_sources(p)
     _print_tokens(p, tokenizer)
@@ -190,6 +194,19 @@ def compare(one: Positional[Path], other: Positional[Path], /) -> int:
 
 
 # ----------------------------------------------------------------------------------------------------------- output
+
+
+def _print_rate(p: "RoutingProfile", cfg: "Config", seq_len: int, seconds: float, out: Path | None) -> None:
+    """How fast the text went through, and with `out` a row beside it for `moe plan calibrate`."""
+    from moe import plan
+    from moe.plan.calibrate import append_row
+
+    flop = p.tokens * plan.flops_per_token(cfg, min(seq_len, cfg.max_seq_len))
+    weights = 4 * plan.params(cfg).total * p.passes
+    print(f"{p.tokens:,} tokens in {seconds:.1f} s: {flop / seconds / 1e9:,.1f} GFLOP/s by the planner's count")
+    if out is not None:
+        row = {"kind": "profile", "name": cfg.name, "tokens": p.tokens, "flop": flop, "bytes": weights}
+        append_row(out.with_name("plan.csv"), {**row, "seconds": seconds})
 
 
 def _print_routing(p: "RoutingProfile") -> None:

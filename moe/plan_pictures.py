@@ -13,7 +13,7 @@ from moe.plan.experts import load_quantile, touched
 from moe.plan.fit import evaluate
 from moe.plan.hardware import load_hardware
 from moe.plan.layout import load_layout
-from moe.plan.shape import load_shape
+from moe.plan.models import load_shape
 from moe.plan.sweep import BATCHES, Row, sweep
 
 
@@ -37,9 +37,11 @@ def draw_sweep(rows: Sequence[Row], directory: Path) -> Path:
             fits = [(a, b) for a, b, row in zip(x, y, line, strict=True) if row["fits"]]
             axis.plot([a for a, _ in fits], [b for _, b in fits], "o", color=colour, markersize=4)
             text = " ".join(str(part) for part, same in zip(key, constant, strict=True) if not same)
-            figures.label_end(axis, float(x[-1]), float(y[-1]), text, colour)
+            if axis is not axes[0]:  # where the right side is the scale of the experts
+                figures.label_end(axis, float(x[-1]), float(y[-1]), text, colour)
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
+        axis.tick_params(axis="y", which="minor", labelleft=False)
         figures.title(axis, label, subtitle, "sequences in a pass; dots: they fit in memory")
     _draw_touched(axes[0], next(iter(lines.values())))
     return _save(whole, directory, "serving")

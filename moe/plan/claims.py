@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from moe.config import CONFIG_DIR, ConfigError
-from moe.plan import decode as serving
-from moe.plan import memory
-from moe.plan import train as training
+from moe.plan.decode import decode, ridge
 from moe.plan.experts import experts_sheet
 from moe.plan.hardware import load_hardware
 from moe.plan.layout import Layout, load_layout
-from moe.plan.params import Model, params_sheet
+from moe.plan.memory import kv_bytes_per_token, serving_memory, stage_counts, training_memory
+from moe.plan.models import Model, load_shape
+from moe.plan.params import params_sheet
 from moe.plan.quantity import (
     ENVIRONMENT,
     Quantity,
@@ -35,9 +35,10 @@ from moe.plan.quantity import (
     quantity,
     unknown,
 )
-from moe.plan.shape import Shape, dense, load_shape
+from moe.plan.shape import Shape, dense
 from moe.plan.speculate import DRAFTS
 from moe.plan.sweep import AXES
+from moe.plan.train import Efficiency, mfu, train_cost, train_flops
 
 CLAIMS_FILE = CONFIG_DIR / "article" / "claims.toml"
 VERDICTS = ("REPRODUCED", "WITH-ASSUMPTION", "UNIT-ERROR", "CONFLICT", "UNDERDETERMINED", "EXTERNAL")
@@ -213,12 +214,12 @@ def environment(claims: list[Claim], model: Model) -> dict[str, Any]:
         return cached[s.name]
 
     def train(hardware: str = "a100-80", **arguments: Any) -> Sheet:
-        return training.train_cost(shape, load_hardware(hardware), **arguments)
+        return train_cost(shape, load_hardware(hardware), **arguments)
 
     def sequences(context: int, reserve: str = "0 B", kv_sharding: Any = "heads") -> Quantity:
         layout = serve.replace(kv_sharding=kv_sharding)
         kept = assumed(reserve, "serving.reserve") if quantity(reserve).value else quantity(reserve)
-        return memory.serving_memory(shape, layout, a100, context, kept)["memory.max_sequences"]
+        return serving_memory(shape, layout, a100, context, kept)["memory.max_sequences"]
 
     return {
         **ENVIRONMENT,
@@ -231,13 +232,13 @@ def environment(claims: list[Claim], model: Model) -> dict[str, Any]:
         "sequences": sequences,
         "model": shape,
         "gpt4": shape,
-        "gpt3_flops": training.train_flops("gpt3", quantity(300 * 10**9, "token")),
+        "gpt3_flops": train_flops("gpt3", quantity(300 * 10**9, "token")),
         "serve": serve,
         "train_layout": train_layout,
         "h100_layout": load_layout("gpt4-train-h100"),
-        "training_memory": memory.training_memory(shape, train_layout, load_hardware("a100-80")),
-        "serving_params": [quantity(c.per_gpu(serve), "param") for c in memory.stage_counts(shape, serve)],
-        "serving_memory": lambda context: memory.serving_memory(shape, serve, a100, context),
+        "training_memory": training_memory(shape, train_layout, load_hardware("a100-80")),
+        "serving_params": [quantity(c.per_gpu(serve), "param") for c in stage_counts(shape, serve)],
+        "serving_memory": lambda context: serving_memory(shape, serve, a100, context),
         "id_bytes": next(n for n in (1, 2, 4, 8) if shape.vocab_size <= 256**n),
     }
 
@@ -252,9 +253,9 @@ def _functions(shape: Shape, serve: Layout) -> dict[str, Any]:
     def price_range(hardware: str, weights: str) -> Quantity:
         """Cost of a token over all batches per pass: from a batch of one to the whole peak, at the hardware's price."""
         hw, layout = load_hardware(hardware), serve.replace(weights=weights)
-        made = serving.decode(shape, layout, hw, batch=1, context=8192, collectives=False)
+        made = decode(shape, layout, hw, batch=1, context=8192, collectives=False)
         full = made["decode.cost"] * made["decode.utilisation"]
-        middle = serving.decode(shape, layout, hw, batch=128, context=8192, collectives=False)["decode.cost"]
+        middle = decode(shape, layout, hw, batch=128, context=8192, collectives=False)["decode.cost"]
         return unknown(full.to("USD/ktoken"), made["decode.cost"].to("USD/ktoken"), "batch per pass", "USD/ktoken",
                        middle.to("USD/ktoken"))  # fmt: skip
 
@@ -264,10 +265,10 @@ def _functions(shape: Shape, serve: Layout) -> dict[str, Any]:
         "max": larger,
         "len": len,
         "hardware": load_hardware,
-        "ridge": lambda hardware, dtype: serving.ridge(load_hardware(hardware), dtype),
-        "mfu": lambda model, **arguments: training.mfu(model, load_hardware("a100-80"), **arguments),
-        "decode": lambda model, layout, hardware, **a: serving.decode(model, layout, load_hardware(hardware), **a),
-        "kv": memory.kv_bytes_per_token,
+        "ridge": lambda hardware, dtype: ridge(load_hardware(hardware), dtype),
+        "mfu": lambda model, **arguments: mfu(model, load_hardware("a100-80"), **arguments),
+        "decode": lambda model, layout, hardware, **a: decode(model, layout, load_hardware(hardware), **a),
+        "kv": kv_bytes_per_token,
         "experts": lambda batch: experts_sheet(shape.n_experts, shape.top_k, batch),
         "assuming": lambda name, q: assumed(q, name),
         "network": network,
@@ -284,7 +285,7 @@ def _given() -> dict[str, Any]:
         "palm_mha": dense("palm-mha", 18_432, 118, n_heads=48, head_dim=128, d_ff=73_728, gated=True),
         "tokens_per_word": assumed("2 token/word", "tokens per word", note="English text has about 1.3"),
         "bandwidth_overhead": assumed("2 x", "bandwidth overhead", note="the chart's factor; not derived"),
-        "bandwidth_share": training.Efficiency().quantity("memory"),
+        "bandwidth_share": Efficiency().quantity("memory"),
         "h100_mfu": assumed("56 %", "MFU on H100s", note="what 55 days need; the article gives none"),
         "davinci_price": quantity("0.02 USD/ktoken", key="davinci_price", note="OpenAI's price list, 2023"),
         "default_drafts": DRAFTS,

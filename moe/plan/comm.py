@@ -8,9 +8,9 @@ bytes.
 from moe.plan.hardware import Hardware, element_bytes
 from moe.plan.layout import Layout
 from moe.plan.memory import stage_counts
-from moe.plan.params import Model
+from moe.plan.models import Model, load_shape
 from moe.plan.quantity import Sheet
-from moe.plan.shape import Shape, load_shape
+from moe.plan.shape import Shape
 
 
 def training_traffic(model: Model, layout: Layout, hardware: Hardware) -> Sheet:

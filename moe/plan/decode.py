@@ -13,9 +13,10 @@ from moe.plan.experts import touched
 from moe.plan.hardware import Hardware, element_bytes
 from moe.plan.layout import Layout
 from moe.plan.memory import kv_per_gpu, stage_counts
-from moe.plan.params import Model, attention_weights, flops_per_token, mlp_weights, shared_weights
+from moe.plan.models import Model, load_shape
+from moe.plan.params import attention_weights, flops_per_token, mlp_weights, shared_weights
 from moe.plan.quantity import Quantity, Sheet, assumed, quantity
-from moe.plan.shape import Layer, Shape, load_shape
+from moe.plan.shape import Layer, Shape
 
 
 @dataclass(frozen=True)

@@ -158,18 +158,13 @@ def _peak(sheet: Sheet, cfg: Config, accumulates: bool) -> None:
     sheet.derive("device.peak", "MB", f"max({', '.join(moments)})", **moments)
 
 
-def device_step_time(
-    config: Config | str | Path, hardware: Hardware, efficiency: Quantity | float, *, dtype: str = "fp32"
-) -> Sheet:
-    """The time of one optimizer step of a configuration on one device, from the share of its peak that is reached.
+def device_step_work(config: Config | str | Path) -> Sheet:
+    """What one optimizer step computes and moves: step.tokens, step.flops and step.bytes.
 
-    Raises:
-        ConfigError: the hardware has no such peak, or a share outside (0, 1].
+    The bytes are the least: each micro-batch reads the weights forward and backward and writes their gradients; AdamW
+    reads weights, gradients and two moments and writes all but the gradients.
     """
     cfg = config if isinstance(config, Config) else load_config(config)
-    share = quantity(efficiency)
-    if not 0 < share.value <= 1:
-        raise ConfigError(f"efficiency = {share.value!r}: is a share of the peak: above 0, at most 1")
     t, sheet = cfg.train, Sheet()
     length = t.seq_len or cfg.max_seq_len
     sheet.derive("step.tokens", "token", "token * batch * length", batch=t.batch_size, length=length)
@@ -178,6 +173,30 @@ def device_step_time(
         "backward is two forwards, checkpointing a third", passes=4 if t.activation_checkpointing else 3,
         forward=flops_per_token(cfg, length), tokens=sheet["step.tokens"],
     )  # fmt: skip
+    sheet.derive(
+        "step.bytes", "GB", "4 * byte/param * params * (3 * micro_batches + 7)",
+        params=quantity(params(cfg).total, "param", key="params.total"),
+        micro_batches=t.batch_size // (t.micro_batch or t.batch_size),
+    )  # fmt: skip
+    return sheet
+
+
+def device_step_time(
+    config: Config | str | Path, hardware: Hardware, efficiency: Quantity | float, *, dtype: str = "fp32"
+) -> Sheet:
+    """The time of one optimizer step of a configuration on one device, from the share of its peak that is reached.
+
+    Returns:
+        `device_step_work`, and step.time.
+
+    Raises:
+        ConfigError: the hardware has no such peak, or a share outside (0, 1].
+    """
+    cfg = config if isinstance(config, Config) else load_config(config)
+    share = quantity(efficiency)
+    if not 0 < share.value <= 1:
+        raise ConfigError(f"efficiency = {share.value!r}: is a share of the peak: above 0, at most 1")
+    sheet = device_step_work(cfg)
     sheet.derive(
         "step.time", "s", "flops / (peak * share)", flops=sheet["step.flops"], peak=hardware.peak(dtype), share=share
     )

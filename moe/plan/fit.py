@@ -8,8 +8,9 @@ from moe.plan.decode import stage_loads
 from moe.plan.hardware import Hardware
 from moe.plan.layout import Layout
 from moe.plan.memory import kv_per_gpu, stage_counts
-from moe.plan.params import Model, dense_flops_per_token, flops_per_token, params
-from moe.plan.shape import Attention, Layer, Mlp, Shape, load_shape
+from moe.plan.models import Model, load_shape
+from moe.plan.params import dense_flops_per_token, flops_per_token, params
+from moe.plan.shape import Attention, Layer, Mlp, Shape
 
 # What the article says of GPT-4, in parameters and FLOP per token.
 ARTICLE = {"total": 1.8e12, "expert": 111e9, "attention": 55e9, "active": 280e9, "forward": 560e9, "dense": 3700e9}

@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 from moe.config import ConfigError
 from moe.plan.hardware import Hardware, element_bytes
 from moe.plan.layout import Layout
-from moe.plan.params import Model, attention_weights, mlp_weights, shared_weights
+from moe.plan.models import Model, load_shape
+from moe.plan.params import attention_weights, mlp_weights, shared_weights
 from moe.plan.quantity import Quantity, Sheet, assumed, larger, quantity
-from moe.plan.shape import Attention, Layer, Shape, load_shape
+from moe.plan.shape import Attention, Layer, Shape
 
 # Bytes a parameter of optimizer state beside the weight that computes: AdamW keeps a float32 master and two moments.
 OPTIMIZER_BYTES = {"adamw": 12, "muon": 8, "sgd": 4}

@@ -6,15 +6,13 @@ the FLOPs against torch's counter.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
-from moe.config import Config
+from moe.plan.models import Model, load_shape
 from moe.plan.quantity import Quantity, Sheet, quantity
-from moe.plan.shape import Attention, Layer, Mlp, Shape, load_shape
+from moe.plan.shape import Attention, Layer, Mlp, Shape
 
 ActiveConvention = Literal["none", "output", "both"]
-Model = Shape | Config | str | Path
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ from moe.plan.experts import touched
 from moe.plan.hardware import Hardware, element_bytes
 from moe.plan.layout import Layout
 from moe.plan.memory import kv_per_gpu, stage_counts
-from moe.plan.params import Model, attention_weights, flops_per_token, mlp_weights, shared_weights
-from moe.plan.shape import Shape, load_shape
+from moe.plan.models import Model, load_shape
+from moe.plan.params import attention_weights, flops_per_token, mlp_weights, shared_weights
+from moe.plan.shape import Shape
 from moe.plan.sweep import Row
 
 STRATEGIES = ("1d-stationary", "2d-stationary", "gathered")

@@ -1,16 +1,14 @@
 """The shape of any decoder, as far as its cost depends on it: layers of attention and MLP, embeddings, vocabulary.
 
-`shape_of` makes one from a configuration of this library; hf_shapes.py makes one from a Hugging Face config.json.
+`shape_of` makes one from a configuration of this library; hf_shapes.py makes one from a Hugging Face config.json;
+models.py takes either, by name or path.
 """
 
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
-from moe.config import CONFIG_DIR, Config, ConfigError, load_config, shipped
-
-PUBLISHED_DIR = CONFIG_DIR / "published"
+from moe.config import Config
 
 
 @dataclass(frozen=True)
@@ -161,38 +159,3 @@ def dense(
     attention = Attention(heads, n_kv_heads or heads, head_dim)
     layer = Layer(attention, Mlp(d_ff or 4 * d_model, gated), norms=2 * d_model)
     return Shape(name, d_model, vocab_size, max_seq_len, (layer,) * n_layers, tied, final_norms=d_model)
-
-
-def published() -> list[str]:
-    """Names of the published models whose config.json is shipped."""
-    return sorted(path.stem for path in PUBLISHED_DIR.glob("*.json"))
-
-
-def load_shape(model: "Shape | Config | str | Path") -> Shape:
-    """The shape of a model given as a `Shape`, a `Config`, a shipped name, or the path of a TOML or config.json file.
-
-    Raises:
-        ConfigError: no such name or file, or one that cannot be read.
-    """
-    if isinstance(model, Shape):
-        return model
-    if isinstance(model, Config):
-        return shape_of(model)
-    path = Path(model)
-    if str(model) in published():
-        path = PUBLISHED_DIR / f"{model}.json"
-    if path.suffix == ".json" or path.is_dir():
-        from moe.plan.hf_shapes import load_hf
-
-        return load_hf(path)
-    if path.suffix != ".toml" and str(model) not in shipped():
-        import difflib
-
-        names = [*shipped(), *published()]
-        close = difflib.get_close_matches(str(model), names, n=1, cutoff=0.5)
-        raise ConfigError(
-            f"model = {str(model)!r}: no shipped model is called so"
-            f"{f'; did you mean {close[0]!r}?' if close else ''}; there are: {', '.join(names)}; "
-            "or give a path to a .toml file or a config.json"
-        )
-    return shape_of(load_config(model))

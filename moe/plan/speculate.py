@@ -10,9 +10,8 @@ from moe.plan.decode import decode
 from moe.plan.experts import touched
 from moe.plan.hardware import Hardware
 from moe.plan.layout import Layout
-from moe.plan.params import Model
+from moe.plan.models import Model, load_shape
 from moe.plan.quantity import Sheet, assumed, quantity
-from moe.plan.shape import load_shape
 
 DRAFTS = 4  # the article's "runs of about 4 tokens"
 DRAFT_COST = 0.05  # of a pass of the large model, for one draft token

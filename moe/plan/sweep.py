@@ -9,8 +9,7 @@ from moe.plan.experts import touched
 from moe.plan.hardware import load_hardware
 from moe.plan.layout import Layout
 from moe.plan.memory import serving_memory
-from moe.plan.params import Model
-from moe.plan.shape import load_shape
+from moe.plan.models import Model, load_shape
 
 AXES = ("latency", "throughput", "utilisation")
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)

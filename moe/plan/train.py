@@ -11,9 +11,9 @@ from moe.config import ConfigError
 from moe.plan.comm import training_traffic
 from moe.plan.hardware import Hardware
 from moe.plan.layout import Layout
-from moe.plan.params import Model, attention_flops, flops_per_token, mlp_weights
+from moe.plan.models import Model, load_shape
+from moe.plan.params import attention_flops, flops_per_token, mlp_weights
 from moe.plan.quantity import Quantity, Sheet, assumed, quantity
-from moe.plan.shape import load_shape
 
 
 @dataclass(frozen=True)

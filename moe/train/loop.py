@@ -23,7 +23,7 @@ from moe.data import Mixture, TokenData, compression
 from moe.model import Output, Transformer
 from moe.profile import load_entropy
 from moe.tokenizer import Tokenizer
-from moe.train import console, evaluate, pictures, state
+from moe.train import console, evaluate, pictures, predicted, state
 from moe.train import device as devices
 from moe.train.cpu import tune_cpu
 from moe.train.metrics import Meter, MetricsLog
@@ -129,6 +129,7 @@ class _Run:
     peak_flops: float
     byte_lengths: np.ndarray
     tokens_per_byte: float
+    memory_before: int  # bytes that the process held before the model was there
     step: int = 0
     sample: int = 0
     seconds: float = 0.0  # of training, without evaluation, samples and saving, up to `mark`
@@ -176,6 +177,7 @@ def _open(
         state.check_same_config(saved["config"], cfg, run_dir)
         mixture.check_resume(saved["mixture"])
     (run_dir / CONFIG_FILE).write_text(cfg.to_toml(), encoding="utf-8")
+    memory_before = predicted.memory_in_use(device)
     model = _model(cfg, device, found)
     tokenizer = data.tokenizer()
     text = sum(data.n_bytes(source, "train") for source in data.sources)
@@ -198,6 +200,7 @@ def _open(
         peak_flops=devices.peak_flops(device, dtype),
         byte_lengths=evaluate.byte_lengths(tokenizer),
         tokens_per_byte=sum(len(data.tokens(source, "train")) for source in data.sources) / text,
+        memory_before=memory_before,
     )
     if saved is not None:
         _restore(run, saved)
@@ -388,6 +391,7 @@ def _save(run: _Run) -> None:
 
 def _finish(run: _Run) -> dict[str, Any]:
     """The whole held-out text, samples, `final/`, `summary.json`, pictures. Done again if it is interrupted."""
+    memory_peak = predicted.memory_peak(run.device)
     tokens = evaluate.count_scored(run.data)
 
     def progress(scored: int) -> None:
@@ -412,6 +416,12 @@ def _finish(run: _Run) -> dict[str, Any]:
         "held_out": {name: asdict(score) for name, score in scores.items()},
         "data": run.data.fingerprint,
     }
+    if run.seconds:
+        summary["plan"], line = predicted.compare(
+            run.cfg, run.dir, run.device, run.dtype, before=run.memory_before, peak=memory_peak,
+            seconds_per_step=run.seconds / run.step, peak_flops=run.peak_flops,
+        )  # fmt: skip
+        run.reporter.note(line)
     _sample(run)
     run.log.write(
         {"kind": "final", **{key: summary[key] for key in ("step", "tokens", "bits_per_byte", "compression")}}

@@ -11,7 +11,7 @@ import pytest
 from moe import plan
 from moe.config import ConfigError
 from moe.plan.hf_shapes import shape_from_hf
-from moe.plan.shape import PUBLISHED_DIR, published
+from moe.plan.models import PUBLISHED_DIR, published
 
 # name, total, active, convention of the active count, half a unit of the last printed place; in billions.
 PUBLISHED = [
