@@ -196,7 +196,8 @@ def decode(
         lifetime: Tokens served over the model's life, as "1000 Ttoken"; also against the cost of training.
         floor: Memory and compute alone, nothing of links.
     """
-    from moe.plan import load_shape
+    from moe.plan import decode as one_step
+    from moe.plan import load_shape, prefill
     from moe.plan.hardware import load_hardware
 
     shape, where = load_shape(model), _layout(layout, set_)
