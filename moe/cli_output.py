@@ -43,8 +43,10 @@ def show_sheet(title: str, sheet: "Sheet", show: Show, contract: dict[str, Any] 
         quantities = {key: q.as_dict() for key, q in sheet.items()}
         print_json({**contract, "quantities": quantities} if contract is not None else quantities)
     else:
-        rows = [[key, str(q), q.note] for key, q in sheet.items()]
+        rows = [[key, str(q), q.note] for key, q in sheet.items() if not _inner_stage(key, sheet)]
         table(title, ["", "value", "note"], rows)
+        if len(rows) < len(sheet):
+            print("stages between the second and the last are left out; --json and --csv have them")
         assumptions = sorted({a for q in sheet.values() for a in q.assumptions})
         if assumptions:
             print(f"assumes: {', '.join(assumptions)}")
@@ -56,6 +58,12 @@ def show_sheet(title: str, sheet: "Sheet", show: Show, contract: dict[str, Any] 
             lines.append({"key": key, "value": d["value"], "unit": d["unit"], "lo": low, "hi": high})
         _write_csv(lines, show.csv)
     return 0
+
+
+def _inner_stage(key: str, sheet: "Sheet") -> bool:
+    """Whether a result is that of a pipeline stage between the second and the last: most of these are alike."""
+    stage = key.partition(".")[0].removeprefix("stage")
+    return stage.isdigit() and int(stage) > 1 and any(other.startswith(f"stage{int(stage) + 1}.") for other in sheet)
 
 
 def show_rows(

@@ -69,7 +69,6 @@ CASES = [
     ("replica-nano", 16, 256),
     ("replica-nano", 4, 256),
     ("replica-nano", 16, 256, "train.activation_checkpointing=true"),
-    ("replica-nano", 16, 256, "train.optimizer=adamw"),
     ("replica-small", 4, 128, "train.batch_size=4"),
 ]
 
