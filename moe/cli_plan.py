@@ -41,10 +41,11 @@ def params(
     """
     from moe import plan
     from moe.config import ConfigError
+    from moe.plan.hf_shapes import load_hf
 
     if context < 0:
         raise ConfigError(f"context = {context}: must be 0 or more")
-    shape = plan.load_shape(_hf_path(hf) if hf is not None else model)
+    shape = load_hf(hf) if hf is not None else plan.load_shape(model)
     counts = plan.params(shape)
     names = ("total", "active", "attention", "expert", "experts", "shared", "dense", "router", "norms")
     contract = {name: getattr(counts, name) for name in (*names, "embedding", "head")}
@@ -406,14 +407,6 @@ def redesign(
 
 
 # ---------------------------------------------------------------------------------------------------------- helpers
-
-
-def _hf_path(path: Path) -> Path:
-    from moe.config import ConfigError
-
-    if path.suffix not in (".json", "") or (path.suffix == "" and not path.is_dir()):
-        raise ConfigError(f"--hf {path}: must be a config.json or the directory that holds one")
-    return path
 
 
 def _layout(name: str, groups: tuple[tuple[str, ...], ...]) -> "Layout":

@@ -53,9 +53,10 @@ def test_every_command_prints_a_table_json_and_csv(command, capsys, tmp_path) ->
 
 
 def test_the_contract_of_params(capsys, tmp_path) -> None:
-    place = tmp_path / "config.json"
+    (tmp_path / "Mixtral-8x7B-v0.1").mkdir()
+    place = tmp_path / "Mixtral-8x7B-v0.1" / "config.json"
     place.write_text((PUBLISHED_DIR / "mixtral-8x7b.json").read_text())
-    for where in (place, tmp_path):
+    for where in (place, place.parent):
         assert run("params", "--hf", where, "--json") == 0
         found = json.loads(capsys.readouterr().out)
         assert found["total"] == 46_702_792_704
