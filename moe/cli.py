@@ -18,6 +18,7 @@ from moe.cli_chat import chat
 from moe.cli_eval import evaluate
 from moe.cli_finetune import finetune, instructions
 from moe.cli_output import printable, write
+from moe.cli_plan import plan_app
 from moe.cli_profile import profile_app
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ app.command(profile_app, name="profile")
 app.command(finetune)
 app.command(chat)
 data_app.command(instructions)
+app.command(plan_app, name="plan")
 
 
 @app.command

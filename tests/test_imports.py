@@ -45,6 +45,10 @@ RANK = {
     "moe.cli_output": 8,
     "moe.cli_step": 8,
     "moe.cli_tables": 8,
+    "moe.cli_sheets": 8,
+    "moe.cli_plan": 8,
+    "moe.cli_check": 8,
+    "moe.plan_pictures": 2,
     "moe.__main__": 9,
 }
 MODEL_RANK = RANK["moe.model"]

@@ -1,6 +1,63 @@
-"""The planner: what a model costs, from its configuration alone. Pure Python: nothing here imports torch."""
+"""The planner: what a model costs to train and to serve, from its configuration alone. Pure Python, no torch.
 
-from moe.plan.params import Params, dense_flops_per_token, flops_per_token, params
+Everything takes a model as a `Config`, a shipped name, or the path of a .toml or of a Hugging Face config.json, and
+returns plain counts (`params`) or a `Sheet` of quantities with units and formulas. The article's claims are in
+moe.plan.claims, measured steps in moe.plan.calibrate.
+"""
+
+from moe.plan.comm import training_traffic
+from moe.plan.decode import decode, prefill, serving_price
+from moe.plan.device import device_memory, device_step_time, device_step_work
+from moe.plan.experts import experts_sheet
+from moe.plan.fit import fit, redesign
+from moe.plan.hardware import Hardware, load_hardware
+from moe.plan.layout import Layout, load_layout
+from moe.plan.memory import serving_memory, training_memory
+from moe.plan.models import load_shape
+from moe.plan.params import Params, attention_flops, dense_flops_per_token, flops_per_token, params, params_sheet
+from moe.plan.partition import frontier
+from moe.plan.quantity import Quantity, Sheet, quantity
+from moe.plan.shape import Shape
+from moe.plan.speculate import speculate
+from moe.plan.sweep import sweep
+from moe.plan.train import Efficiency, predict_run, predict_step, train_cost
 from moe.plan.work import Work, step_work
 
-__all__ = ["Params", "Work", "dense_flops_per_token", "flops_per_token", "params", "step_work"]
+__all__ = [
+    "Efficiency",
+    "Hardware",
+    "Layout",
+    "Params",
+    "Quantity",
+    "Shape",
+    "Sheet",
+    "Work",
+    "attention_flops",
+    "decode",
+    "dense_flops_per_token",
+    "device_memory",
+    "device_step_time",
+    "device_step_work",
+    "experts_sheet",
+    "fit",
+    "flops_per_token",
+    "frontier",
+    "load_hardware",
+    "load_layout",
+    "load_shape",
+    "params",
+    "params_sheet",
+    "predict_run",
+    "predict_step",
+    "prefill",
+    "quantity",
+    "redesign",
+    "serving_memory",
+    "serving_price",
+    "speculate",
+    "step_work",
+    "sweep",
+    "train_cost",
+    "training_memory",
+    "training_traffic",
+]

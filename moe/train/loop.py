@@ -19,22 +19,16 @@ from torch import Tensor
 
 from moe import checkpoint, plan
 from moe.config import Config, ConfigError
-from moe.data import Batch, ConversationData, ConversationStream, Stream, TokenData, compression, open_data
+from moe.data import Batch, TokenData, compression
 from moe.kernels.reference import IGNORE_INDEX
-from moe.model import Output, Transformer
+from moe.model import Output
 from moe.profile import Pass
-from moe.tokenizer import Tokenizer
-from moe.train import console, evaluate, pictures, start, state, traces
-from moe.train import device as devices
-from moe.train.cpu import tune_cpu
-from moe.train.lora import ADAPTER_FILE, LoraConfig, adapters, merged, save_adapter
-from moe.train.metrics import Meter, MetricsLog
-from moe.train.optimizer import Optimizers, build
-from moe.train.schedule import Schedule
+from moe.train import console, evaluate, pictures, predicted, start, state, traces
+from moe.train.lora import ADAPTER_FILE, LoraConfig, merged, save_adapter
+from moe.train.run import CONFIG_FILE, Run, open_run
 from moe.train.stop import Stop, StopRequested
-from moe.train.watch import TrainError, Watch
+from moe.train.watch import TrainError
 
-CONFIG_FILE = "config.toml"
 SUMMARY_FILE = "summary.json"
 FINAL = "final"
 
@@ -94,7 +88,7 @@ def train(
         if finished is not None:
             reporter.note(f"the run in {run_dir} is complete; start it anew with --fresh, or choose another --out")
             return finished
-        run = _open(cfg, Path(data_dir), Path(run_dir), resume, start_from, lora, device, reporter, stop)
+        run = open_run(cfg, Path(data_dir), Path(run_dir), resume, start_from, lora, device, reporter, stop)
         t = cfg.train
         try:
             while run.sample < run.schedule.windows and not stop.signal:
@@ -122,60 +116,6 @@ def train(
         return Result("stopped", run.step, run.dir, signal=stop.signal)
 
 
-@dataclass
-class _Run:
-    """All that the steps of a run share. `step` and `sample` count what is done."""
-
-    cfg: Config
-    dir: Path
-    data: TokenData | ConversationData
-    lora: LoraConfig | None
-    tokenizer: Tokenizer
-    stream: Stream
-    schedule: Schedule
-    device: torch.device
-    dtype: torch.dtype
-    model: Transformer
-    forward: Any
-    optimizers: Optimizers
-    meter: Meter
-    watch: Watch
-    log: MetricsLog
-    reporter: console.Reporter
-    stop: Stop
-    peak_flops: float
-    byte_lengths: np.ndarray
-    tokens_per_byte: float
-    step: int = 0
-    sample: int = 0
-    seconds: float = 0.0  # of training, without evaluation, samples and saving, up to `mark`
-    mark: float = field(default_factory=time.perf_counter)
-    marked_tokens: int = 0
-
-    @property
-    def seq_len(self) -> int:
-        return self.stream.seq_len
-
-    @property
-    def micro_batch(self) -> int:
-        return self.cfg.train.micro_batch or max(size for _, size in self.schedule.stages)
-
-    @property
-    def tokens(self) -> int:
-        return self.sample * self.seq_len
-
-    @property
-    def complete(self) -> bool:
-        return self.sample == self.schedule.windows
-
-    @property
-    def chat(self) -> bool:
-        return isinstance(self.data, ConversationData)
-
-
-# -------------------------------------------------------------------------------------------------------- beginning
-
-
 def _already_finished(cfg: Config, run_dir: Path, resume: str, lora: LoraConfig | None) -> Result | None:
     summary = run_dir / SUMMARY_FILE
     if resume == "never" or not summary.is_file():
@@ -186,110 +126,14 @@ def _already_finished(cfg: Config, run_dir: Path, resume: str, lora: LoraConfig 
     return Result("complete", content["step"], run_dir, content)
 
 
-def _open(
-    cfg: Config,
-    data_dir: Path,
-    run_dir: Path,
-    resume: str,
-    start_from: str | Path | None,
-    lora: LoraConfig | None,
-    device_name: str | None,
-    reporter: Any,
-    stop: Stop,
-) -> _Run:
-    """Everything ready for the next step: a new run's first one, or the one after the newest checkpoint."""
-    device = devices.pick_device(device_name)
-    dtype = devices.pick_dtype(cfg.train, device)
-    if device.type == "cpu":
-        tune_cpu()
-    data = open_data(data_dir)
-    data.check_compatible(cfg.vocab_size)
-    t, stream = cfg.train, start.open_stream(cfg, data)
-    if start_from is not None:
-        start.check_start(cfg, data, Path(start_from))
-    found = start.enter(run_dir, resume)
-    saved = state.load_training(found) if found is not None else None
-    if saved is not None:
-        state.check_same_config(saved["config"], cfg, run_dir)
-        start.check_same_lora(saved.get("lora"), lora, run_dir)
-        stream.check_resume(saved["stream"])
-    (run_dir / CONFIG_FILE).write_text(cfg.to_toml(), encoding="utf-8")
-    model = start.open_model(cfg, device, found, start_from, lora)
-    tokenizer = data.tokenizer()
-    text = sum(data.n_bytes(source, "train") for source in data.sources)
-    run = _Run(
-        cfg=cfg,
-        dir=run_dir,
-        data=data,
-        lora=lora,
-        tokenizer=tokenizer,
-        stream=stream,
-        schedule=Schedule(t, stream.seq_len, stream.windows_per_epoch),
-        device=device,
-        dtype=dtype,
-        model=model,
-        forward=torch.compile(model) if cfg.train.compile else model,
-        optimizers=build(model, cfg.train),
-        meter=Meter(cfg.n_layers, cfg.experts.n_experts, device),
-        watch=Watch(cfg.train, cfg.router),
-        log=MetricsLog(run_dir, saved["step"] if saved else 0, saved["files"] if saved else None),
-        reporter=reporter,
-        stop=stop,
-        peak_flops=devices.peak_flops(device, dtype),
-        byte_lengths=evaluate.byte_lengths(tokenizer),
-        tokens_per_byte=sum(data.n_tokens(source, "train") for source in data.sources) / text,
-    )
-    if saved is not None:
-        _restore(run, saved)
-    _introduce(run, resumed_from=found, start_from=start_from)
-    return run
-
-
-def _restore(run: _Run, saved: dict[str, Any]) -> None:
-    run.step, run.sample, run.seconds = saved["step"], saved["sample"], saved["seconds"]
-    run.marked_tokens = saved["marked_tokens"]
-    run.optimizers.load_state_dict(saved["optimizers"])
-    run.meter.load_state_dict(saved["meter"])
-    run.watch.load_state_dict(saved["watch"])
-    state.set_rng_state(saved["rng"], run.device)
-
-
-def _introduce(run: _Run, resumed_from: Path | None, start_from: str | Path | None) -> None:
-    counts = plan.params(run.cfg)
-    sizes = ", ".join(f"{s} {run.data.n_tokens(s, 'train'):,}" for s in run.data.sources)
-    run.reporter.start(run.schedule.steps, run.step, run.tokens_per_byte)
-    what = "tokens of responses" if run.chat else "training tokens"
-    run.reporter.note(
-        f"{run.cfg.name}: {counts.total:,} parameters, {counts.active['output']:,} active per token; "
-        f"{run.schedule.steps:,} steps of {_batch_sizes(run)} x {run.seq_len} tokens on {run.device.type} "
-        f"({str(run.dtype).removeprefix('torch.')}); {what}: {sizes}"
-    )
-    if isinstance(run.stream, ConversationStream):
-        for notice in run.stream.notices:
-            run.reporter.note(notice)
-    if run.lora is not None:
-        trained = sum(p.numel() for p in adapters(run.model).values())
-        run.reporter.note(f"LoRA of rank {run.lora.rank} on {' and '.join(run.lora.targets)}: {trained:,} are trained")
-    if resumed_from is not None:
-        run.reporter.note(f"resumed from {resumed_from}")
-    elif start_from is not None:
-        run.reporter.note(f"weights of {start_from}")
-    if not run.log.has_tensorboard:
-        run.reporter.note('no TensorBoard events: tensorboard is not installed (pip install "gpt4-moe[train]")')
-
-
-def _batch_sizes(run: _Run) -> str:
-    return " -> ".join(f"{size:,}" for _, size in run.schedule.stages)
-
-
 # ------------------------------------------------------------------------------------------------------------ steps
 
 
-def _due(run: _Run, every: int) -> bool:
+def _due(run: Run, every: int) -> bool:
     return every > 0 and (run.step % every == 0 or run.complete)
 
 
-def _train_step(run: _Run, traced: bool) -> None:
+def _train_step(run: Run, traced: bool) -> None:
     """One optimizer step: the gradient of the mean over all its targets, `micro_batch` windows at a time."""
     t = run.cfg.train
     count = run.schedule.batch(run.sample)
@@ -331,7 +175,7 @@ def _train_step(run: _Run, traced: bool) -> None:
             traces.write(run.dir, run.step, passes, run.cfg.experts.n_experts)
 
 
-def _documents(run: _Run, batch: Batch, rows: slice) -> Tensor | None:
+def _documents(run: Run, batch: Batch, rows: slice) -> Tensor | None:
     """Document ids on the device; None where no window crosses a boundary, which spares the attention a mask."""
     if batch.documents is None or (batch.documents[rows] == batch.documents[rows, :1]).all():
         return None
@@ -343,7 +187,7 @@ def _to(device: torch.device, array: np.ndarray) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
-def _log(run: _Run) -> None:
+def _log(run: Run) -> None:
     """Reads the meters, the only regular wait for the device, and writes a record."""
     t, top_k, n_experts = run.cfg.train, run.cfg.experts.top_k, run.cfg.experts.n_experts
     means = run.meter.means()
@@ -379,7 +223,7 @@ def _log(run: _Run) -> None:
 
 
 @contextmanager
-def _untimed(run: _Run) -> Iterator[None]:
+def _untimed(run: Run) -> Iterator[None]:
     """What happens inside does not count as training time."""
     if run.device.type == "cuda":
         torch.cuda.synchronize(run.device)
@@ -390,7 +234,7 @@ def _untimed(run: _Run) -> Iterator[None]:
         run.mark += time.perf_counter() - started
 
 
-def _evaluate(run: _Run) -> None:
+def _evaluate(run: Run) -> None:
     with _untimed(run):
         windows = evaluate.some_windows(run.data, run.seq_len, run.cfg.train.eval_tokens)
         scores = _score(run, windows)
@@ -402,7 +246,7 @@ def _evaluate(run: _Run) -> None:
 
 
 def _score(
-    run: _Run, windows: Iterable[evaluate.Window], progress: Callable[[int], None] = lambda scored: None
+    run: Run, windows: Iterable[evaluate.Window], progress: Callable[[int], None] = lambda scored: None
 ) -> dict[str, evaluate.Score]:
     return evaluate.evaluate(
         run.model,
@@ -420,7 +264,7 @@ def _per_byte(scores: dict[str, evaluate.Score]) -> dict[str, float]:
     return {name: score.bits_per_byte for name, score in rows.items()}
 
 
-def _sample(run: _Run) -> list[dict[str, str]]:
+def _sample(run: Run) -> list[dict[str, str]]:
     with _untimed(run):
         samples = evaluate.draw_samples(run.model, run.tokenizer, chat=run.chat)
         run.log.write_samples(run.step, samples)
@@ -428,7 +272,7 @@ def _sample(run: _Run) -> list[dict[str, str]]:
     return samples
 
 
-def _save(run: _Run) -> None:
+def _save(run: Run) -> None:
     """A checkpoint, unless the steps since the last log point went wrong: the one before is then the last good one."""
     means = run.meter.means()
     run.watch.check_finite(run.step, means["loss"], means["grad_norm"])
@@ -454,8 +298,9 @@ def _save(run: _Run) -> None:
 # -------------------------------------------------------------------------------------------------------------- end
 
 
-def _finish(run: _Run) -> dict[str, Any]:
+def _finish(run: Run) -> dict[str, Any]:
     """The whole held-out text, samples, `final/`, `summary.json`, pictures. Done again if it is interrupted."""
+    memory_peak = predicted.memory_peak(run.device)
     tokens = evaluate.count_scored(run.data)
 
     def progress(scored: int) -> None:
@@ -480,6 +325,13 @@ def _finish(run: _Run) -> dict[str, Any]:
         "chat": run.chat,
         "lora": start.lora_record(run.lora),
     }
+    if run.seconds and run.lora is None:
+        summary["plan"], line = predicted.compare(
+            run.cfg, run.dir, run.device, run.dtype, before=run.memory_before, peak=memory_peak,
+            batch=run.sample / run.step,
+            seconds_per_step=run.seconds / run.step, peak_flops=run.peak_flops,
+        )  # fmt: skip
+        run.reporter.note(line)
     _sample(run)
     run.log.write(
         {"kind": "final", **{key: summary[key] for key in ("step", "tokens", "bits_per_byte", "compression")}}

@@ -11,8 +11,10 @@ import moe
 from moe.checkpoint import CheckpointError
 from moe.config import ConfigError, RouterConfig, TrainConfig
 from moe.data import DataError, TokenData, prepare
+from moe.plan.calibrate import read_steps
 from moe.train import TrainError, loop, state, train
 from moe.train.metrics import read_metrics
+from moe.train.schedule import Schedule
 from moe.train.watch import Watch
 
 
@@ -49,9 +51,13 @@ def test_a_run_learns_and_leaves_all_it_promises(cfg, data_dir, tmp_path, capsys
     assert summary == result.summary
     assert summary["bits_per_byte"]["total"] < 4
     assert set(summary["compression"]) == {"gzip", "xz"}
+    (step,) = read_steps(run / "plan.csv")  # what `moe plan calibrate` reads
+    assert step.seconds == pytest.approx(summary["train_seconds"] / summary["step"])
+    assert summary["plan"]["step_seconds"] > summary["plan"]["step_seconds_at_peak"] > 0
     assert (run / "samples.txt").read_text().count("--- step") == 9  # at 20, at 40 and at the end
     out = capsys.readouterr().out
     assert "step 40/40" in out
+    assert "predicted and measured" in out
     assert "\x1b" not in out
     pytest.importorskip("matplotlib")
     for name in ("loss", "experts", "speed"):
@@ -115,7 +121,7 @@ def test_bias_balancing_moves_the_bias_and_is_saved(cfg, data_dir, tmp_path):
 def test_a_loss_that_is_not_finite_stops_with_advice_and_keeps_the_last_good_checkpoint(
     cfg, data_dir, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(loop.Schedule, "lr_scale", lambda self, done: math.nan if done == 6 * 4 else 0.5)
+    monkeypatch.setattr(Schedule, "lr_scale", lambda self, done: math.nan if done == 6 * 4 else 0.5)
     cfg = cfg.with_overrides(["train.save_every=2", "train.log_every=5"])
     with pytest.raises(TrainError, match=r"not finite|nan.*train.lr \(now 0.003\).*train.warmup"):
         train(cfg, data_dir, tmp_path / "run")

@@ -1,0 +1,224 @@
+"""Training our own models on one device: peak memory, and the time of a step.
+
+What is counted here is what moe.model, moe.train and the kernels really hold, not what a framework might: weights,
+gradients and optimizer states in float32, under autocast bfloat16 copies of the weights beside them, and the tensors
+that each block saves for its backward pass.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+from moe.config import Config, ConfigError, load_config
+from moe.plan.hardware import Hardware
+from moe.plan.params import flops_per_token, params
+from moe.plan.quantity import Quantity, Sheet, quantity
+
+# As kernels/cross_entropy.py: the elements of one chunk of logits.
+CHUNK_ELEMENTS = 2**22
+Dtype = Literal["fp32", "bf16"]
+Checkpointing = Literal["none", "selective", "full"]  # moe/checkpointing.py
+
+
+def device_memory(
+    config: Config | str | Path,
+    *,
+    micro_batch: int | None = None,
+    seq_len: int | None = None,
+    dtype: Dtype = "fp32",
+    optimizer: Literal["adamw", "muon"] | None = None,
+    activation_checkpointing: Checkpointing | None = None,
+) -> Sheet:
+    """Peak memory of training a model on one device, beside what the process needs before the model is there.
+
+    Arguments that are not given come from the configuration's [train].
+
+    Args:
+        micro_batch: sequences of one forward pass. seq_len: tokens of a sequence.
+        dtype: what products compute in; "bf16" is autocast.
+        optimizer: "adamw" (two float32 moments) or "muon" (one for the blocks' matrices, two for the rest).
+        activation_checkpointing: what a block keeps: "none" recomputes nothing, "full" everything but its input.
+
+    Returns:
+        device.weights, .copies (bfloat16, under autocast), .gradients, .optimizer, .activations, .loss, .working, and
+        device.peak: the largest of device.at_loss, .at_first_block and .at_last_block of the backward pass.
+
+    Raises:
+        ConfigError: a size that cannot be.
+    """
+    cfg = config if isinstance(config, Config) else load_config(config)
+    t = cfg.train
+    batch = micro_batch if micro_batch is not None else (t.micro_batch or t.batch_size)
+    length = seq_len if seq_len is not None else (t.seq_len or cfg.max_seq_len)
+    for name, value in (("micro_batch", batch), ("seq_len", length)):
+        if value < 1:
+            raise ConfigError(f"{name} = {value}: must be at least 1")
+    if dtype not in ("fp32", "bf16"):
+        raise ConfigError(f'dtype = {dtype!r}: must be "fp32" or "bf16"')
+    mode = activation_checkpointing or t.activation_checkpointing
+    sheet = Sheet()
+    _states(sheet, cfg, dtype, optimizer or t.optimizer)
+    tokens = quantity(batch * length, "token")
+    sheet.put("device.tokens", tokens, "token", "of a micro-batch")
+    _activations(sheet, cfg, dtype, tokens, mode)
+    _loss(sheet, cfg, dtype, tokens)
+    _working(sheet, cfg, dtype, tokens)
+    accumulates = batch < t.batch_size
+    _peak(sheet, cfg, accumulates)
+    return sheet
+
+
+def _states(sheet: Sheet, cfg: Config, dtype: Dtype, optimizer: str) -> None:
+    counts = params(cfg)
+    total = quantity(counts.total, "param", key="params.total")
+    sheet.derive("device.weights", "MB", "4 * byte/param * params", params=total)
+    # Under autocast every matrix has a bfloat16 copy until the backward pass is done with it.
+    copied = counts.attention + counts.experts if dtype == "bf16" else 0
+    sheet.derive("device.copies", "MB", "2 * byte/param * param * copied", "for products in bfloat16", copied=copied)
+    sheet.derive("device.gradients", "MB", "4 * byte/param * params", params=total)
+    muon = counts.attention + counts.experts if optimizer == "muon" else 0
+    sheet.derive(
+        "device.optimizer", "MB", "byte/param * (8 * (params - param * muon) + 4 * param * muon)",
+        "AdamW keeps two moments, Muon one, in float32", params=total, muon=muon,
+    )  # fmt: skip
+
+
+def _activations(sheet: Sheet, cfg: Config, dtype: Dtype, tokens: Quantity, mode: Checkpointing) -> None:
+    """What a block saves, per token: the input and output of both norms; queries, keys, values and attention's output;
+    router scores and their order; the experts' pre-activations.
+
+    Under autocast each of the three projections saves a bfloat16 copy of its input, the experts a fourth; the residual
+    stream and the router's input stay float32.
+    """
+    a, e = cfg.attention, cfg.experts
+    q, kv = a.n_heads * a.head_dim, a.n_kv_heads * a.head_dim
+    gates = 2 if e.activation == "swiglu" else 1
+    size = 2 if dtype == "bf16" else 4
+    sheet.derive(
+        "device.activations.layer", "B/token",
+        "byte/token * (wide * d + size * (2 * q + 2 * kv + k * gates * f) + 16 * experts + 4 * heads)",
+        wide=20 if dtype == "bf16" else 16, d=cfg.d_model, size=size, q=q, kv=kv, k=e.top_k, gates=gates, f=e.d_ff,
+        experts=e.n_experts, heads=a.n_heads,
+    )  # fmt: skip
+    if mode == "none":
+        sheet.derive(
+            "device.activations", "MB", "tokens * layers * layer",
+            tokens=tokens, layers=cfg.n_layers, layer=sheet["device.activations.layer"],
+        )  # fmt: skip
+        return
+    # Its input, and of what "selective" keeps, the outputs of products, attention and experts.
+    outputs = "+ size * (2 * q + 2 * kv + 2 * d)" if mode == "selective" else ""
+    sheet.derive(
+        "device.activations.kept", "B/token", f"byte/token * (4 * d {outputs})",
+        d=cfg.d_model, **({"size": size, "q": q, "kv": kv} if outputs else {}),
+    )  # fmt: skip
+    sheet.derive(
+        "device.activations", "MB", "tokens * (layers * kept + layer)", "one block at a time is recomputed",
+        tokens=tokens, layers=cfg.n_layers, kept=sheet["device.activations.kept"],
+        layer=sheet["device.activations.layer"],
+    )  # fmt: skip
+
+
+def _loss(sheet: Sheet, cfg: Config, dtype: Dtype, tokens: Quantity) -> None:
+    """The output layer with its cross-entropy: one chunk of logits and of their softmax, never [tokens, vocabulary];
+    the gradients of its input and of its weight, which the backward pass scales into another pair."""
+    size = 2 if dtype == "bf16" else 4
+    rows = min(tokens.value, max(1, CHUNK_ELEMENTS // cfg.vocab_size))
+    sheet.derive(
+        "device.loss", "MB",
+        "byte * (rows * vocab * chunk + 2 * 4 * vocab * d) + byte/token * tokens * d * (4 + 2 * size)",
+        rows=rows, vocab=cfg.vocab_size, chunk=8 if dtype == "fp32" else 12, d=cfg.d_model, tokens=tokens, size=size,
+    )  # fmt: skip
+
+
+def _working(sheet: Sheet, cfg: Config, dtype: Dtype, tokens: Quantity) -> None:
+    """The backward pass of one block's experts: its input, incoming and outgoing gradients, sorted by expert; the
+    activation, and the gradients of activation and pre-activations; the residual's gradient and the norm's."""
+    e = cfg.experts
+    sheet.derive(
+        "device.working", "MB", "byte/token * tokens * (size * k * (3 * d + (gates + 2) * f) + 8 * d)",
+        tokens=tokens, size=2 if dtype == "bf16" else 4, k=e.top_k, d=cfg.d_model,
+        gates=2 if e.activation == "swiglu" else 1, f=e.d_ff,
+    )  # fmt: skip
+
+
+def _peak(sheet: Sheet, cfg: Config, accumulates: bool) -> None:
+    """Three moments compete: the loss, the first block of the backward pass, when all activations are there, and its
+    last one, when all gradients are."""
+    counts = params(cfg)
+    block = quantity((counts.attention + counts.experts) // cfg.n_layers, "param")
+    standing = {name: sheet[f"device.{name}"] for name in ("weights", "copies", "optimizer")}
+    gradients, activations, working = (sheet[f"device.{x}"] for x in ("gradients", "activations", "working"))
+    earlier = gradients if accumulates else quantity(0, "B")
+    note = "gradients of earlier micro-batches stand beside it" if accumulates else ""
+    sheet.derive(
+        "device.at_loss", "MB", "weights + copies + optimizer + activations + loss + earlier", note,
+        **standing, activations=activations, loss=sheet["device.loss"], earlier=earlier,
+    )  # fmt: skip
+    head = quantity(cfg.vocab_size * cfg.d_model, "param")
+    sheet.derive(
+        "device.at_first_block", "MB",
+        "weights + copies + optimizer + activations + working + 4 * byte/param * (block + head) + earlier", note,
+        **standing, activations=activations, working=working, block=block, head=head, earlier=earlier,
+    )  # fmt: skip
+    sheet.derive(
+        "device.at_last_block", "MB",
+        "weights + optimizer + copies / layers + gradients + tokens * layer + working + 4 * byte/param * again * block",
+        note, **standing, layers=cfg.n_layers, gradients=gradients, tokens=sheet["device.tokens"],
+        layer=sheet["device.activations.layer"], working=working, again=int(accumulates), block=block,
+    )  # fmt: skip
+    moments = {name: sheet[f"device.{name}"] for name in ("at_loss", "at_first_block", "at_last_block")}
+    sheet.derive("device.peak", "MB", f"max({', '.join(moments)})", **moments)
+
+
+def device_step_work(config: Config | str | Path) -> Sheet:
+    """What one optimizer step computes and moves: step.tokens, step.flops and step.bytes.
+
+    The bytes are the least: each micro-batch reads the weights forward and backward and writes their gradients; AdamW
+    reads weights, gradients and two moments and writes all but the gradients.
+    """
+    cfg = config if isinstance(config, Config) else load_config(config)
+    t, sheet = cfg.train, Sheet()
+    length = t.seq_len or cfg.max_seq_len
+    sheet.derive("step.tokens", "token", "token * batch * length", batch=t.batch_size, length=length)
+    sheet.derive(
+        "step.flops", "TFLOP", "FLOP/token * (3 * forward + again) * tokens",
+        "backward is two forwards; again: what checkpointing recomputes",
+        forward=flops_per_token(cfg, length), again=_again(cfg, length), tokens=sheet["step.tokens"],
+    )  # fmt: skip
+    sheet.derive(
+        "step.bytes", "GB", "4 * byte/param * params * (3 * micro_batches + 7)",
+        params=quantity(params(cfg).total, "param", key="params.total"),
+        micro_batches=t.batch_size // (t.micro_batch or t.batch_size),
+    )  # fmt: skip
+    return sheet
+
+
+def _again(cfg: Config, length: int) -> int:
+    """FLOP per token that activation checkpointing computes again: the experts' first product, or a whole block."""
+    e = cfg.experts
+    if cfg.train.activation_checkpointing == "selective":
+        return cfg.n_layers * e.top_k * 2 * (2 if e.activation == "swiglu" else 1) * cfg.d_model * e.d_ff
+    whole = flops_per_token(cfg, length) - 2 * cfg.vocab_size * cfg.d_model
+    return whole if cfg.train.activation_checkpointing == "full" else 0
+
+
+def device_step_time(
+    config: Config | str | Path, hardware: Hardware, efficiency: Quantity | float, *, dtype: str = "fp32"
+) -> Sheet:
+    """The time of one optimizer step of a configuration on one device, from the share of its peak that is reached.
+
+    Returns:
+        `device_step_work`, and step.time.
+
+    Raises:
+        ConfigError: the hardware has no such peak, or a share outside (0, 1].
+    """
+    cfg = config if isinstance(config, Config) else load_config(config)
+    share = quantity(efficiency)
+    if not 0 < share.value <= 1:
+        raise ConfigError(f"efficiency = {share.value!r}: is a share of the peak: above 0, at most 1")
+    sheet = device_step_work(cfg)
+    sheet.derive(
+        "step.time", "s", "flops / (peak * share)", flops=sheet["step.flops"], peak=hardware.peak(dtype), share=share
+    )
+    return sheet

@@ -1,0 +1,80 @@
+"""The planner's prediction beside what a run measured, and the row that `moe plan calibrate` reads."""
+
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+from moe.config import Config
+from moe.plan.calibrate import append_row
+from moe.plan.device import device_memory, device_step_work
+from moe.plan.quantity import number
+
+FILE = "plan.csv"
+
+
+def memory_in_use(device: torch.device) -> int:
+    """Bytes that the process holds on the device now."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    except OSError:
+        return 0
+
+
+def memory_peak(device: torch.device) -> int:
+    """The most that it ever held."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def compare(
+    cfg: Config,
+    run_dir: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    before: int,
+    peak: int,
+    batch: float,
+    seconds_per_step: float,
+    peak_flops: float,
+) -> tuple[dict[str, float], str]:
+    """Appends a row to plan.csv; returns the figures for the summary, and a line that says them.
+
+    Args:
+        before: bytes that the process held before the model was there. peak: the most while it trained.
+        batch: windows of a step, on average. seconds_per_step: measured. peak_flops: of the device, in FLOP/s.
+    """
+    work = device_step_work(cfg)
+    share = batch / cfg.train.batch_size  # a ramp has batches of its own
+    predicted = before + device_memory(cfg, dtype="bf16" if dtype == torch.bfloat16 else "fp32")["device.peak"].to("B")
+    floor = share * work["step.flops"].to("FLOP") / peak_flops
+    row = {
+        "kind": "train",
+        "name": cfg.name,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "dtype": str(dtype).removeprefix("torch."),
+        "tokens": share * work["step.tokens"].value,
+        "flop": share * work["step.flops"].to("FLOP"),
+        "bytes": work["step.bytes"].to("B"),
+        "seconds": seconds_per_step,
+        "memory": peak,
+        "predicted_memory": predicted,
+    }
+    append_row(run_dir / FILE, row)
+    figures = {
+        "step_seconds": seconds_per_step,
+        "step_seconds_at_peak": floor,
+        "memory_bytes": peak,
+        "memory_bytes_predicted": predicted,
+    }
+    line = (
+        f"predicted and measured: a step {number(floor)} s at the device's peak, {number(seconds_per_step)} s; "
+        f"memory {predicted / 1e9:.2f} GB, {peak / 1e9:.2f} GB"
+    )
+    return figures, line

@@ -1,0 +1,176 @@
+"""A run of training: what its steps share, and how it begins, anew or from its newest checkpoint."""
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from moe import plan
+from moe.config import Config
+from moe.data import ConversationData, ConversationStream, Stream, TokenData, open_data
+from moe.model import Transformer
+from moe.tokenizer import Tokenizer
+from moe.train import console, evaluate, predicted, start, state
+from moe.train import device as devices
+from moe.train.cpu import tune_cpu
+from moe.train.lora import LoraConfig, adapters
+from moe.train.metrics import Meter, MetricsLog
+from moe.train.optimizer import Optimizers, build
+from moe.train.schedule import Schedule
+from moe.train.stop import Stop
+from moe.train.watch import Watch
+
+CONFIG_FILE = "config.toml"
+
+
+@dataclass
+class Run:
+    """All that the steps of a run share. `step` and `sample` count what is done."""
+
+    cfg: Config
+    dir: Path
+    data: TokenData | ConversationData
+    lora: LoraConfig | None
+    tokenizer: Tokenizer
+    stream: Stream
+    schedule: Schedule
+    device: torch.device
+    dtype: torch.dtype
+    model: Transformer
+    forward: Any
+    optimizers: Optimizers
+    meter: Meter
+    watch: Watch
+    log: MetricsLog
+    reporter: console.Reporter
+    stop: Stop
+    peak_flops: float
+    byte_lengths: np.ndarray
+    tokens_per_byte: float
+    memory_before: int  # bytes that the process held before the model was there
+    step: int = 0
+    sample: int = 0
+    seconds: float = 0.0  # of training, without evaluation, samples and saving, up to `mark`
+    mark: float = field(default_factory=time.perf_counter)
+    marked_tokens: int = 0
+
+    @property
+    def seq_len(self) -> int:
+        return self.stream.seq_len
+
+    @property
+    def micro_batch(self) -> int:
+        return self.cfg.train.micro_batch or max(size for _, size in self.schedule.stages)
+
+    @property
+    def tokens(self) -> int:
+        return self.sample * self.seq_len
+
+    @property
+    def complete(self) -> bool:
+        return self.sample == self.schedule.windows
+
+    @property
+    def chat(self) -> bool:
+        return isinstance(self.data, ConversationData)
+
+
+def open_run(
+    cfg: Config,
+    data_dir: Path,
+    run_dir: Path,
+    resume: str,
+    start_from: str | Path | None,
+    lora: LoraConfig | None,
+    device_name: str | None,
+    reporter: Any,
+    stop: Stop,
+) -> Run:
+    """Everything ready for the next step: a new run's first one, or the one after the newest checkpoint."""
+    device = devices.pick_device(device_name)
+    dtype = devices.pick_dtype(cfg.train, device)
+    if device.type == "cpu":
+        tune_cpu()
+    data = open_data(data_dir)
+    data.check_compatible(cfg.vocab_size)
+    t, stream = cfg.train, start.open_stream(cfg, data)
+    if start_from is not None:
+        start.check_start(cfg, data, Path(start_from))
+    found = start.enter(run_dir, resume)
+    saved = state.load_training(found) if found is not None else None
+    if saved is not None:
+        state.check_same_config(saved["config"], cfg, run_dir)
+        start.check_same_lora(saved.get("lora"), lora, run_dir)
+        stream.check_resume(saved["stream"])
+    (run_dir / CONFIG_FILE).write_text(cfg.to_toml(), encoding="utf-8")
+    memory_before = predicted.memory_in_use(device)
+    model = start.open_model(cfg, device, found, start_from, lora)
+    tokenizer = data.tokenizer()
+    text = sum(data.n_bytes(source, "train") for source in data.sources)
+    run = Run(
+        cfg=cfg,
+        dir=run_dir,
+        data=data,
+        lora=lora,
+        tokenizer=tokenizer,
+        stream=stream,
+        schedule=Schedule(t, stream.seq_len, stream.windows_per_epoch),
+        device=device,
+        dtype=dtype,
+        model=model,
+        forward=torch.compile(model) if cfg.train.compile else model,
+        optimizers=build(model, cfg.train),
+        meter=Meter(cfg.n_layers, cfg.experts.n_experts, device),
+        watch=Watch(cfg.train, cfg.router),
+        log=MetricsLog(run_dir, saved["step"] if saved else 0, saved["files"] if saved else None),
+        reporter=reporter,
+        stop=stop,
+        peak_flops=devices.peak_flops(device, dtype),
+        byte_lengths=evaluate.byte_lengths(tokenizer),
+        tokens_per_byte=sum(data.n_tokens(source, "train") for source in data.sources) / text,
+        memory_before=memory_before,
+    )
+    if saved is not None:
+        _restore(run, saved)
+    _introduce(run, resumed_from=found, start_from=start_from)
+    return run
+
+
+def _restore(run: Run, saved: dict[str, Any]) -> None:
+    run.step, run.sample, run.seconds = saved["step"], saved["sample"], saved["seconds"]
+    run.marked_tokens = saved["marked_tokens"]
+    run.optimizers.load_state_dict(saved["optimizers"])
+    run.meter.load_state_dict(saved["meter"])
+    run.watch.load_state_dict(saved["watch"])
+    state.set_rng_state(saved["rng"], run.device)
+
+
+def _introduce(run: Run, resumed_from: Path | None, start_from: str | Path | None) -> None:
+    counts = plan.params(run.cfg)
+    sizes = ", ".join(f"{s} {run.data.n_tokens(s, 'train'):,}" for s in run.data.sources)
+    run.reporter.start(run.schedule.steps, run.step, run.tokens_per_byte)
+    what = "tokens of responses" if run.chat else "training tokens"
+    run.reporter.note(
+        f"{run.cfg.name}: {counts.total:,} parameters, {counts.active['output']:,} active per token; "
+        f"{run.schedule.steps:,} steps of {_batch_sizes(run)} x {run.seq_len} tokens on {run.device.type} "
+        f"({str(run.dtype).removeprefix('torch.')}); {what}: {sizes}"
+    )
+    if isinstance(run.stream, ConversationStream):
+        for notice in run.stream.notices:
+            run.reporter.note(notice)
+    if run.lora is not None:
+        trained = sum(p.numel() for p in adapters(run.model).values())
+        run.reporter.note(f"LoRA of rank {run.lora.rank} on {' and '.join(run.lora.targets)}: {trained:,} are trained")
+    if resumed_from is not None:
+        run.reporter.note(f"resumed from {resumed_from}")
+    elif start_from is not None:
+        run.reporter.note(f"weights of {start_from}")
+    if not run.log.has_tensorboard:
+        run.reporter.note('no TensorBoard events: tensorboard is not installed (pip install "gpt4-moe[train]")')
+
+
+def _batch_sizes(run: Run) -> str:
+    return " -> ".join(f"{size:,}" for _, size in run.schedule.stages)

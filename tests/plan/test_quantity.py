@@ -1,0 +1,97 @@
+"""Units never mix, intervals hold what they should, and an explanation shows the formula that was computed."""
+
+import math
+
+import hypothesis
+import pytest
+from hypothesis import strategies as st
+
+from moe.config import ConfigError
+from moe.plan.quantity import Sheet, UnitError, about, assumed, derive, explain, given, parse_unit, quantity, unknown
+
+UNITS = ("FLOP", "GB", "s", "USD", "token", "param", "FLOP/s", "FLOP/token", "GB/s", "USD/h", "x")
+
+
+@pytest.mark.parametrize("a", UNITS)
+@pytest.mark.parametrize("b", UNITS)
+def test_only_equal_dimensions_add_and_compare(a: str, b: str) -> None:
+    one, other = quantity(3, a), quantity(2, b)
+    if a == b:
+        assert (one + other).to(a) == pytest.approx(5)
+        assert (one - other).to(a) == pytest.approx(1)
+        assert other < one
+        return
+    for operation in (lambda: one + other, lambda: one - other, lambda: one < other):
+        with pytest.raises(UnitError, match="do not mix"):
+            operation()
+    with pytest.raises(UnitError):
+        one.to(b)
+
+
+def test_units_known_by_hand() -> None:
+    assert quantity("40 GiB").to("GB") == pytest.approx(42.94967296)
+    assert quantity("100 cent").to("USD") == pytest.approx(1)
+    assert quantity("8 bit").to("B") == 1
+    assert (quantity("312 TFLOP/s") * quantity("1 h")).to("FLOP") == pytest.approx(312e12 * 3600)
+    assert (quantity("1555 GB/s") / quantity("31.1 GB")).to("1/s") == pytest.approx(50)
+    assert quantity("400 Gbit/s").to("GB/s") == pytest.approx(50)
+    assert quantity("2 USD/h").to("USD/s") == pytest.approx(2 / 3600)
+
+
+@pytest.mark.parametrize("text", ["40", "GB", "40 GX", "forty GB", "1e GB", "", "40 GB/s", "-40 GB", "0 GB", 40])
+def test_bad_settings_are_refused_by_name_and_value(text: object) -> None:
+    with pytest.raises(ConfigError, match=f"memory = {text!r}: "):
+        given(text, "GB", "memory")
+
+
+POSITIVE = st.floats(0.1, 1e6)
+
+
+@hypothesis.given(POSITIVE, POSITIVE, st.floats(0, 0.4), st.floats(0, 0.4), st.floats(0, 1), st.floats(0, 1))
+def test_intervals_contain_every_outcome(a, b, wide_a, wide_b, s, t) -> None:
+    """Whatever the inputs are within their intervals, the result is within its own."""
+    x, y = about(a, "GB", 2 * a * wide_a), about(b, "GB", 2 * b * wide_b)
+    u, v = x.lo + s * (x.hi - x.lo), y.lo + t * (y.hi - y.lo)
+    for found, outcome in ((x + y, u + v), (x - y, u - v), (x * y, u * v), (x / y, u / v), (x**2, u**2)):
+        slack = 1e-9 * max(abs(found.lo), abs(found.hi))
+        assert found.lo - slack <= outcome <= found.hi + slack
+
+
+def test_what_was_assumed_or_unknown_is_remembered() -> None:
+    price = assumed("1 USD/h", "a price")
+    hours = unknown(0, math.inf, "how long", "h")
+    cost = derive("cost", "USD", "2 * price * hours", price=price, hours=hours)
+    assert cost.assumptions == {"a price"}
+    assert cost.unknowns == {"how long"}
+    assert (cost.lo, cost.hi) == (0, math.inf)
+
+
+def test_explanations_show_formula_numbers_and_inputs() -> None:
+    sheet = Sheet()
+    weights = sheet.derive("weights", "GB", "2 * byte/param * n", n=quantity(30_000_000_000, "param"))
+    sheet.derive("time", "ms", "weights / bandwidth", weights=weights, bandwidth=quantity("3000 GB/s"))
+    text = sheet.explain("time")
+    assert "= 20 ms" in text
+    assert "= (60 GB) / (3,000 GB/s)" in text
+    assert "2 * byte/param * (30,000,000,000 param)" in text
+    with pytest.raises(ConfigError, match="did you mean 'weights'"):
+        sheet.explain("weight")
+
+
+def test_a_formula_that_comes_out_in_another_unit_is_refused() -> None:
+    with pytest.raises(UnitError, match="is byte, not FLOP"):
+        derive("x", "FLOP", "2 * n", n=quantity("3 GB"))
+    with pytest.raises(UnitError, match="bytes = a \\+ b"):
+        derive("bytes", "GB", "a + b", a=quantity("3 GB"), b=quantity("3 s"))
+
+
+def test_counts_stay_exact_whole_numbers() -> None:
+    q = derive("n", "param", "param * a * b", a=10**12 + 1, b=10**12 - 1)
+    assert q.value == 10**24 - 1
+    assert isinstance(q.value, int)
+
+
+def test_no_such_unit() -> None:
+    with pytest.raises(UnitError, match="'furlong'"):
+        parse_unit("furlong/s")
+    assert explain(quantity(1)) == "value = 1"

@@ -1,0 +1,248 @@
+"""Training: published step times, utilisations and activation memory, conservation under any layout, bad layouts."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moe import plan
+from moe.config import ConfigError
+from moe.plan.comm import training_traffic
+from moe.plan.hardware import hardware_names, load_hardware
+from moe.plan.layout import Layout, layout_from, load_layout
+from moe.plan.memory import in_flight, megatron_activations, stage_counts, training_memory
+from moe.plan.models import load_shape
+from moe.plan.quantity import quantity
+from moe.plan.shape import dense
+from moe.plan.train import Efficiency, bubble, mfu, predict_run, predict_step, train_cost
+from tests.conftest import tiny_config
+
+A100, H100 = load_hardware("a100-80"), load_hardware("h100-sxm")
+
+# Korthikanti et al. 2022 (arXiv:2205.05198), tables 3 and 5: width, layers, heads, pipeline, interleaving, micro-batch,
+# global batch (2,048 tokens each); seconds per iteration with full and with selective recomputation.
+MEGATRON = {
+    "22B": (6144, 48, 64, 1, 1, 4, 4, 1.42, 1.10),
+    "175B": (12288, 96, 96, 8, 3, 1, 64, 18.13, 13.75),
+    "530B": (20480, 105, 128, 35, 3, 1, 280, 49.05, 37.83),
+    "1T": (25600, 128, 160, 64, 1, 1, 512, 94.42, 71.49),
+}
+
+
+@pytest.mark.parametrize("recompute", ["full", "selective"])
+@pytest.mark.parametrize("name", ["530B", "1T"])
+def test_held_out_iteration_times(name: str, recompute: str) -> None:
+    d, layers, heads, pp, v, micro, batch, full, selective = MEGATRON[name]
+    shape = dense(name, d, layers, n_heads=heads, head_dim=d // heads)
+    layout = Layout(tp=8, pp=pp, interleave=v, micro_batch=micro, seq_len=2048, batch_tokens=batch * 2048)
+    found = predict_step(shape, layout.replace(recompute=recompute), A100, causal=False)["step.time"]
+    assert found.to("s") == pytest.approx(full if recompute == "full" else selective, rel=0.036)
+
+
+def test_activations_of_22b_as_published() -> None:
+    """Korthikanti et al. 2022, TP 8: 59.25 GiB kept whole, 9.5625 with sequence parallelism and selective."""
+    common = {"seq_len": 2048, "micro_batch": 4, "d_model": 6144, "n_heads": 64, "n_layers": 48, "tp": 8}
+    none = megatron_activations(**common, sequence_parallel=False, selective=False)
+    least = megatron_activations(**common, sequence_parallel=True, selective=True)
+    assert none.to("GiB") == pytest.approx(59.25, abs=0.01)
+    assert least.to("GiB") == pytest.approx(9.5625, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("achieved", "percent"),
+    [("468 TFLOP/s", 47.3), ("430 TFLOP/s", 43.5), ("400 TFLOP/s", 40.4), ("380 TFLOP/s", 38.4)],
+)
+def test_published_utilisations_on_h100(achieved: str, percent: float) -> None:
+    """Mixtral on 64 H100 (Megatron-Core); Llama-3 405B on 8k, 16k, 16k H100 (arXiv:2407.21783, table 4)."""
+    assert 100 * (quantity(achieved) / H100.peak("bf16")).value == pytest.approx(percent, rel=0.005)
+
+
+def test_utilisation_of_llama_2_70b() -> None:
+    """Touvron et al. 2023 (arXiv:2307.09288), table 2: 2T tokens in 1,720,320 A100-80 hours; 42.7%."""
+    found = mfu("llama-2-70b", A100, tokens=quantity("2 Ttoken"), gpu_time=quantity("1720320 h"))
+    assert found.to("%") == pytest.approx(42.7, rel=0.005)
+
+
+@pytest.mark.parametrize(
+    ("recompute", "interleave", "percent", "days"),
+    [
+        ("full", 1, 28, 117),
+        ("full", 2, 32, 101),
+        ("full", 8, 36, 89),
+        ("selective", 1, 36, 89),
+        ("selective", 8, 47, 68),
+    ],
+)
+def test_the_article_s_run(recompute: str, interleave: int, percent: float, days: float) -> None:
+    layout = load_layout("gpt4-train").replace(recompute=recompute, interleave=interleave)
+    run = predict_run("gpt4-8k", layout, A100, quantity("13 Ttoken"))
+    assert run["step.mfu"].to("%") == pytest.approx(percent, abs=0.6)
+    assert run["train.days"].to("day") == pytest.approx(days, abs=1)
+    assert run["step.tokens_per_expert"].to("token") == pytest.approx(7.5e6, rel=0.01)
+    # 6 N D over GPUs x peak x MFU is the same time, from the other side.
+    from_mfu = train_cost("gpt4-8k", A100, tokens=quantity("13 Ttoken"), gpus=layout.gpus, mfu=run["step.mfu"])
+    assert from_mfu["train.days"].value == pytest.approx(run["train.days"].value, rel=1e-9)
+
+
+def test_the_article_s_memory() -> None:
+    layout = load_layout("gpt4-train")
+    full = training_memory("gpt4-8k", layout, A100)
+    assert full["memory.peak"].to("GB") == pytest.approx(65.8, rel=0.01)
+    assert full["memory.headroom"].value > 0
+    kept = training_memory("gpt4-8k", layout.replace(recompute="selective"), A100)
+    assert kept["memory.headroom"].value < 0, "selective recomputation does not fit in 80 GB"
+
+
+LAYOUTS = st.tuples(
+    st.sampled_from([1, 2, 4]), st.sampled_from([1, 2]), st.sampled_from([1, 2, 4]), st.sampled_from([1, 5])
+)
+
+
+@given(LAYOUTS, st.sampled_from([1, 2, 4]))
+def test_parallelism_conserves_parameters(degrees: tuple[int, int, int, int], n_kv: int) -> None:
+    tp, pp, dp, ep = degrees
+    shape = load_shape(tiny_config(n_kv_heads=n_kv))
+    ranks = tp * dp
+    if ranks % (ep * tp):
+        ep = 1
+    layout = Layout(tp=tp, pp=pp, dp=dp, ep=ep)
+    counts = stage_counts(shape, layout)
+    assert sum(c.sharded + c.replicated + c.routed for c in counts) == plan.params(shape).total
+    for c in counts:
+        # All GPUs of a stage together hold each sharded part dp times, routed parts expert_dp times, the rest always.
+        together = c.sharded * dp + c.routed * layout.expert_dp + c.replicated * ranks
+        assert ranks * c.per_gpu(layout) == pytest.approx(together)
+
+
+def test_more_of_anything_costs_more() -> None:
+    layout = load_layout("gpt4-train")
+    peaks = [training_memory("gpt4-8k", layout.replace(micro_batch=b), A100)["memory.peak"].value for b in (1, 2, 4)]
+    assert peaks == sorted(set(peaks))
+    steps = [predict_step(dense("d", d, 16), Layout(batch_tokens=65536), A100)["step.time"].value for d in (1024, 2048)]
+    assert steps[0] < steps[1]
+    even = predict_step("gpt4-8k", layout, A100)["step.time"]
+    uneven = predict_step("gpt4-8k", layout, A100, Efficiency(expert_imbalance=1.3))["step.time"]
+    assert even < uneven
+
+
+def test_zero_divides_what_it_should() -> None:
+    layout = Layout(dp=8, batch_tokens=65536, seq_len=1024)
+    none, one, two, three = (training_memory("replica-1b", layout.replace(zero=z), A100) for z in (0, 1, 2, 3))
+    for part, first in (("optimizer", one), ("gradients", two), ("weights", three)):
+        assert none[f"stage0.{part}"].value == pytest.approx(8 * first[f"stage0.{part}"].value)
+
+
+def test_traffic_by_hand() -> None:
+    """d 192, 2 layers, 512 tokens: an all-reduce over 2 GPUs moves 512 x 192 x 2 bytes; 4 a layer, 1 micro-batch."""
+    layout = Layout(tp=2, dp=2, seq_len=512, batch_tokens=1024, recompute="none", gradients="fp32")
+    found = training_traffic("replica-tiny", layout, A100)
+    assert found["comm.tensor"].to("B") == 4 * 2 * 512 * 192 * 2
+    counts = stage_counts("replica-tiny", layout)[0]
+    # Half of (gradients in 4 bytes, weights in 2), over two replicas.
+    assert found["comm.data"].to("B") == pytest.approx(0.5 * 6 * counts.per_gpu(layout))
+    assert found["comm.pipeline"].to("B") == found["comm.experts"].to("B") == 0
+
+
+def test_bubbles_and_micro_batches_in_flight() -> None:
+    """Narayanan et al. 2021, section 2.2: (p - 1) / m of the ideal time; interleaved that over v."""
+    for p, m, v in ((4, 8, 1), (8, 32, 4)):
+        share = bubble(Layout(pp=p, interleave=v), m)
+        assert share / (1 - share) == pytest.approx((p - 1) / (v * m))
+    assert bubble(Layout(pp=4, schedule="zero-bubble"), 8) < bubble(Layout(pp=4), 8)
+    assert [in_flight(Layout(pp=4), stage, 8) for stage in range(4)] == [4, 3, 2, 1]
+    assert in_flight(Layout(pp=4, schedule="gpipe"), 0, 8) == 8
+    p, v = 8, 3
+    assert in_flight(Layout(pp=p, interleave=v), 0, 64) == pytest.approx(p * (1 + (p - 1) / (p * v)))
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"tp": 5}, "tp = 5: does not divide 168 query heads"),
+        ({"pp": 7}, "pp = 7: 120 layers do not divide"),
+        ({"ep": 3, "dp": 3, "tp": 8}, "ep = 3: does not divide 16 experts"),
+        ({"ep": 16}, r"ep = 16: ep x expert_tp = 16 must divide the 1 GPUs"),
+        ({"tpp": 8}, "unknown key 'tpp'; did you mean 'tp'"),
+        ({"tp": -8}, "tp = -8: must be at least 1"),
+        ({"tp": 8.5}, "tp = 8.5: must be a whole number"),
+        ({"zero": 4}, "zero = 4: must be one of 0, 1, 2, 3"),
+        ({"weights": "fp5"}, "dtype = 'fp5': must be one of"),
+        ({"pp": 2, "stage_layers": [60, 61]}, "must sum to 120 layers"),
+        ({"interleave": 2}, "needs a pipeline"),
+        ({"assumed": {"tpp": "?"}}, "'tpp' is not a setting"),
+    ],
+)
+def test_bad_layouts(table: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        stage_counts("gpt4-8k", layout_from(table))
+
+
+def test_bad_training_input() -> None:
+    tokens = quantity("1 Gtoken")
+    for arguments in ({"mfu": 1.2}, {"mfu": -0.1}, {"mfu": 0.3, "duty": 0.0}, {"mfu": 0.3, "gpus": 0}):
+        with pytest.raises(ConfigError):
+            train_cost("replica-1b", A100, **{"tokens": tokens, "gpus": 8, **arguments})  # type: ignore[arg-type]
+    for arguments in ({"gemm": 0}, {"gemm": 1.1}, {"expert_imbalance": 0.9}):
+        with pytest.raises(ConfigError):
+            Efficiency(**arguments)  # type: ignore[arg-type]
+
+
+# --------------------------------------------------------------------------------------------------------- hardware
+
+GOOD = """
+name = "card"
+source = "a data sheet"
+node_size = 8
+memory = "80 GB"
+bandwidth = "2000 GB/s"
+price = "2 USD/h"
+[peak]
+dense = true
+bf16 = "500 TFLOP/s"
+[links]
+node = "300 GB/s"
+network = "25 GB/s"
+"""
+
+
+@pytest.mark.parametrize("name", hardware_names())
+def test_shipped_hardware_reads_and_cites(name: str) -> None:
+    hw = load_hardware(name)
+    for value in (hw.memory, hw.bandwidth, hw.node, hw.network, hw.price, *hw.peaks.values()):
+        assert value.note, f"{name}: {value.key} has no source"
+        assert value.value > 0
+    assert hw.node >= hw.network
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("dense = true", "", "peak.dense = None: peaks must be those without sparsity"),
+        ("dense = true", "dense = false", "set dense = true"),
+        ('"80 GB"', '"-80 GB"', "must be greater than 0"),
+        ('"80 GB"', '"80 GB/s"', "is byte/s; it must be in GB"),
+        ('"80 GB"', "80", "must be a number with its unit"),
+        ('source = "a data sheet"', "", "has no source"),
+        ("bandwidth", "bandwith", "unknown key 'bandwith'; did you mean 'bandwidth'"),
+        ("bf16", "bf61", "unknown key 'bf61'; did you mean 'bf16'"),
+        ('network = "25 GB/s"', "", "links.network is missing"),
+        ("node_size = 8", "node_size = 0", "node_size = 0"),
+    ],
+)
+def test_bad_hardware(tmp_path, old: str, new: str, message: str) -> None:
+    place = tmp_path / "card.toml"
+    place.write_text(GOOD)
+    assert load_hardware(place).peak("bf16").to("TFLOP/s") == 500
+    place.write_text(GOOD.replace(old, new))
+    with pytest.raises(ConfigError, match=message):
+        load_hardware(place)
+
+
+def test_unknown_names() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'h100-sxm'"):
+        load_hardware("h100-smx")
+    with pytest.raises(ConfigError, match="did you mean 'gpt4-train'"):
+        load_layout("gpt4-trian")
+    with pytest.raises(ConfigError, match="did you mean 'mixtral-8x7b'"):
+        load_shape("mixtral-8x7")
+    with pytest.raises(ConfigError, match="has peaks for"):
+        load_hardware("a100-40").peak("fp8")
