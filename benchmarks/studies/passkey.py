@@ -6,7 +6,7 @@ training, and with RoPE scaled and a short fine-tuning at 256 and 1024. Prints a
 picture.
 
 Run: python benchmarks/studies/passkey.py [--scaling yarn] [--seed 0] [--quick] [--data DIR] [--out DIR]
-Two free CPU cores take about three minutes, of which the preparation of the data, once, is half a minute.
+It takes five minutes of one CPU core; the data, prepared on the first run, half a minute more.
 """
 
 import argparse
