@@ -145,7 +145,7 @@ class TrainConfig:
     """
 
     steps: int = 1000
-    tokens: str = ""
+    tokens: int | str = ""
     epochs: dict[str, int] = field(default_factory=dict)
     seq_len: int = 0
     document_mask: bool = False
@@ -212,9 +212,9 @@ class TrainConfig:
         return stages
 
 
-def parse_tokens(name: str, text: str) -> int:
+def parse_tokens(name: str, text: int | str) -> int:
     """A number of tokens: "64k", "2.5M", "13T" (powers of 1000) or plain digits. Raises ConfigError for others."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kMGBT]?)", text, re.ASCII)
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kMGBT]?)", str(text), re.ASCII)
     value = float(match[1]) * _TOKEN_UNITS[match[2]] if match else math.inf
     if match and value == round(value):
         return round(value)
@@ -386,6 +386,8 @@ def _check_type(name: str, value: Any, hint: Any) -> Any:
             isinstance(value, dict), name, value, f"is a table: write {name.rpartition('.')[2]} = {{name = number}}"
         )
         return {key: _check_type(f"{name}.{key}", v, typing.get_args(hint)[1]) for key, v in value.items()}
+    if hint == int | str and type(value) in (int, str):
+        return value
     if hint is float and type(value) is int:
         return float(value)
     _require(
@@ -395,6 +397,7 @@ def _check_type(name: str, value: Any, hint: Any) -> Any:
 
 
 _TYPE_NAMES: dict[Any, str] = {
+    int | str: "a whole number or a string",
     int: "a whole number",
     float: "a number",
     str: "a string",

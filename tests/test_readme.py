@@ -82,6 +82,8 @@ def test_make_demo(tmp_path: Path) -> None:
     assert (run_dir / "pictures" / "loss.png").stat().st_size > 10_000
     assert (run_dir / "final" / "model.safetensors").is_file()
     assert (run_dir / "samples.txt").read_text(encoding="utf-8").strip()
+    forecast = json.loads((run_dir / "summary.json").read_text())["plan"]
+    assert forecast["memory_bytes_predicted"] == pytest.approx(forecast["memory_bytes"], rel=0.15)
 
 
 @pytest.mark.slow
@@ -90,5 +92,5 @@ def test_make_gpu_goes_through_without_a_gpu(tmp_path: Path) -> None:
     run(["make", "gpu", f"PYTHON={sys.executable}", flags], ROOT)
     record = json.loads((tmp_path / "record.json").read_text())
     assert {part["status"] for part in record["parts"].values()} == {"ok"}
-    assert {"tests", "expert_mlp", "hf_layer", "replica_1b"} == set(record["parts"])
+    assert {"tests", "expert_mlp", "hf_layer", "step", "linear_cross_entropy", "replica_1b"} == set(record["parts"])
     assert "| gpt4-moe |" in (tmp_path / "README.md").read_text()

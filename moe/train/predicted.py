@@ -1,5 +1,6 @@
 """The planner's prediction beside what a run measured, and the row that `moe plan calibrate` reads."""
 
+import os
 import resource
 import sys
 from pathlib import Path
@@ -21,6 +22,16 @@ def memory_in_use(device: torch.device) -> int:
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     except OSError:
+        return 0
+
+
+def memory_available(device: torch.device) -> int:
+    """What the device has in all; 0 where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):
         return 0
 
 

@@ -1,0 +1,36 @@
+"""What a run will take, said before it starts, against what it took."""
+
+import pytest
+
+from moe.config import ConfigError
+from moe.data import DataError, TokenData
+from moe.train import train
+from moe.train.forecast import forecast
+from tests.conftest import run_cli
+
+
+def test_steps_and_tokens_are_those_of_the_run(cfg, data_dir, tmp_path):
+    cfg = cfg.with_overrides(["train.tokens=6400", "train.batch_ramp=0:64 1280:208", "train.eval_every=0"])
+    found = forecast(cfg, data_dir)
+    result = train(cfg, data_dir, tmp_path / "run")
+    assert (found.steps, found.tokens) == (result.step, result.summary["tokens"])
+    tokens = sum(-(-len(TokenData.open(data_dir).tokens(s, "train")) // 16) * 16 for s in ("prose", "verse"))
+    assert found.passes == pytest.approx(6400 / tokens)
+    assert 0 < found.seconds < result.summary["train_seconds"]
+    # Memory: of so small a run nearly all is the interpreter's; test_readme.py looks at the demo's.
+
+
+def test_a_dry_run_starts_nothing(cfg_file, data_dir, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run_cli("train", cfg_file, "--data", data_dir, "--out", out, "--dry-run") == 0
+    printed = capsys.readouterr().out
+    assert "8 steps, 512 tokens" in printed
+    assert "memory at the peak: 0." in printed
+    assert not out.exists()
+
+
+def test_what_training_would_refuse(cfg, data_dir):
+    with pytest.raises(DataError, match="vocab_size"):
+        forecast(cfg.with_overrides(["vocab_size=200"]), data_dir)
+    with pytest.raises(ConfigError, match="less than one window"):
+        forecast(cfg.with_overrides(["train.tokens=7"]), data_dir)
