@@ -247,7 +247,8 @@ def _problem(report: Report, arch: str) -> str:
         return f"{report.shared:,} B of shared memory, {SHARED_LIMIT[arch]:,} at most"
     if arch.startswith("gfx"):
         return ""
-    if report.spills:
+    # A product's loop must not spill; in a kernel that goes over its data once, a few registers do not matter.
+    if report.spills > (0 if report.launch.is_product else 4):
         return f"{report.spills} spills"
     if not report.launch.is_product:
         return ""

@@ -101,8 +101,8 @@ class LoraMoE(nn.Module):
         self.lora_a_out_ELF = nn.Parameter(torch.zeros(E, cfg.rank, width, **like))
         self.lora_b_out_EDL = nn.Parameter(torch.zeros(E, D, cfg.rank, **like))
 
-    def forward(self, x_BSD: Tensor, with_losses: bool = True) -> tuple[Tensor, Routing]:
-        """As `MoE.forward`."""
+    def forward(self, x_BSD: Tensor, with_losses: bool = True, recompute: bool = False) -> tuple[Tensor, Routing]:
+        """As `MoE.forward`, but that `recompute` changes nothing: checkpointing runs the whole op again."""
         routing = self.router(x_BSD, with_losses)
         adapters = kernel.Adapters(self.lora_a_in_ELD, self.lora_b_in_EGFL, self.lora_a_out_ELF, self.lora_b_out_EDL)
         y_TD = kernel.expert_mlp(
