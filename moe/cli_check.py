@@ -9,7 +9,7 @@ from typing import Any
 
 from tyro.conf import Positional
 
-from moe.cli_sheets import SHOW, Output, print_json, show_rows, show_sheet
+from moe.cli_sheets import SHOW, Output, print_json, show_rows, show_sheet, write_csv
 
 
 def check(
@@ -46,6 +46,7 @@ def check(
     unexpected = [v for v in verdicts if not v.expected]
     if show.json:
         print_json({"claims": rows, "unexpected": [v.claim.id for v in unexpected]})
+        write_csv(rows, show.csv)
     else:
         show_rows("the article, recomputed", rows, show)
         for v in unexpected:

@@ -197,10 +197,13 @@ def decode(
         lifetime: Tokens served over the model's life, as "1000 Ttoken"; also against the cost of training.
         floor: Memory and compute alone, nothing of links.
     """
+    from moe.config import ConfigError
     from moe.plan import decode as one_step
     from moe.plan import load_shape, prefill
     from moe.plan.hardware import load_hardware
 
+    if utilisation is None and (lifetime is not None or reclaimed):
+        raise ConfigError("--lifetime and --reclaimed need --utilisation: the share of the hours that it serves")
     shape, where = load_shape(model), _layout(layout, set_)
     hw = load_hardware(hardware or where.hardware)
     sheet = one_step(shape, where, hw, batch=batch, context=context, collectives=not floor)
