@@ -73,7 +73,7 @@ def calibrate(csv_file: Positional[Path], /, *, peak: str | None = None, show: O
     """Efficiency constants from measured steps, and their error on steps that were held out.
 
     Args:
-        csv_file: Rows with flop, bytes and seconds: plan.csv of a training run, or several joined.
+        csv_file: Rows with flop, bytes and seconds: plan.csv of moe train or moe profile step, or several joined.
         peak: Also as a share of this peak, such as "989 TFLOP/s".
     """
     from moe.plan.calibrate import calibrate, read_steps
