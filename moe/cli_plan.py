@@ -108,6 +108,7 @@ def memory(
     set_: Settings = (),
     hardware: str | None = None,
     serve: FlagCreatePairsOff[bool] = False,
+    cards: FlagCreatePairsOff[bool] = False,
     device: FlagCreatePairsOff[bool] = False,
     context: int = 8192,
     optimizer: str = "adamw",
@@ -120,6 +121,7 @@ def memory(
         set_: Settings of the layout to change.
         hardware: A shipped name or a TOML file. Default: the layout's.
         serve: Weights and KV cache, and how many sequences fit.
+        cards: The same for one, 8 and all key/value heads, at 8k and 32k, on every card.
         device: What moe train takes for this configuration on one device.
         context: Tokens of a sequence, with --serve.
         optimizer: adamw, muon or sgd.
@@ -132,7 +134,13 @@ def memory(
         from moe.plan.device import device_memory
 
         return show_sheet(f"{model}: moe train on one device", device_memory(model), show)
+    serve = serve or cards
     shape, where = load_shape(model), _layout("gpt4-serve" if serve and layout == "gpt4-train" else layout, set_)
+    if cards:
+        from moe.plan.sweep import kv_room
+
+        title = f"{shape.name}, {where.name} on {where.gpus:,} GPUs: KV cache, and sequences in flight"
+        return show_rows(title, kv_room(shape, where, [hardware] if hardware else None), show)
     hw = load_hardware(hardware or where.hardware)
     title = f"{shape.name}, {where.name} on {where.gpus:,} x {hw.name}"
     if serve:

@@ -28,6 +28,7 @@ COMMANDS = {
     "train at a utilisation": ("train", "--mfu", "0.34", "--duty", "0.95"),
     "memory": ("memory",),
     "memory in serving": ("memory", "--serve"),
+    "memory of every card": ("memory", "--cards"),
     "memory of a device": ("memory", "replica-nano", "--device"),
     "comm": ("comm", "--set", "interleave=4", "recompute=selective"),
     "decode": ("decode", "--batch", "64", "--utilisation", "0.5", "--lifetime", "100 Ttoken"),
