@@ -9,7 +9,7 @@ from typing import Any
 
 from tyro.conf import Positional
 
-from moe.cli_sheets import SHOW, Output, print_json, show_rows, show_sheet
+from moe.cli_sheets import SHOW, Output, print_json, show_rows, show_sheet, write_csv
 
 
 def check(
@@ -46,6 +46,7 @@ def check(
     unexpected = [v for v in verdicts if not v.expected]
     if show.json:
         print_json({"claims": rows, "unexpected": [v.claim.id for v in unexpected]})
+        write_csv(rows, show.csv)
     else:
         show_rows("the article, recomputed", rows, show)
         for v in unexpected:
@@ -72,7 +73,7 @@ def calibrate(csv_file: Positional[Path], /, *, peak: str | None = None, show: O
     """Efficiency constants from measured steps, and their error on steps that were held out.
 
     Args:
-        csv_file: Rows with flop, bytes and seconds: plan.csv of a training run, or several joined.
+        csv_file: Rows with flop, bytes and seconds: plan.csv of moe train or moe profile step, or several joined.
         peak: Also as a share of this peak, such as "989 TFLOP/s".
     """
     from moe.plan.calibrate import calibrate, read_steps

@@ -108,6 +108,7 @@ def memory(
     set_: Settings = (),
     hardware: str | None = None,
     serve: FlagCreatePairsOff[bool] = False,
+    cards: FlagCreatePairsOff[bool] = False,
     device: FlagCreatePairsOff[bool] = False,
     context: int = 8192,
     optimizer: str = "adamw",
@@ -120,6 +121,7 @@ def memory(
         set_: Settings of the layout to change.
         hardware: A shipped name or a TOML file. Default: the layout's.
         serve: Weights and KV cache, and how many sequences fit.
+        cards: The same for one, 8 and all key/value heads, at 8k and 32k, on every card.
         device: What moe train takes for this configuration on one device.
         context: Tokens of a sequence, with --serve.
         optimizer: adamw, muon or sgd.
@@ -132,7 +134,13 @@ def memory(
         from moe.plan.device import device_memory
 
         return show_sheet(f"{model}: moe train on one device", device_memory(model), show)
+    serve = serve or cards
     shape, where = load_shape(model), _layout("gpt4-serve" if serve and layout == "gpt4-train" else layout, set_)
+    if cards:
+        from moe.plan.sweep import kv_room
+
+        title = f"{shape.name}, {where.name} on {where.gpus:,} GPUs: KV cache, and sequences in flight"
+        return show_rows(title, kv_room(shape, where, [hardware] if hardware else None), show)
     hw = load_hardware(hardware or where.hardware)
     title = f"{shape.name}, {where.name} on {where.gpus:,} x {hw.name}"
     if serve:
@@ -197,10 +205,13 @@ def decode(
         lifetime: Tokens served over the model's life, as "1000 Ttoken"; also against the cost of training.
         floor: Memory and compute alone, nothing of links.
     """
+    from moe.config import ConfigError
     from moe.plan import decode as one_step
     from moe.plan import load_shape, prefill
     from moe.plan.hardware import load_hardware
 
+    if utilisation is None and (lifetime is not None or reclaimed):
+        raise ConfigError("--lifetime and --reclaimed need --utilisation: the share of the hours that it serves")
     shape, where = load_shape(model), _layout(layout, set_)
     hw = load_hardware(hardware or where.hardware)
     sheet = one_step(shape, where, hw, batch=batch, context=context, collectives=not floor)

@@ -56,7 +56,7 @@ def show_sheet(title: str, sheet: "Sheet", show: Show, contract: dict[str, Any] 
             d = q.as_dict()
             low, high = d.get("interval", (d["value"], d["value"]))
             lines.append({"key": key, "value": d["value"], "unit": d["unit"], "lo": low, "hi": high})
-        _write_csv(lines, show.csv)
+        write_csv(lines, show.csv)
     return 0
 
 
@@ -81,8 +81,7 @@ def show_rows(
             for row in listed
         ]
         draw_table(title, list(rows[0]) if rows else [], cells, WORDS)
-    if show.csv is not None:
-        _write_csv(rows, show.csv)
+    write_csv(rows, show.csv)
     return 0
 
 
@@ -95,7 +94,10 @@ def print_json(content: Any) -> None:
     print(json.dumps(content, indent=1, allow_nan=False))
 
 
-def _write_csv(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+def write_csv(rows: Sequence[Mapping[str, Any]], path: Path | None) -> None:
+    """Write rows of the same columns as CSV, where a path is given."""
+    if path is None:
+        return
     from moe.plan.sweep import to_csv
 
     path.write_text(to_csv([dict(row) for row in rows]), encoding="utf-8")

@@ -46,13 +46,14 @@ def step(
         dtype: Of the matrix products.
         set_: Settings to change, such as n_layers=1: a whole layer of a model that does not fit.
         rounds: Steps measured; figures are medians.
-        out: Write all figures to this JSON file.
+        out: Write all figures to this JSON file, and append a row for moe plan calibrate to plan.csv beside it.
         pictures: Draw time, roofline and memory into this directory.
         chrome: Write a trace for chrome://tracing or Perfetto.
         device: cuda or cpu. Default: cuda where there is one.
     """
     from moe import profile
     from moe.files import write_whole
+    from moe.plan.calibrate import FILE, append_row
     from moe.profile import tables
 
     subject, run = _prepare_step(model, set_, what, batch, seq_len, context, dtype, device)
@@ -61,7 +62,8 @@ def step(
     print(tables.ceilings(found))
     if out is not None:
         write_whole(out, (json.dumps(dataclasses.asdict(found), indent=1) + "\n").encode())
-        print(f"all figures: {out}")
+        append_row(out.with_name(FILE), found.plan_row())
+        print(f"all figures: {out}; a row for moe plan calibrate: {out.with_name(FILE)}")
     if pictures is not None or chrome is not None:
         memory = profile.trace_step(subject, run, chrome)
         if chrome is not None:

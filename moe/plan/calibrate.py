@@ -1,7 +1,7 @@
 """Efficiency constants from measured steps, and how well they predict steps that they have not seen.
 
 A row of measurements holds what a step computes and moves, and how long it took: seconds = flop / rate + bytes /
-bandwidth. `measured_row` makes one; training and profiling append theirs to plan.csv in the run's folder.
+bandwidth. Training appends one to plan.csv in the run's directory, `moe profile step` to plan.csv beside its --out.
 """
 
 import csv
@@ -13,6 +13,7 @@ from typing import Any
 
 from moe.config import ConfigError
 
+FILE = "plan.csv"
 COLUMNS = ("kind", "name", "device", "dtype", "tokens", "flop", "bytes", "seconds", "memory", "predicted_memory")
 
 

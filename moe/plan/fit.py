@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from moe.config import ConfigError
 from moe.plan.decode import stage_loads
-from moe.plan.hardware import Hardware
+from moe.plan.hardware import Hardware, element_bytes
 from moe.plan.layout import Layout
 from moe.plan.memory import kv_per_gpu, stage_counts
 from moe.plan.models import Model, load_shape
@@ -45,7 +45,7 @@ def fit(
         targets: any of total, expert, attention, active (with the output layer), forward and dense (FLOP per token).
 
     Raises:
-        ConfigError: an unknown or impossible target.
+        ConfigError: an unknown or impossible target, a count that cannot be.
     """
     targets = dict(targets if targets is not None else ARTICLE)
     for name, value in targets.items():
@@ -55,6 +55,12 @@ def fit(
             raise ConfigError(f"target {name} = {value}: must be greater than 0")
     if not targets:
         raise ConfigError(f"no target: give one or more of {', '.join(ARTICLE)}")
+    counts = {"layers": layers, "experts": n_experts, "top_k": top_k, "kv_heads": n_kv_heads, "head_dim": head_dim}
+    for name, value in (*counts.items(), ("vocab_size", vocab_size)):
+        if value < 1:
+            raise ConfigError(f"{name} = {value}: must be at least 1")
+    if top_k > n_experts:
+        raise ConfigError(f"top_k = {top_k}: must not be greater than the {n_experts} experts")
     found = []
     for d in range(MULTIPLE, 65 * MULTIPLE, MULTIPLE):
         for halves in range(2, 7):
@@ -107,8 +113,6 @@ def evaluate(shape: Shape, layout: Layout, hardware: Hardware, batch: int, conte
         for load in stage_loads(shape, layout, batch, context)
     ]
     throughput = batch / max(times)
-    from moe.plan.hardware import element_bytes
-
     size = element_bytes(layout.weights)
     held = [
         size * counts.per_gpu(layout) + kv_per_gpu(shape, layers, layout, context) * batch * layout.pp
@@ -124,12 +128,14 @@ def redesign(
     """Layouts on `gpus` GPUs that give every user `per_user` tokens/s, cheapest first; empty where none does.
 
     Raises:
-        ConfigError: no GPUs, or a rate that is not positive.
+        ConfigError: no GPUs, a rate that is not positive, a negative context.
     """
     shape = load_shape(model)
     for name, value in (("gpus", gpus), ("per_user", per_user)):
         if value <= 0:
             raise ConfigError(f"{name} = {value}: must be greater than 0")
+    if context < 0:
+        raise ConfigError(f"context = {context}: must be at least 0")
     found: list[Design] = []
     for layout in _layouts(shape, gpus, weights, hardware.node_size):
         best = None

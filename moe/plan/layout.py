@@ -70,7 +70,7 @@ class Layout:
         self._require(
             not self.stage_layers or len(self.stage_layers) == self.pp,
             "stage_layers",
-            f"must have pp = {self.pp} entries",
+            f"must have pp = {self.pp} entries, or be [] to spread the layers evenly",
         )
         self._require(all(n >= 0 for n in self.stage_layers), "stage_layers", "entries must be 0 or more")
         self._require(

@@ -82,9 +82,8 @@ def train_cost(
     Raises:
         ConfigError: a utilisation or duty outside (0, 1], or no GPUs.
     """
-    for name, value in (("mfu", mfu), ("duty", duty)):
-        if not 0 < quantity(value).value <= 1:
-            raise ConfigError(f"{name} = {quantity(value).value!r}: is a share: above 0, at most 1")
+    _check_share("mfu", mfu)
+    _check_share("duty", duty)
     if quantity(gpus).value < 1:
         raise ConfigError(f"gpus = {quantity(gpus).value!r}: must be at least 1")
     if tokens.value <= 0:
@@ -101,6 +100,11 @@ def train_cost(
         "train.cost", "USD", "gpu_hours * price", gpu_hours=sheet["train.gpu_hours"], price=price or hardware.price
     )
     return sheet
+
+
+def _check_share(name: str, value: Quantity | float) -> None:
+    if not 0 < quantity(value).value <= 1:
+        raise ConfigError(f"{name} = {quantity(value).value!r}: is a share: above 0, at most 1")
 
 
 def mfu(model: Model, hardware: Hardware, *, tokens: Quantity, gpu_time: Quantity, dtype: str = "bf16") -> Quantity:
@@ -195,7 +199,12 @@ def predict_run(
     duty: Quantity | float = 1.0,
     dtype: str = "bf16",
 ) -> Sheet:
-    """A whole run from predicted steps: steps, days, dollars; keys as in `train_cost` and `predict_step`."""
+    """A whole run from predicted steps: steps, days, dollars; keys as in `train_cost` and `predict_step`.
+
+    Raises:
+        ConfigError: as `predict_step`; a duty outside (0, 1].
+    """
+    _check_share("duty", duty)
     sheet = predict_step(model, layout, hardware, efficiency, dtype)
     sheet.put("train.tokens", tokens)
     sheet.derive("train.steps", "x", "tokens / step_tokens", tokens=tokens, step_tokens=sheet["step.tokens"])

@@ -91,6 +91,19 @@ class StepProfile:
         """The sum of the floors, in seconds."""
         return sum(row.floor or 0.0 for row in self.rows)
 
+    def plan_row(self) -> dict[str, Any]:
+        """A row for `moe plan calibrate`: FLOP and bytes of all parts, seconds with nothing measured inside."""
+        return {
+            "kind": self.what,
+            "name": self.config,
+            "device": self.device,
+            "dtype": self.dtype,
+            "tokens": self.batch * self.seq_len,
+            "flop": sum(row.flop or 0.0 for row in self.rows),
+            "bytes": sum(row.bytes or 0.0 for row in self.rows),
+            "seconds": self.plain_seconds,
+        }
+
 
 # ------------------------------------------------------------------------------------------------------- what is run
 

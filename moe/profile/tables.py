@@ -200,10 +200,11 @@ def parts(p: StepProfile) -> Table:
 
 
 def ceilings(p: StepProfile) -> str:
-    """The step with nothing measured inside, and what the floors are made of."""
+    """Predicted beside measured, with nothing measured inside, and what the prediction is made of."""
     c = p.ceilings
     fp32 = "" if p.dtype == "float32" else f", {c.product_fp32 / 1e9:,.0f} in float32"
     return (
-        f"the same step with nothing measured inside: {p.plain_seconds * 1e3:,.2f} ms\n"
+        f"predicted and measured: a step {p.floor * 1e3:,.2f} ms at this machine's ceilings, "
+        f"{p.plain_seconds * 1e3:,.2f} ms with nothing measured inside\n"
         f"ceilings, measured: {c.product / 1e9:,.0f} GFLOP/s (a large product){fp32}, {c.copy / 1e9:,.0f} GB/s (a copy)"
     )

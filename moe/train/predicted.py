@@ -8,11 +8,9 @@ from pathlib import Path
 import torch
 
 from moe.config import Config
-from moe.plan.calibrate import append_row
+from moe.plan.calibrate import FILE, append_row
 from moe.plan.device import device_memory, device_step_work
 from moe.plan.quantity import number
-
-FILE = "plan.csv"
 
 
 def memory_in_use(device: torch.device) -> int:

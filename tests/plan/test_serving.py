@@ -28,7 +28,7 @@ from moe.plan.partition import frontier
 from moe.plan.quantity import quantity
 from moe.plan.shape import dense
 from moe.plan.speculate import best_drafts, speculate
-from moe.plan.sweep import sweep, to_csv
+from moe.plan.sweep import kv_room, sweep, to_csv
 
 A40, A80, H100 = (load_hardware(name) for name in ("a100-40", "a100-80", "h100-sxm"))
 SERVE = load_layout("gpt4-serve")
@@ -178,22 +178,27 @@ def test_32k_runs_on_40_gb_cards() -> None:
     assert serving_memory("gpt4-8k", SERVE, A40, 8192)["memory.max_sequences"].value > 200
 
 
-@pytest.mark.parametrize("name", ["a100-40", "a100-80", "h100-sxm", "h200", "b200", "mi300x"])
-def test_more_key_value_heads_and_longer_contexts_leave_room_for_fewer(name: str) -> None:
-    from dataclasses import replace
-
-    from moe.config import Config
-
-    cfg = Config()
-    rooms = []
-    for heads in (1, 8, 168):
-        shape = replace(cfg, attention=replace(cfg.attention, n_kv_heads=heads))
+def test_more_key_value_heads_and_longer_contexts_leave_room_for_fewer() -> None:
+    rows: list[Any] = kv_room("gpt4-8k", SERVE)
+    cards = {row["hardware"] for row in rows}
+    assert {"a100-40", "a100-80", "h100-sxm", "h100-pcie", "h200", "b200", "mi300x"} == cards
+    found = {(row["attention"], row["context"], row["hardware"]): row for row in rows}
+    for card in cards:
         for context in (8192, 32768):
-            made = serving_memory(shape, SERVE, load_hardware(name), context)
-            rooms.append(made["memory.max_sequences"].value)
-    # Over 8 GPUs a single head takes as much of each as eight heads do.
-    assert rooms[0] >= rooms[2] > rooms[4]
-    assert all(rooms[i] > rooms[i + 1] or rooms[i] <= 1 for i in (0, 2, 4))
+            one, eight, all_heads = (found[kind, context, card] for kind in ("MQA", "GQA-8", "MHA"))
+            # Keys and values of 120 layers, 128 wide, 2 bytes.
+            for heads, row in ((1, one), (8, eight), (168, all_heads)):
+                assert row["gb_per_sequence"] == pytest.approx(heads * 120 * 2 * 128 * 2 * context / 1e9)
+            # Over 8 GPUs a single head, split by heads, takes as much of each as eight heads do.
+            assert one["split_by_heads"] >= eight["split_by_heads"] > all_heads["split_by_heads"]
+            assert one["split_by_sequences"] > eight["split_by_sequences"] > all_heads["split_by_sequences"]
+        for kind in ("MQA", "GQA-8", "MHA"):
+            assert found[kind, 8192, card]["split_by_sequences"] > found[kind, 32768, card]["split_by_sequences"]
+    assert found["MHA", 32768, "a100-40"]["split_by_sequences"] < SERVE.pp, "not one sequence in each stage"
+    with pytest.raises(ConfigError, match="kv_heads = 5: must divide the 168 query heads"):
+        kv_room("gpt4-8k", SERVE, kv_heads=(5,))
+    with pytest.raises(ConfigError, match="latent attention"):
+        kv_room("deepseek-v2", Layout(tp=8))
 
 
 # ---------------------------------------------------------------------------------------- speculation, searches

@@ -10,6 +10,7 @@ import pytest
 import moe
 from moe import profile
 from moe.data import prepare
+from moe.plan.calibrate import read_steps
 from tests.conftest import run_cli
 
 
@@ -90,8 +91,20 @@ def test_a_step_part_by_part(place: Path, tmp_path: Path, capsys: pytest.Capture
     assert {p.name for p in (tmp_path / "pictures").iterdir()} == {"step.png", "memory.png"}
     assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     for what in ("forward", "backward", "decode"):
-        assert run_cli("profile", "step", "replica-tiny", "--what", what, "--set", "n_layers=1", *flags) == 0
-        assert f"replica-tiny, {what}, 2 x {1 if what == 'decode' else 16} tokens" in capsys.readouterr().out
+        arguments = ["--what", what, "--set", "n_layers=1", "--out", tmp_path / f"{what}.json"]
+        assert run_cli("profile", "step", "replica-tiny", *arguments, *flags) == 0
+        printed = capsys.readouterr().out
+        assert f"replica-tiny, {what}, 2 x {1 if what == 'decode' else 16} tokens" in printed
+        assert "predicted and measured: a step " in printed
+    _, forward, backward, decode = read_steps(tmp_path / "plan.csv")
+    assert [forward.kind, backward.kind, decode.kind] == ["forward", "backward", "decode"]
+    one = moe.load_config("replica-tiny").with_overrides(["n_layers=1"])
+    # All S x S scores or their causal half: between the two conventions.
+    low, high = (32 * moe.plan.flops_per_token(one, context=16, causal=causal) for causal in (True, False))
+    assert 0.99 * low <= forward.flop <= 1.01 * high
+    assert forward.seconds == json.loads((tmp_path / "forward.json").read_text())["plain_seconds"]
+    assert run_cli("plan", "calibrate", tmp_path / "plan.csv", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["calibrate.steps"]["value"] == 4
 
 
 @pytest.mark.parametrize(
