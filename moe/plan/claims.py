@@ -127,12 +127,42 @@ def check_claims(claims: list[Claim] | None = None, model: Model = "gpt4-8k") ->
     return [_check(claim, names) for claim in claims]
 
 
-def _check(claim: Claim, names: dict[str, Any]) -> Verdict:
+class _Misfit(Exception):
+    """The article's layout and the model do not go together."""
+
+
+class _Names(dict[str, Any]):
+    """Names of which some are made when an expression first reads them."""
+
+    def __init__(self, known: Mapping[str, Any], made: Mapping[str, Callable[[], Any]]) -> None:
+        super().__init__(known)
+        self._made = made
+
+    def __missing__(self, name: str) -> Any:
+        self[name] = self._made[name]()
+        return self[name]
+
+
+def _fitting(plan: Callable[..., Any]) -> Callable[..., Any]:
+    """`plan`, whose refusal of the model is the claim's failure, and not its expression's."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return plan(*args, **kwargs)
+        except ConfigError as error:
+            raise _Misfit(str(error)) from error
+
+    return call
+
+
+def _check(claim: Claim, names: _Names) -> Verdict:
     if claim.kind == "external":
         return Verdict(claim, "EXTERNAL", "a fact outside the model")
     try:
         value = quantity(eval(claim.expr, {"__builtins__": {}}, names))
         scale, dims = parse_unit(claim.unit)
+    except _Misfit as error:
+        return Verdict(claim, "CONFLICT", f"cannot be of this model: {error}")
     except ConfigError as error:
         raise ConfigError(f"claim {claim.id}: {claim.expr}: {error}") from None
     except Exception as error:  # a row is input: whatever its expression raises is about the row
@@ -191,7 +221,7 @@ def _range_text(low: float, high: float) -> str:
 # ------------------------------------------------------------------------------------------- what expressions can read
 
 
-def environment(claims: list[Claim], model: Model) -> dict[str, Any]:
+def environment(claims: list[Claim], model: Model) -> _Names:
     """The names that expressions may use, for one model and the shipped hardware and layouts."""
     shape = load_shape(model)
     by_id = {claim.id: claim for claim in claims}
@@ -221,7 +251,7 @@ def environment(claims: list[Claim], model: Model) -> dict[str, Any]:
         kept = assumed(reserve, "serving.reserve") if quantity(reserve).value else quantity(reserve)
         return serving_memory(shape, layout, a100, context, kept)["memory.max_sequences"]
 
-    return {
+    known = {
         **ENVIRONMENT,
         **_functions(shape, serve),
         **_given(),
@@ -229,18 +259,23 @@ def environment(claims: list[Claim], model: Model) -> dict[str, Any]:
         "params": sheet,
         "flops": sheet,
         "train": train,
-        "sequences": sequences,
+        "sequences": _fitting(sequences),
         "model": shape,
         "gpt4": shape,
         "gpt3_flops": train_flops("gpt3", quantity(300 * 10**9, "token")),
         "serve": serve,
         "train_layout": train_layout,
         "h100_layout": load_layout("gpt4-train-h100"),
-        "training_memory": training_memory(shape, train_layout, load_hardware("a100-80")),
-        "serving_params": [quantity(c.per_gpu(serve), "param") for c in stage_counts(shape, serve)],
-        "serving_memory": lambda context: serving_memory(shape, serve, a100, context),
+        "serving_memory": _fitting(lambda context: serving_memory(shape, serve, a100, context)),
         "id_bytes": next(n for n in (1, 2, 4, 8) if shape.vocab_size <= 256**n),
     }
+    made = {
+        "training_memory": _fitting(lambda: training_memory(shape, train_layout, load_hardware("a100-80"))),
+        "serving_params": _fitting(
+            lambda: [quantity(c.per_gpu(serve), "param") for c in stage_counts(shape, serve)],
+        ),
+    }
+    return _Names(known, made)
 
 
 def _functions(shape: Shape, serve: Layout) -> dict[str, Any]:
@@ -267,12 +302,12 @@ def _functions(shape: Shape, serve: Layout) -> dict[str, Any]:
         "hardware": load_hardware,
         "ridge": lambda hardware, dtype: ridge(load_hardware(hardware), dtype),
         "mfu": lambda model, **arguments: mfu(model, load_hardware("a100-80"), **arguments),
-        "decode": lambda model, layout, hardware, **a: decode(model, layout, load_hardware(hardware), **a),
+        "decode": _fitting(lambda model, layout, hardware, **a: decode(model, layout, load_hardware(hardware), **a)),
         "kv": kv_bytes_per_token,
-        "experts": lambda batch: experts_sheet(shape.n_experts, shape.top_k, batch),
+        "experts": _fitting(lambda batch: experts_sheet(shape.n_experts, shape.top_k, batch)),
         "assuming": lambda name, q: assumed(q, name),
         "network": network,
-        "price_range": price_range,
+        "price_range": _fitting(price_range),
     }
 
 

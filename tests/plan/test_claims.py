@@ -61,6 +61,16 @@ def test_eight_key_value_heads_flip_multi_query() -> None:
     assert found["C94"] == "CONFLICT"
 
 
+def test_another_depth_breaks_what_hangs_on_it() -> None:
+    """The article's layout has stages for 120 layers: what it says of memory cannot be of 96, nor the totals."""
+    found = changed(replace(Config(), n_layers=96))
+    assert {name: found[name] for name in ("C21", "C25", "C92", "C96")} == dict.fromkeys(
+        ("C21", "C25", "C92", "C96"), "CONFLICT"
+    )
+    dense = verdicts(model="llama-2-70b")
+    assert dense["C78"] == "CONFLICT"  # the load of an expert, where there is none
+
+
 def with_unit(name: str, unit: str, **changes: float) -> str:
     claims = [replace(c, unit=unit, **changes) if c.id == name else c for c in CLAIMS]
     return verdicts(claims=claims)[name]
