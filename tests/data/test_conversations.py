@@ -339,7 +339,7 @@ def test_held_out_windows_score_the_held_out_responses(prepared: Prepared) -> No
 
 def test_functions_of_the_standard_library() -> None:
     pairs = dict(standard_library())
-    assert 3000 < len(pairs) < 4500  # 3,470 in one Python 3.11, and versions differ a little
+    assert 2500 < len(pairs) < 4500  # 2,923 to 3,470 in two releases of Python 3.11
     name = next(n for n in pairs if n.startswith("textwrap.py:shorten#"))
     request, response = pairs[name]
     assert request["content"].startswith("Write the Python function shorten.\n\nCollapse and truncate the given text")
