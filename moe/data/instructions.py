@@ -53,10 +53,15 @@ def _pair(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -> lis
     if said.lineno == node.lineno or node.body[1].lineno == said.end_lineno:  # on one line with other code
         return None
     source = lines[node.lineno - 1 : said.lineno - 1] + lines[said.end_lineno : node.end_lineno]
+    response = textwrap.dedent("".join(source)).strip()
+    try:
+        ast.parse(response)
+    except SyntaxError:  # a string inside it begins at the margin, so that the rest cannot be moved there
+        return None
     request = f"Write the Python function {node.name}.\n\n{docstring}"
     return [
         {"role": "user", "content": request},
-        {"role": "assistant", "content": textwrap.dedent("".join(source)).strip()},
+        {"role": "assistant", "content": response},
     ]
 
 

@@ -1,5 +1,6 @@
 """Conversations from files to windows: nothing lost, nothing split, only responses learned; what is refused."""
 
+import ast
 import json
 import math
 from pathlib import Path
@@ -348,8 +349,8 @@ def test_functions_of_the_standard_library() -> None:
         "    w = TextWrapper(width=width, max_lines=1, **kwargs)\n"
         "    return w.fill(' '.join(text.strip().split()))"
     )
-    for messages in list(pairs.values())[::50]:
-        compile(messages[1]["content"], "response", "exec")
+    for messages in pairs.values():
+        ast.parse(messages[1]["content"])
 
 
 def test_small_talk_of_chatterbot_corpus() -> None:
