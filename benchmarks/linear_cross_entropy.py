@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from duel import machine, stop_without_gpu, write_record
 from expert_mlp import ceilings, difference, medians
-from peers import PEERS_FOLDER
+from peers import available
 from torch import Tensor
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -82,22 +82,6 @@ SIDES: dict[str, Callable[[], Loss]] = {
     "Liger": lambda: liger(None),
     "Liger, float32 sums": lambda: liger(torch.float32),
 }
-
-
-def sides(device: str) -> dict[str, Loss]:
-    """The sides that are here; says which are not."""
-    if PEERS_FOLDER.is_dir():
-        sys.path[:0] = [str(PEERS_FOLDER), *(str(p) for p in sorted(PEERS_FOLDER.iterdir()) if p.is_dir())]
-    found = {}
-    for name, make in SIDES.items():
-        if device == "cpu" and name.startswith("Liger"):
-            print(f"{name}: needs a GPU")
-            continue
-        try:
-            found[name] = make()
-        except ImportError as error:
-            print(f"{name}: not here ({error})")
-    return found
 
 
 def make(shape: Shape, device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -180,7 +164,7 @@ def main() -> None:
     rounds = 1 if arguments.dry_run else 3 if arguments.quick else 9
     where = machine() if arguments.dry_run else f"{torch.cuda.get_device_name()}; {machine()}"
     print(where)
-    losses = sides(device)
+    losses = available(SIDES, device)
     product, copy = ceilings(device)
     rows: list[dict[str, Any]] = []
     for name, shape in (DRY if arguments.dry_run else SHAPES).items():

@@ -6,7 +6,7 @@ tree on PYTHONPATH (the GPU run looks in `.peers/`, which git ignores).
 
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -100,12 +100,17 @@ NEED_A_GPU = ("Liger", "ScatterMoE", "moe-ops")
 
 
 def importable(device: str) -> dict[str, Layer]:
-    """The peers that are here; says which are not. Those of Triton need a GPU."""
+    """The expert layers of the peers that are here; says which are not."""
+    return available(PEERS, device)
+
+
+def available(makers: Mapping[str, Callable[[], Any]], device: str) -> dict[str, Any]:
+    """What each maker gives, by name, and says which of them are not here. Peers in Triton need a GPU."""
     if PEERS_FOLDER.is_dir():
         sys.path[:0] = [str(PEERS_FOLDER), *(str(p) for p in sorted(PEERS_FOLDER.iterdir()) if p.is_dir())]
     found = {}
-    for name, make in PEERS.items():
-        if device == "cpu" and name in NEED_A_GPU:
+    for name, make in makers.items():
+        if device == "cpu" and name.startswith(NEED_A_GPU):
             print(f"{name}: needs a GPU")
             continue
         try:

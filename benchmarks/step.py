@@ -43,12 +43,9 @@ def measure(cfg: Config, what: Any, batch: int, length: int, rounds: int, device
     """The profile of one step, and its memory."""
     # As in training: weights in float32 under autocast; else as they are multiplied.
     compute = torch.bfloat16 if device == "cuda" else torch.float32
-    torch.set_default_dtype(torch.float32 if what == "train" else compute)
-    with torch.device(device):
-        model = moe.Transformer(cfg)
-        columns = 1 if what == "decode" else length + 1
-        tokens = torch.randint(cfg.vocab_size, (batch, columns))
-    torch.set_default_dtype(torch.float32)
+    model = profile.random_model(cfg, torch.float32 if what == "train" else compute, device)
+    columns = 1 if what == "decode" else length + 1
+    tokens = torch.randint(cfg.vocab_size, (batch, columns), device=device)
     optimizer = build(model, cfg.train) if what == "train" else None
     context = length - 1 if what == "decode" else 0
     run = profile.make_run(model, what, tokens, dtype=compute, optimizer=optimizer, context=context)

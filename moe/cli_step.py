@@ -1,9 +1,7 @@
 """`moe profile step`: where the time of a step goes, on the command line. As in cli.py, imports wait until it runs."""
 
-import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -12,8 +10,6 @@ from tyro.conf import Positional, UseAppendAction, arg
 from moe.cli_tables import print_table
 
 if TYPE_CHECKING:
-    import torch
-
     from moe.model import Transformer
     from moe.plan.work import What
     from moe.profile import Run
@@ -92,7 +88,6 @@ def _prepare_step(
 
     from moe import checkpoint, profile
     from moe.config import ConfigError, load_config
-    from moe.model import Transformer
     from moe.train.cpu import tune_cpu
     from moe.train.device import pick_device, pick_dtype
     from moe.train.optimizer import build
@@ -115,8 +110,7 @@ def _prepare_step(
     if trained:
         model = checkpoint.load(Path(name), device=where).to(stored)
     else:
-        with where, _default_dtype(stored):
-            model = Transformer(cfg)
+        model = profile.random_model(cfg, stored, where)
     model.activation_checkpointing = cfg.train.activation_checkpointing
     columns = {"decode": 1, "forward": length}.get(what, length + 1)
     tokens = torch.randint(cfg.vocab_size, (batch, columns), device=where)
@@ -132,15 +126,3 @@ def _prepare_step(
     except ValueError as error:
         raise ConfigError(str(error)) from error
     return model, run
-
-
-@contextlib.contextmanager
-def _default_dtype(dtype: "torch.dtype") -> "Iterator[None]":
-    import torch
-
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)

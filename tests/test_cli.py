@@ -12,15 +12,9 @@ import torch
 import moe
 from moe import cli
 from moe.tokenizer import train_bpe
+from tests.conftest import run_cli
 
 ROOT = Path(__file__).parents[1]
-
-
-def run(*args):
-    """The exit status of one command in this process."""
-    with pytest.raises(SystemExit) as exit_:
-        cli.main([str(a) for a in args])
-    return exit_.value.code
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +42,7 @@ def expected_text(checkpoint, prompt, n, **sampling):
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("prompt", ["ab cde", ""])
 def test_generate_prints_what_the_model_generates(checkpoint, capsys, prompt, seed):
-    assert run("generate", checkpoint, "--prompt", prompt, "--max-tokens", 60, "--seed", seed, "--top-k", 50) == 0
+    assert run_cli("generate", checkpoint, "--prompt", prompt, "--max-tokens", 60, "--seed", seed, "--top-k", 50) == 0
     expected = expected_text(checkpoint, prompt, 60, seed=seed, top_k=50, temperature=0.8, top_p=0.95)
     assert capsys.readouterr().out == expected
 
@@ -57,7 +51,7 @@ def test_generate_never_prints_a_stop_string(checkpoint, capsys):
     whole = expected_text(checkpoint, "ab", 60, seed=0, temperature=0.8, top_p=0.95)
     stop = whole[20:24]
     args = ["--prompt", "ab", "--max-tokens", 60, "--seed", 0, "--stop", stop, "--stop", "never there"]
-    assert run("generate", checkpoint, *args) == 0
+    assert run_cli("generate", checkpoint, *args) == 0
     assert capsys.readouterr().out == whole[: whole.index(stop)]
 
 
@@ -79,7 +73,7 @@ def test_errors_are_one_line_on_stderr(tmp_path, monkeypatch, capsys, args, stat
     monkeypatch.chdir(tmp_path)
     if "abacus" in args:
         monkeypatch.setattr(cli, "_default_data", lambda cfg: tmp_path)
-    assert run(*args) == status
+    assert run_cli(*args) == status
     out, err = capsys.readouterr()
     assert err.startswith("error: ")
     assert err.count("\n") == 1
@@ -98,7 +92,7 @@ def test_errors_are_one_line_on_stderr(tmp_path, monkeypatch, capsys, args, stat
     ],
 )
 def test_generate_refuses_what_cannot_be(checkpoint, capsys, args, message):
-    assert run("generate", checkpoint, *args) == 2
+    assert run_cli("generate", checkpoint, *args) == 2
     assert message in capsys.readouterr().err
 
 
@@ -106,18 +100,18 @@ def test_a_vocabulary_larger_than_the_model_s_is_named_with_both_numbers(tmp_pat
     (tmp_path / "docs").mkdir()
     for i in range(60):
         (tmp_path / "docs" / f"{i}.txt").write_text(f"some text {i} " * 30)
-    assert run("data", "prepare", tmp_path / "docs", "--out", tmp_path / "data", "--vocab-size", 270) == 0
-    assert run("data", "prepare", tmp_path / "docs", "--out", tmp_path / "data", "--vocab-size", 270) == 0
+    assert run_cli("data", "prepare", tmp_path / "docs", "--out", tmp_path / "data", "--vocab-size", 270) == 0
+    assert run_cli("data", "prepare", tmp_path / "docs", "--out", tmp_path / "data", "--vocab-size", 270) == 0
     assert "already prepared" in capsys.readouterr().out
     args = ["train", "replica-tiny", "--data", tmp_path / "data", "--out", tmp_path / "run"]
-    assert run(*args, "--set", "vocab_size=260", "--set", "train.steps=1") == 1
+    assert run_cli(*args, "--set", "vocab_size=260", "--set", "train.steps=1") == 1
     err = capsys.readouterr().err
     assert "270" in err
     assert "260" in err
 
 
 def test_wrong_usage_has_status_2(capsys):
-    assert run("trian") == 2
+    assert run_cli("trian") == 2
 
 
 def test_help_loads_no_torch():

@@ -8,17 +8,10 @@ import pytest
 import torch
 
 import moe
-from moe import cli
 from moe.cli_chat import Session
 from moe.data.chat import ChatTemplate
 from moe.tokenizer import train_bpe
-
-
-def run(*args):
-    """The exit status of one command in this process."""
-    with pytest.raises(SystemExit) as exit_:
-        cli.main([str(a) for a in args])
-    return exit_.value.code
+from tests.conftest import run_cli
 
 
 @pytest.fixture(scope="module")
@@ -46,13 +39,13 @@ DRAWS = {"temperature": 0.7, "top_k": 0, "top_p": 0.95}
 
 @pytest.mark.parametrize("seed", range(3))
 def test_one_message_gets_what_the_model_writes_after_the_template(checkpoint, capsys, seed) -> None:
-    assert run("chat", checkpoint, "--message", "hello <|endoftext|>", "--max-tokens", 20, "--seed", seed) == 0
+    assert run_cli("chat", checkpoint, "--message", "hello <|endoftext|>", "--max-tokens", 20, "--seed", seed) == 0
     assert capsys.readouterr().out == expected(checkpoint, ["hello <|endoftext|>"], 20, seed, **DRAWS) + "\n"
 
 
 def test_a_piped_conversation_remembers_until_reset(checkpoint, capsys, monkeypatch) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("hello\n\nwhat\n/reset\nhello\n/nonsense\n/exit\nnever\n"))
-    assert run("chat", checkpoint, "--max-tokens", 12, "--temperature", 0) == 0
+    assert run_cli("chat", checkpoint, "--max-tokens", 12, "--temperature", 0) == 0
     out, err = capsys.readouterr()
     first = expected(checkpoint, ["hello"], 12, 0, temperature=0)
     second = expected(checkpoint, ["hello", first, "what"], 12, 0, temperature=0)
@@ -80,7 +73,7 @@ def test_a_full_context_forgets_the_oldest_turns_and_keeps_the_system_message(ch
     assert session.tokenizer.decode(prompt).startswith("<|endoftext|>system\nis<|endoftext|>")
     assert session.turns[0]["role"] == "user"
     monkeypatch.setattr("sys.stdin", io.StringIO("what is it\n" * 6))
-    assert run("chat", checkpoint, "--max-tokens", 8) == 0
+    assert run_cli("chat", checkpoint, "--max-tokens", 8) == 0
     assert "the context is full: 2 messages are forgotten" in capsys.readouterr().err
 
 
@@ -94,7 +87,7 @@ def test_a_full_context_forgets_the_oldest_turns_and_keeps_the_system_message(ch
     ],
 )
 def test_what_cannot_be_is_one_line_on_stderr(checkpoint, capsys, args, status, message) -> None:
-    assert run("chat", checkpoint, *args) == status
+    assert run_cli("chat", checkpoint, *args) == status
     err = capsys.readouterr().err
     assert message in err
     assert err.startswith("error: ")
@@ -106,17 +99,17 @@ def test_conversations_fine_tune_and_chat_in_order(checkpoint, tmp_path, capsys)
     rows = [{"prompt": f"hello {i}", "response": "what is it"} for i in range(60)]
     (tmp_path / "talk.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     made = ["data", "instructions", tmp_path / "talk.jsonl", "--tokenizer", checkpoint, "--out", tmp_path / "data"]
-    assert run(*made) == 0
-    assert run(*made) == 0
+    assert run_cli(*made) == 0
+    assert run_cli(*made) == 0
     assert "already prepared" in capsys.readouterr().out
     tune = ["finetune", checkpoint, "--data", tmp_path / "data", "--out", tmp_path / "run", "--lora", "--rank", 4]
-    assert run(*tune, "--epochs", 4, "--set", "train.batch_size=4", "train.lr=2e-2") == 0
+    assert run_cli(*tune, "--epochs", 4, "--set", "train.batch_size=4", "train.lr=2e-2") == 0
     out = capsys.readouterr().out
     assert "LoRA of rank 4 on attention and experts" in out
     assert f"try: moe chat {tmp_path / 'run' / 'final'}" in out
     said = []
     for args in ([tmp_path / "run" / "final"], [checkpoint, "--adapter", tmp_path / "run"]):
-        assert run("chat", *args, "--message", "hello 7", "--temperature", 0, "--max-tokens", 12) == 0
+        assert run_cli("chat", *args, "--message", "hello 7", "--temperature", 0, "--max-tokens", 12) == 0
         said.append(capsys.readouterr().out)
     assert said[0] == said[1] == "what is it\n"
 
@@ -133,5 +126,5 @@ def test_conversations_fine_tune_and_chat_in_order(checkpoint, tmp_path, capsys)
 )
 def test_fine_tuning_refuses_what_cannot_be(checkpoint, tmp_path, monkeypatch, capsys, args, status, message) -> None:
     monkeypatch.chdir(tmp_path)
-    assert run(*(checkpoint if a == "CHECKPOINT" else a for a in args)) == status
+    assert run_cli(*(checkpoint if a == "CHECKPOINT" else a for a in args)) == status
     assert message in capsys.readouterr().err

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 import moe
-from moe import cli
 from moe.data import TokenData, held_out_text, is_held_out, prepare
 from moe.train import evaluate
+from tests.conftest import run_cli
 
 WORDS = ("the", "cat", "sat", "on", "a", "mat", "é", "rain")
 
@@ -39,13 +39,6 @@ def place(tmp_path_factory) -> Path:
     return root
 
 
-def run(*args):
-    """The exit status of one command in this process."""
-    with pytest.raises(SystemExit) as exit_:
-        cli.main([str(a) for a in args])
-    return exit_.value.code
-
-
 def test_held_out_text_is_that_of_the_files(place):
     found = held_out_text(TokenData.open(place / "data"))
     assert list(found) == ["prose", "verse"]
@@ -56,7 +49,7 @@ def test_held_out_text_is_that_of_the_files(place):
 
 def test_data_scores_are_those_of_evaluate_beside_the_compressors(place, tmp_path, capsys):
     out = tmp_path / "eval.json"
-    assert run("eval", place / "model", "--data", place / "data", "--out", out) == 0
+    assert run_cli("eval", place / "model", "--data", place / "data", "--out", out) == 0
     found = json.loads(out.read_text())["data"]
     data = TokenData.open(place / "data")
     lengths = evaluate.byte_lengths(data.tokenizer())
@@ -83,7 +76,7 @@ def test_a_longer_context_is_used_where_asked_for(place, tmp_path):
     figures = []
     for seq_len in (16, 64):
         out = tmp_path / "eval.json"
-        assert run("eval", place / "model", "--data", place / "data", "--seq-len", seq_len, "--out", out) == 0
+        assert run_cli("eval", place / "model", "--data", place / "data", "--seq-len", seq_len, "--out", out) == 0
         figures.append(json.loads(out.read_text())["data"])
     assert [f["seq_len"] for f in figures] == [16, 64]
     data = TokenData.open(place / "data")
@@ -99,7 +92,7 @@ def test_raw_text_costs_a_uniform_model_log2_v_bits_per_token(place, tmp_path):
         (tmp_path / name).write_bytes(text.encode())
     out = tmp_path / "eval.json"
     files = [tmp_path / name for name in texts]
-    assert run("eval", place / "uniform", "--out", out, "--text", *files) == 0
+    assert run_cli("eval", place / "uniform", "--out", out, "--text", *files) == 0
     scores = json.loads(out.read_text())["text"]["scores"]
     tokenizer = moe.load_tokenizer(place / "uniform")
     for file, text in zip(files, texts.values(), strict=True):
@@ -128,7 +121,7 @@ def test_bad_input_is_named(place, monkeypatch, capsys, args, status, message):
     monkeypatch.chdir(place)
     (place / "empty.txt").touch()
     (place / "binary.bin").write_bytes(b"ab\xff")
-    assert run("eval", "model", *args) == status
+    assert run_cli("eval", "model", *args) == status
     out, err = capsys.readouterr()
     assert err.startswith("error: ")
     assert err.count("\n") == 1
@@ -138,8 +131,8 @@ def test_bad_input_is_named(place, monkeypatch, capsys, args, status, message):
 
 def test_a_checkpoint_without_a_tokenizer_scores_data_but_no_text(place, tmp_path, capsys):
     moe.save(moe.load(place / "model"), tmp_path / "bare")
-    assert run("eval", tmp_path / "bare", "--data", place / "data") == 0
-    assert run("eval", tmp_path / "bare", "--text", os.devnull) == 1
+    assert run_cli("eval", tmp_path / "bare", "--data", place / "data") == 0
+    assert run_cli("eval", tmp_path / "bare", "--text", os.devnull) == 1
     assert "tokenizer.json" in capsys.readouterr().err
 
 
@@ -147,5 +140,5 @@ def test_tasks_without_lm_eval_say_what_to_install(place, monkeypatch, capsys):
     for name in ("lm_eval", "lm_eval.api.model", "moe.lm_eval"):
         monkeypatch.setitem(__import__("sys").modules, name, None)
     monkeypatch.delitem(__import__("sys").modules, "moe.lm_eval")
-    assert run("eval", place / "model", "--tasks", "arc_easy") == 1
+    assert run_cli("eval", place / "model", "--tasks", "arc_easy") == 1
     assert 'pip install "gpt4-moe[eval]"' in capsys.readouterr().err

@@ -15,7 +15,6 @@ import pytest
 import torch
 
 import moe
-from moe import cli
 from moe.config import ConfigError
 from moe.data import validation_windows
 from moe.tokenizer import train_bpe
@@ -25,6 +24,7 @@ pytest.importorskip("lm_eval")
 from lm_eval.api.instance import Instance
 
 from moe.lm_eval import MoeLM, run_tasks
+from tests.conftest import run_cli
 
 ROOT = Path(__file__).parents[1]
 SENTENCE = "the cat sat on a mat while old rain fell over two houses and birds saw it all"
@@ -270,9 +270,7 @@ def test_moe_eval_runs_a_local_task_offline(checkpoint, model, tokenizer, task, 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     file, questions = task
-    with pytest.raises(SystemExit) as exit_:
-        cli.main(["eval", str(checkpoint), "--tasks", str(file), "--limit", "9", "--out", str(tmp_path / "o.json")])
-    assert exit_.value.code == 0
+    assert run_cli("eval", checkpoint, "--tasks", file, "--limit", 9, "--out", tmp_path / "o.json") == 0
     assert "words_local" in capsys.readouterr().out
     found = json.loads((tmp_path / "o.json").read_text())["tasks"]["words_local"]["acc,none"]
     assert found == pytest.approx(expected_accuracy(model, tokenizer, questions[:9]))

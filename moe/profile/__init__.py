@@ -5,7 +5,7 @@ from moe.profile.placement import Placement, place, round_robin
 from moe.profile.serving import StepLoad, decode_steps
 from moe.profile.similarity import ClosestPair, closest_pairs, expert_similarity
 from moe.profile.statistics import RoutingProfile, Share, load_entropy, routing
-from moe.profile.step import Ceilings, Memory, Run, StepProfile, make_run, profile_step, trace_step
+from moe.profile.step import Ceilings, Memory, Run, StepProfile, make_run, profile_step, random_model, trace_step
 from moe.profile.stopwatch import Timing, timing
 from moe.profile.trace import Comparison, Recorder, Trace, TraceError, compare, import_routed_experts, record, replay
 
@@ -35,6 +35,7 @@ __all__ = [
     "make_run",
     "place",
     "profile_step",
+    "random_model",
     "record",
     "replay",
     "round_robin",

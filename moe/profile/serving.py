@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from moe.plan.experts import touched
+
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
@@ -58,7 +60,7 @@ def decode_steps(
             StepLoad(
                 batch=batch,
                 distinct=float((counts > 0).sum(2).mean()),
-                distinct_uniform=n_experts * (1 - (1 - p) ** batch),
+                distinct_uniform=touched(n_experts, K, batch),
                 idle=float((counts == 0).mean()),
                 idle_uniform=(1 - p) ** batch,
                 busiest=float(counts.max(2).mean()),

@@ -22,10 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe.config import Config
 from moe.decode import DecodeStep
 from moe.layers import KVCache
 from moe.model import Transformer
 from moe.plan import step_work
+from moe.plan.experts import touched
 from moe.plan.work import What, Work
 from moe.profile.stopwatch import Part, timing
 
@@ -108,6 +110,17 @@ class StepProfile:
 # ------------------------------------------------------------------------------------------------------- what is run
 
 
+def random_model(cfg: Config, dtype: torch.dtype, device: torch.device | str) -> Transformer:
+    """A model with random weights, made where and as they are stored: no second copy, even for a moment."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            return Transformer(cfg)
+    finally:
+        torch.set_default_dtype(before)
+
+
 def make_run(
     model: Transformer,
     what: What,
@@ -157,7 +170,6 @@ def make_run(
     if what == "decode":
         call = _decode(model, tokens_BS[:, -1], context)
         length = 1
-    experts, top_k = model.cfg.experts.n_experts, model.cfg.experts.top_k
     work = step_work(
         model.cfg,
         batch,
@@ -167,7 +179,7 @@ def make_run(
         weight_bytes=weight.dtype.itemsize,
         context=context,
         # Of even, independent choices: what a floor can count on without looking.
-        experts=experts * (1 - (1 - top_k / experts) ** (batch * length)),
+        experts=touched(model.cfg.experts.n_experts, model.cfg.experts.top_k, batch * length),
         gathered=_rows_are_copied(model, batch * length, dtype),
     )
     return Run(call, what, batch, length, context, dtype, work)

@@ -328,7 +328,7 @@ def _finish(run: Run) -> dict[str, Any]:
     if run.seconds and run.lora is None:
         summary["plan"], line = predicted.compare(
             run.cfg, run.dir, run.device, run.dtype, before=run.memory_before, peak=memory_peak,
-            batch=run.sample / run.step,
+            batch=run.sample / run.step, micro_batch=run.micro_batch,
             seconds_per_step=run.seconds / run.step, peak_flops=run.peak_flops,
         )  # fmt: skip
         run.reporter.note(line)

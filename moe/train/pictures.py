@@ -26,11 +26,8 @@ def draw(run_dir: str | Path) -> list[Path] | None:
     if not train:
         return []
     place = Path(run_dir) / PICTURES
-    place.mkdir(exist_ok=True)
-    figures = {"loss": _loss(train, records), "experts": _experts(train), "speed": _speed(train)}
-    for name, figure in figures.items():
-        figure.savefig(place / f"{name}.png", dpi=150, facecolor="white")
-    return [place / f"{name}.png" for name in figures]
+    drawn = {"loss": _loss(train, records), "experts": _experts(train), "speed": _speed(train)}
+    return [figures.save(figure, place, name) for name, figure in drawn.items()]
 
 
 def _loss(train: list[dict[str, Any]], records: list[dict[str, Any]]) -> Any:

@@ -41,6 +41,17 @@ def memory_peak(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def tensors(cfg: Config, micro_batch: int, dtype: torch.dtype) -> float:
+    """Bytes of tensors at the peak of training, `micro_batch` windows at a time."""
+    kind = "bf16" if dtype == torch.bfloat16 else "fp32"
+    return device_memory(cfg, micro_batch=micro_batch, dtype=kind)["device.peak"].to("B")
+
+
+def flop(cfg: Config, windows: float) -> float:
+    """FLOP of training on so many windows."""
+    return device_step_work(cfg)["step.flops"].to("FLOP") * windows / cfg.train.batch_size
+
+
 def compare(
     cfg: Config,
     run_dir: Path,
@@ -50,6 +61,7 @@ def compare(
     before: int,
     peak: int,
     batch: float,
+    micro_batch: int,
     seconds_per_step: float,
     peak_flops: float,
 ) -> tuple[dict[str, float], str]:
@@ -57,19 +69,19 @@ def compare(
 
     Args:
         before: bytes that the process held before the model was there. peak: the most while it trained.
-        batch: windows of a step, on average. seconds_per_step: measured. peak_flops: of the device, in FLOP/s.
+        batch: windows of a step, on average. micro_batch: of a forward pass.
+        seconds_per_step: measured. peak_flops: of the device, in FLOP/s.
     """
     work = device_step_work(cfg)
-    share = batch / cfg.train.batch_size  # a ramp has batches of its own
-    predicted = before + device_memory(cfg, dtype="bf16" if dtype == torch.bfloat16 else "fp32")["device.peak"].to("B")
-    floor = share * work["step.flops"].to("FLOP") / peak_flops
+    predicted = before + tensors(cfg, micro_batch, dtype)
+    floor = flop(cfg, batch) / peak_flops
     row = {
         "kind": "train",
         "name": cfg.name,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "dtype": str(dtype).removeprefix("torch."),
-        "tokens": share * work["step.tokens"].value,
-        "flop": share * work["step.flops"].to("FLOP"),
+        "tokens": work["step.tokens"].value * batch / cfg.train.batch_size,  # a ramp has its own batches
+        "flop": flop(cfg, batch),
         "bytes": work["step.bytes"].to("B"),
         "seconds": seconds_per_step,
         "memory": peak,

@@ -63,7 +63,7 @@ class Run:
 
     @property
     def micro_batch(self) -> int:
-        return self.cfg.train.micro_batch or max(size for _, size in self.schedule.stages)
+        return self.schedule.micro_batch
 
     @property
     def tokens(self) -> int:

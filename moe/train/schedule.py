@@ -34,6 +34,11 @@ class Schedule:
             raise ConfigError(f"train.tokens = {cfg.tokens!r}: is less than one window of {seq_len} tokens")
         self.steps = self._steps()
 
+    @property
+    def micro_batch(self) -> int:
+        """Windows that pass through the model at a time: as set, or a whole batch, the largest of a ramp's."""
+        return self.cfg.micro_batch or max(size for _, size in self.stages)
+
     def batch(self, done: int) -> int:
         """Windows of the step that begins after `done`; the last step takes what is left."""
         size = next(size for begin, size in reversed(self.stages) if begin <= done)

@@ -9,20 +9,16 @@ import pytest
 
 import moe
 from moe import profile
-from moe.data import prepare
 from moe.plan.calibrate import read_steps
 from tests.conftest import run_cli
+from tests.profile.conftest import two_sources
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny untrained model and prepared data of two sources."""
     root = tmp_path_factory.mktemp("profile")
-    for source, word in (("prose", "and so it was that"), ("code", "def f(x): return x")):
-        (root / source).mkdir()
-        for i in range(40):
-            (root / source / f"{i}.txt").write_text(f"{word} {i} " * (20 + i))
-    prepare([f"prose={root / 'prose'}", f"code={root / 'code'}"], root / "data", vocab_size=300)
+    two_sources(root)
     cfg = moe.load_config("replica-tiny").scaled(d_model=192, n_layers=2, vocab_size=300, max_seq_len=64)
     moe.save(moe.Transformer(cfg), root / "model")
     return root

@@ -16,7 +16,6 @@ import torch
 
 import moe
 from moe import profile
-from moe.data import prepare
 from moe.model import Transformer
 from moe.profile import svg
 from moe.profile.markup import Section, tag
@@ -25,6 +24,7 @@ from moe.profile.report import Material, report
 from moe.profile.report_time import time_section
 from moe.profile.svg import Axis
 from tests.conftest import run_cli
+from tests.profile.conftest import two_sources
 
 SECTIONS = ["Summary", "Load", "Load over the passes", "Specialisation by source", "Token classes", "Co-activation"]
 SECTIONS += ["Correlation", "Decoding steps", "Serving", "Dead and duplicate experts"]
@@ -238,11 +238,7 @@ def test_a_histogram_of_many_values_joins_them() -> None:
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run's directory as training leaves it, and prepared data of two sources."""
     root = tmp_path_factory.mktemp("report")
-    for source, word in (("prose", "and so it was that"), ("code", "def f(x): return x")):
-        (root / source).mkdir()
-        for i in range(40):
-            (root / source / f"{i}.txt").write_text(f"{word} {i} " * (20 + i))
-    prepare([f"prose={root / 'prose'}", f"code={root / 'code'}"], root / "data", vocab_size=300)
+    two_sources(root)
     cfg = moe.load_config("replica-tiny").scaled(d_model=192, n_layers=2, vocab_size=300, max_seq_len=64)
     model = moe.Transformer(cfg)
     with torch.no_grad():  # experts 3 and 9 of layer 1 become copies
