@@ -1,15 +1,17 @@
 # make demo   set up, prepare real data, train replica-nano, write samples, a checkpoint and pictures
+# make recipe the article's recipe at replica scale: epochs and batch ramp, more context, conversations, chat
 # make test   set up, lint, type-check, run the whole suite but the slow and GPU tests
 #
-# Both create .venv first. TORCH= picks another torch: make test TORCH='torch==2.11.0'.
+# All create .venv first. TORCH= picks another torch: make test TORCH='torch==2.11.0'.
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 RUN ?= runs/demo
+RECIPE ?= runs/recipe
 
-.PHONY: demo test test-all lint bench aot gpu clean
+.PHONY: demo recipe test test-all lint bench aot gpu clean
 
 # torch goes in first and alone: an open range in a dependency could pull gigabytes of CUDA packages.
 $(VENV)/.installed: pyproject.toml
@@ -21,6 +23,15 @@ $(VENV)/.installed: pyproject.toml
 
 demo: $(VENV)/.installed
 	$(BIN)/moe train replica-nano --out $(RUN) --fresh
+
+# Every line goes on where it was interrupted, and does nothing where it is complete.
+recipe: $(VENV)/.installed
+	$(BIN)/moe data prepare --out $(RECIPE)/data --vocab-size 4096 --sample 0.1
+	$(BIN)/moe train recipe-256 --data $(RECIPE)/data --out $(RECIPE)/256
+	$(BIN)/moe train recipe-1k --from $(RECIPE)/256/final --data $(RECIPE)/data --out $(RECIPE)/1k
+	$(BIN)/moe data instructions --tokenizer $(RECIPE)/1k/final --out $(RECIPE)/conversations
+	$(BIN)/moe finetune $(RECIPE)/1k/final --data $(RECIPE)/conversations --out $(RECIPE)/chat --set train.steps=60
+	$(BIN)/moe chat $(RECIPE)/chat/final --message "What is AI?" --max-tokens 64
 
 test: lint
 	$(BIN)/python -m pytest -m "not slow and not gpu" -n 2

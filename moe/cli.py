@@ -110,6 +110,7 @@ def prepare(
     out: Path,
     vocab_size: int = 4096,
     tokenizer: str | None = None,
+    sample: float = 1.0,
     overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
 ) -> int:
     """Turn documents into token shards.
@@ -120,9 +121,10 @@ def prepare(
         out: Directory to write.
         vocab_size: Ids of the byte-level BPE to train.
         tokenizer: cl100k (GPT-4's), or a tokenizer.json, instead of training one.
+        sample: Fraction of the training documents to take, drawn by their names; all held-out ones are taken.
         overwrite: Replace other prepared data in the directory.
     """
-    _print_data(_prepare(list(sources) or None, out, vocab_size, tokenizer, overwrite))
+    _print_data(_prepare(list(sources) or None, out, vocab_size, tokenizer, sample=sample, overwrite=overwrite))
     return 0
 
 
@@ -195,11 +197,11 @@ def _default_data(cfg: "Config") -> Path:
     place = Path("data") / f"default-{'cl100k' if has_cl100k else cfg.vocab_size}"
     if not (place / INDEX_FILE).is_file():
         print(f"preparing the default data in {place}", flush=True)
-        _print_data(_prepare(None, place, cfg.vocab_size, "cl100k" if has_cl100k else None, False))
+        _print_data(_prepare(None, place, cfg.vocab_size, "cl100k" if has_cl100k else None))
     return place
 
 
-def _prepare(sources: list[str] | None, out: Path, vocab_size: int, tokenizer: str | None, overwrite: bool) -> Any:
+def _prepare(sources: list[str] | None, out: Path, vocab_size: int, tokenizer: str | None, **how: Any) -> Any:
     """`moe.data.prepare` under a progress bar, on a terminal."""
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
@@ -216,7 +218,7 @@ def _prepare(sources: list[str] | None, out: Path, vocab_size: int, tokenizer: s
                 tasks[phase] = bar.add_task(phase, total=total)
             bar.update(tasks[phase], completed=done)
 
-        return prepare(sources, out, vocab_size=vocab_size, tokenizer=tokenizer, overwrite=overwrite, progress=progress)
+        return prepare(sources, out, vocab_size=vocab_size, tokenizer=tokenizer, progress=progress, **how)
 
 
 def _print_data(info: "DataInfo") -> None:

@@ -1,7 +1,7 @@
 """Every command and every example of README.md runs as it stands there.
 
-`make test` is what runs this, so it is left out; `make demo` and `make gpu` are run by slow tests of their own,
-shortened; what `make aot` runs is run by kernels/test_ahead.py.
+`make test` is what runs this, so it is left out; `make demo`, `make recipe` and `make gpu` are run by slow tests of
+their own, shortened; what `make aot` runs is run by kernels/test_ahead.py.
 """
 
 import json
@@ -46,7 +46,7 @@ def commands() -> list[list[str]]:
 def test_every_command_is_known() -> None:
     """A new kind of command in README needs a test here."""
     assert {words[0] for words in commands()} <= {"make", "moe", "python"}
-    assert {words[1] for words in commands() if words[0] == "make"} <= {"demo", "test", "aot", "gpu"}
+    assert {words[1] for words in commands() if words[0] == "make"} <= {"demo", "recipe", "test", "aot", "gpu"}
 
 
 def test_moe_commands_run_in_order(tmp_path: Path) -> None:
@@ -68,22 +68,40 @@ def test_pictures_exist(picture: str) -> None:
     assert (ROOT / picture).is_file()
 
 
+def make(target: str, tmp_path: Path, script: str, *variables: str) -> None:
+    """A target of the Makefile in this interpreter's environment, its `moe` being `script`, a line of shell."""
+    (tmp_path / "bin").mkdir()
+    moe = tmp_path / "bin" / "moe"
+    moe.write_text(f"#!/bin/sh\n{script.format(moe=f'{shlex.quote(sys.executable)} -m moe.cli')}\n")
+    moe.chmod(0o755)
+    (tmp_path / ".installed").touch()
+    arguments = [f"VENV={tmp_path}", f"BIN={tmp_path}/bin", "--old-file", f"{tmp_path}/.installed"]
+    run(["make", target, *arguments, *variables], ROOT)
+
+
 @pytest.mark.slow
 def test_make_demo(tmp_path: Path) -> None:
-    """The demo, four steps of it, in this interpreter's environment."""
-    (tmp_path / "bin").mkdir()
-    script = tmp_path / "bin" / "moe"
-    script.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m moe.cli "$@" --set train.steps=4\n')
-    script.chmod(0o755)
-    (tmp_path / ".installed").touch()
+    """Four steps of it."""
     run_dir = tmp_path / "demo"
-    arguments = [f"VENV={tmp_path}", f"BIN={tmp_path}/bin", f"RUN={run_dir}", "--old-file", f"{tmp_path}/.installed"]
-    run(["make", "demo", *arguments], ROOT)
+    make("demo", tmp_path, 'exec {moe} "$@" --set train.steps=4', f"RUN={run_dir}")
     assert (run_dir / "pictures" / "loss.png").stat().st_size > 10_000
     assert (run_dir / "final" / "model.safetensors").is_file()
     assert (run_dir / "samples.txt").read_text(encoding="utf-8").strip()
     forecast = json.loads((run_dir / "summary.json").read_text())["plan"]
     assert forecast["memory_bytes_predicted"] == pytest.approx(forecast["memory_bytes"], rel=0.15)
+
+
+@pytest.mark.slow
+def test_make_recipe(tmp_path: Path) -> None:
+    """All of its stages, a few thousand tokens of each; a second time, nothing is done again."""
+    short = 'case $1 in train|finetune) set -- "$@" --set train.tokens=8k;; esac; exec {moe} "$@"'
+    make("recipe", tmp_path, short, f"RECIPE={tmp_path}/recipe")
+    stages = [tmp_path / "recipe" / name for name in ("256", "1k", "chat")]
+    assert (stages[-1] / "pictures" / "stages.png").stat().st_size > 10_000
+    written = {path: path.stat().st_mtime_ns for stage in stages for path in stage.rglob("*") if path.is_file()}
+    run(["make", "recipe", f"VENV={tmp_path}", f"BIN={tmp_path}/bin", "--old-file", f"{tmp_path}/.installed",
+         f"RECIPE={tmp_path}/recipe"], ROOT)  # fmt: skip
+    assert written == {path: path.stat().st_mtime_ns for stage in stages for path in stage.rglob("*") if path.is_file()}
 
 
 @pytest.mark.slow

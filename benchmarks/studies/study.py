@@ -1,4 +1,4 @@
-"""What the studies of the experts share: replicas that differ in one thing, trained on the same windows, some seeds each.
+"""What the studies of the experts share: replicas that differ in one thing, trained on the same windows.
 
 A study is a list of variants of `replica.toml`. Every variant is trained once per seed, which sets the initial weights
 and the order of the data; the same seed means the same order for all variants. What comes out is the mean over the

@@ -27,7 +27,17 @@ from moe.data.shards import (
     TokenData,
     token_dtype,
 )
-from moe.data.sources import DataError, Document, Report, Source, default_sources, is_held_out, parse_source, read
+from moe.data.sources import (
+    DataError,
+    Document,
+    Report,
+    Source,
+    default_sources,
+    is_held_out,
+    is_sampled,
+    parse_source,
+    read,
+)
 from moe.files import atomic_directory, is_taken
 from moe.tokenizer import Tokenizer, cl100k, train_bpe
 
@@ -72,6 +82,7 @@ def prepare(
     *,
     vocab_size: int = 4096,
     tokenizer: Tokenizer | str | Path | None = None,
+    sample: float = 1.0,
     overwrite: bool = False,
     shard_tokens: int = 2**27,
     progress: Progress | None = None,
@@ -83,6 +94,7 @@ def prepare(
         out_dir: the directory to write. One made from the same inputs is reused; another one is an error.
         vocab_size: ids of the byte-level BPE to train on the training documents; unused when `tokenizer` is given.
         tokenizer: None trains one; "cl100k" is GPT-4's; else a Tokenizer or a path for `Tokenizer.load`.
+        sample: fraction of the training documents to take, drawn by their names; the held-out ones are all taken.
         overwrite: write anew, replacing a directory that holds prepared data; any other directory is never touched.
         shard_tokens: the most tokens in one shard file.
         progress: called as (phase, bytes done, bytes in all).
@@ -93,8 +105,10 @@ def prepare(
     """
     if shard_tokens < 1:
         raise DataError(f"shard_tokens is {shard_tokens}, expected 1 or more")
+    if not 0 < sample <= 1:
+        raise DataError(f"sample is {sample}, expected a fraction of the documents: above 0, up to 1")
     out = Path(out_dir)
-    job = _Job(*_resolve(sources), tokenizer=_given(tokenizer), vocab_size=vocab_size, progress=progress)
+    job = _Job(*_resolve(sources), _given(tokenizer), vocab_size, sample, progress)
     started = time.perf_counter()
     inputs = _survey(job, shard_tokens)
     job.seconds["read"] = time.perf_counter() - started
@@ -173,13 +187,16 @@ class _Job:
     notices: list[str]
     tokenizer: Tokenizer | None
     vocab_size: int
+    sample: float
     progress: Progress | None
     report: Report = field(default_factory=Report)
     bytes_of: dict[tuple[str, str], int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
-    def documents(self) -> Iterator[Document]:
-        return chain.from_iterable(read(source) for source in self.sources)
+    def documents(self, report: Report | None = None) -> Iterator[Document]:
+        """Those of the sample, source after source; `report` collects what reading left out."""
+        every = chain.from_iterable(read(source, report) for source in self.sources)
+        return (document for document in every if is_sampled(document.name, self.sample))
 
     def tell(self, phase: str, done: int, total: int) -> None:
         if self.progress is not None:
@@ -215,13 +232,12 @@ def _survey(job: _Job, shard_tokens: int) -> str:
     """Reads everything once: sizes per split, what was left out, and a sha256 of all that decides the result."""
     vocabulary = job.tokenizer.fingerprint if job.tokenizer is not None else f"train {job.vocab_size}"
     digest = hashlib.sha256(f"{FORMAT} {VERSION} {vocabulary} {shard_tokens}\n".encode())
-    for source in job.sources:
-        for document in read(source, job.report):
-            text = document.text.encode()
-            key = (source.name, _split_of(document))
-            job.bytes_of[key] = job.bytes_of.get(key, 0) + len(text)
-            name = f"{source.name}/{document.name}".encode("utf-8", "surrogateescape")
-            digest.update(hashlib.sha256(name).digest() + hashlib.sha256(text).digest())
+    for document in job.documents(job.report):
+        text = document.text.encode()
+        key = (document.source, _split_of(document))
+        job.bytes_of[key] = job.bytes_of.get(key, 0) + len(text)
+        name = f"{document.source}/{document.name}".encode("utf-8", "surrogateescape")
+        digest.update(hashlib.sha256(name).digest() + hashlib.sha256(text).digest())
     return digest.hexdigest()
 
 
@@ -233,7 +249,8 @@ def _check_splits(job: _Job) -> None:
         if len(without) == len(job.sources):
             raise DataError(
                 f"no document is {meaning[split]}: one in twenty is held out, by the sha256 of its name; give more "
-                "documents (split large files into many, or use JSONL with one document per line) or another source"
+                "documents (split large files into many, or use JSONL with one document per line), a larger sample, or "
+                "another source"
             )
         job.notices += [f"source {name!r}: no document is {meaning[split]}" for name in without]
 

@@ -71,7 +71,19 @@ class Report:
 
 def is_held_out(name: str) -> bool:
     """Whether a document belongs to validation: one in twenty, by the sha256 of its name, never by position."""
-    return int(hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest(), 16) % HELD_OUT_ONE_IN == 0
+    return _hash(name) % HELD_OUT_ONE_IN == 0
+
+
+def is_sampled(name: str, fraction: float) -> bool:
+    """Whether a document is among a `fraction` of the training documents, drawn by their names; held-out ones all are.
+
+    A smaller sample is part of a larger one, and models trained on either are scored on the same text.
+    """
+    return is_held_out(name) or _hash(f"sample {name}") < fraction * 2**256
+
+
+def _hash(name: str) -> int:
+    return int(hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest(), 16)
 
 
 def parse_source(argument: str | Path, text_field: str = "text") -> Source:

@@ -148,19 +148,44 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     return records
 
 
+def run_of(checkpoint: Path) -> Path | None:
+    """The directory of the run that a checkpoint, RUN/final or RUN/checkpoints/step-000100, lies in, if any."""
+    place = checkpoint.resolve()
+    run_dir = place.parent.parent if place.parent.name == "checkpoints" else place.parent
+    return run_dir if (run_dir / METRICS_FILE).is_file() else None
+
+
+def records_up_to(checkpoint: Path) -> list[dict[str, Any]]:
+    """The records of the run that a checkpoint lies in, up to it; empty without a run."""
+    run_dir, name = run_of(checkpoint), checkpoint.resolve().name
+    if run_dir is None:
+        return []
+    step = name.removeprefix("step-")
+    last = int(step) if step.isdecimal() else math.inf
+    return [r for r in read_metrics(run_dir) if r["step"] <= last]
+
+
 def load_over_training(checkpoint: Path) -> list[dict[str, Any]]:
     """The "train" records, each with its `load`, of the run that a checkpoint lies in, up to it; empty without a run.
 
     Args:
         checkpoint: RUN/final or RUN/checkpoints/step-000100.
     """
-    place = checkpoint.resolve()
-    in_checkpoints = place.parent.name == "checkpoints"
-    run_dir = place.parent.parent if in_checkpoints else place.parent
-    if not (run_dir / METRICS_FILE).is_file():
-        return []
-    last = int(place.name.rpartition("-")[2]) if in_checkpoints and place.name[-1].isdecimal() else math.inf
-    return [r for r in read_metrics(run_dir) if r["kind"] == "train" and r["step"] <= last]
+    return [r for r in records_up_to(checkpoint) if r["kind"] == "train"]
+
+
+def stages(run_dir: Path) -> list[list[dict[str, Any]]]:
+    """The records of the runs whose weights this one began with, the first of them first, and then its own."""
+    found, seen = [read_metrics(run_dir)], {run_dir.resolve()}
+    while found[0] and found[0][0]["kind"] == "start" and found[0][0]["from"]:
+        before = run_dir / found[0][0]["from"]
+        earlier = run_of(before)
+        if earlier is None or earlier in seen:
+            break
+        found.insert(0, records_up_to(before))
+        run_dir = earlier
+        seen.add(earlier)
+    return found
 
 
 def _numbers(record: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:

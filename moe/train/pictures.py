@@ -1,4 +1,4 @@
-"""Pictures of a run, drawn from its metrics.jsonl: loss.png, experts.png, speed.png."""
+"""Pictures of a run, drawn from its metrics.jsonl: loss.png, experts.png, speed.png; of a later stage stages.png."""
 
 from pathlib import Path
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from moe import figures
-from moe.train.metrics import read_metrics
+from moe.train.metrics import read_metrics, stages
 
 PICTURES = "pictures"
 
@@ -27,6 +27,9 @@ def draw(run_dir: str | Path) -> list[Path] | None:
         return []
     place = Path(run_dir) / PICTURES
     drawn = {"loss": _loss(train, records), "experts": _experts(train), "speed": _speed(train)}
+    all_stages = [[r for r in records if r["kind"] == "train"] and records for records in stages(Path(run_dir))]
+    if len(shown := [records for records in all_stages if records]) > 1:
+        drawn["stages"] = _stages(shown)
     return [figures.save(figure, place, name) for name, figure in drawn.items()]
 
 
@@ -112,6 +115,57 @@ def _speed(train: list[dict[str, Any]]) -> Any:
     figures.label_end(axis, x[-1], y[-1], f"{y[-1]:,.0f}", figures.COLOURS[2])
     figures.title(axis, "Speed", f"tokens per second; median {np.median(y):,.0f}", f"tokens {unit}")
     return figure
+
+
+def _stages(runs: list[list[dict[str, Any]]]) -> Any:
+    """All stages of a recipe, one after the other: training loss, held-out bits per byte, tokens in a step."""
+    figure, (loss, held_out, batch) = figures.figure(1, 3, width=4.6, height=4.2)
+    begins = np.cumsum([0, *(records[-1]["tokens"] for records in map(_kind("train"), runs))])
+    scale, unit = _token_scale([{"tokens": int(begins[-1])}])
+    losses = []
+    for i, records in enumerate(runs):
+        colour = figures.COLOURS[i % len(figures.COLOURS)]
+        train, evals = _kind("train")(records), _kind("eval")(records)
+        x = (begins[i] + np.array([r["tokens"] for r in train])) / scale
+        lm = np.array([r["lm"] for r in train])
+        losses.append(lm)
+        loss.plot(x, lm, color=colour, alpha=0.25, linewidth=1)
+        loss.plot(x, _smoothed(lm), color=colour, linewidth=2)
+        steps = np.array([r["batch_tokens"] for r in train])
+        batch.plot([begins[i] / scale, *x], [steps[0], *steps], color=colour, linewidth=2, drawstyle="steps-pre")
+        for axis in (loss, held_out, batch):
+            axis.axvline(begins[i] / scale, color=figures.GRID, linewidth=1)
+        batch.annotate(
+            _stage_name(records), (begins[i] / scale, 1), xytext=(3, -10 - 12 * i), color=colour, fontsize=8,
+            xycoords=("data", "axes fraction"), textcoords="offset points", annotation_clip=False,
+        )  # fmt: skip
+        for name in evals[-1]["bits_per_byte"] if evals else ():
+            if name != "total" or len(evals[-1]["bits_per_byte"]) == 1:
+                x = (begins[i] + np.array([r["tokens"] for r in evals])) / scale
+                y = [r["bits_per_byte"][name] for r in evals]
+                held_out.plot(x, y, color=colour, linewidth=1.5, marker="o", markersize=3, clip_on=False)
+                held_out.annotate(
+                    name, (x[-1], y[-1]), xytext=(-2, 5), textcoords="offset points", color=colour, fontsize=8,
+                    ha="right", annotation_clip=False,
+                )  # fmt: skip
+    for axis in (loss, held_out, batch):
+        axis.set_xlim(0, begins[-1] / scale)
+    loss.set_ylim(*_range_without_start(np.concatenate(losses)))
+    batch.set_ylim(0, None)
+    batch.yaxis.set_major_formatter(lambda value, position: f"{value:,.0f}")
+    figures.title(loss, "Training loss", "nats per token, stage after stage", f"tokens {unit}")
+    figures.title(held_out, "Held out", "bits per byte of text; of responses in the last", f"tokens {unit}")
+    figures.title(batch, "Batch", "tokens in a step", f"tokens {unit}")
+    return figure
+
+
+def _kind(kind: str) -> Any:
+    return lambda records: [r for r in records if r["kind"] == kind]
+
+
+def _stage_name(records: list[dict[str, Any]]) -> str:
+    start = records[0]
+    return f"{start['name']}, {start['seq_len']:,} at once" if start["kind"] == "start" else "before"
 
 
 def _smoothed(values: np.ndarray) -> np.ndarray:

@@ -1,5 +1,6 @@
 """A run of training: what its steps share, and how it begins, anew or from its newest checkpoint."""
 
+import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -135,6 +136,10 @@ def open_run(
     )
     if saved is not None:
         _restore(run, saved)
+    else:
+        # Relative, so that runs which are moved together still find each other.
+        before = os.path.relpath(start_from, run_dir) if start_from is not None else None
+        run.log.write({"kind": "start", "step": 0, "name": cfg.name, "from": before, "seq_len": stream.seq_len})
     _introduce(run, resumed_from=found, start_from=start_from)
     return run
 

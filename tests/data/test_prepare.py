@@ -50,6 +50,29 @@ def test_tokenizer_sees_training_documents_only(corpora: dict[str, Path], data: 
     assert data.tokenizer().fingerprint == train_bpe(training, 320).fingerprint
 
 
+def test_a_sample_is_some_of_the_training_documents_and_all_that_are_held_out(
+    corpora: dict[str, Path], data: TokenData, tmp_path: Path
+) -> None:
+    sources = [f"{name}={path}" for name, path in corpora.items()]
+    taken: dict[float, set[tuple[str, str]]] = {}
+    for fraction in (0.3, 0.6):
+        prepare(sources, tmp_path / str(fraction), tokenizer=data.tokenizer(), sample=fraction)
+        sample = TokenData.open(tmp_path / str(fraction))
+        taken[fraction] = {(s, name) for s in data.sources for name in sample.documents(s, "train").names}
+        for source in data.sources:
+            assert sample.documents(source, "val").names == data.documents(source, "val").names
+    every = {(s, name) for s in data.sources for name in data.documents(s, "train").names}
+    assert taken[0.3] < taken[0.6] < every
+    for fraction, documents in taken.items():  # five standard deviations of a binomial
+        error = 5 * (fraction * (1 - fraction) / len(every)) ** 0.5
+        assert len(documents) / len(every) == pytest.approx(fraction, abs=error)
+    with pytest.raises(DataError, match="holds data prepared from other sources or settings"):
+        prepare(sources, tmp_path / "0.3", tokenizer=data.tokenizer(), sample=0.6)
+    for fraction in (0.0, 1.5, float("nan")):
+        with pytest.raises(DataError, match=f"sample is {fraction}, expected a fraction"):
+            prepare(sources, tmp_path / "none", sample=fraction)
+
+
 def test_sharding_changes_nothing(corpora: dict[str, Path], data: TokenData, tmp_path: Path) -> None:
     sources = [f"{name}={path}" for name, path in reversed(corpora.items())]  # nor does the order of sources
     info = prepare(sources, tmp_path / "one", vocab_size=320)

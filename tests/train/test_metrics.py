@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from moe.train import train
-from moe.train.metrics import Meter, read_metrics
+from moe.train import pictures, train
+from moe.train.metrics import Meter, read_metrics, stages
 
 
 def test_load_statistics_by_hand():
@@ -42,3 +42,27 @@ def test_tensorboard_has_them_per_layer(cfg, data_dir, tmp_path):
     for r in rows:
         for layer, load in enumerate(r["load"]):
             assert r["load_max_over_mean_by_layer"][f"{layer:02d}"] == pytest.approx(max(load) * 4)
+
+
+def test_stages_lead_back_to_the_first_run(cfg, data_dir, tmp_path):
+    """From a checkpoint in the middle of the first, the end of the second, and after all were moved together."""
+    place = tmp_path / "here"
+    train(cfg, data_dir, place / "first")
+    longer = cfg.with_overrides(["max_seq_len=64", "train.seq_len=32", "train.steps=4"])
+    train(longer, data_dir, place / "second", start_from=place / "first" / "checkpoints" / "step-000004")
+    train(cfg, data_dir, place / "third", start_from=place / "second" / "final")
+    place = place.rename(tmp_path / "there")
+    found = stages(place / "third")
+    assert [records[0]["kind"] for records in found] == ["start"] * 3
+    assert [records[0]["seq_len"] for records in found] == [16, 32, 16]
+    trained = [[r["step"] for r in records if r["kind"] == "train"] for records in found]
+    assert trained == [[1, 2, 3, 4], [1, 2, 3, 4], list(range(1, 9))]
+    assert [path.name for path in pictures.draw(place / "third") or []][-1] == "stages.png"
+    assert "stages.png" not in [path.name for path in pictures.draw(place / "first") or []]
+
+
+def test_stages_end_where_a_run_is_gone(cfg, data_dir, tmp_path):
+    train(cfg, data_dir, tmp_path / "first")
+    (tmp_path / "first" / "final").rename(tmp_path / "kept")
+    train(cfg, data_dir, tmp_path / "second", start_from=tmp_path / "kept")
+    assert len(stages(tmp_path / "second")) == 1

@@ -12,18 +12,22 @@ from pathlib import Path
 import pytest
 
 import moe
+from moe.data import prepare_conversations
 from moe.train import train
 from moe.train.evaluate import some_windows
 
 ROOT = Path(__file__).parents[2]
 
 
-def start(cfg_file, data_dir, run_dir, *settings):
-    command = [sys.executable, "-m", "moe.cli", "train", str(cfg_file), "--data", str(data_dir), "--out", str(run_dir)]
+def moe_command(*arguments):
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    if settings:
-        command += ["--set", *settings]
+    command = [sys.executable, "-m", "moe.cli", *map(str, arguments)]
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def start(cfg_file, data_dir, run_dir, *settings):
+    arguments = ["train", cfg_file, "--data", data_dir, "--out", run_dir]
+    return moe_command(*arguments, *(["--set", *settings] if settings else []))
 
 
 def metrics(run_dir):
@@ -62,6 +66,58 @@ def test_killed_anywhere_and_resumed_gives_the_same_to_the_last_digit(cfg_file, 
     one, other = (moe.load(tmp_path / name / "final").state_dict() for name in ("whole", "killed"))
     assert all(one[name].equal(other[name]) for name in one)
     assert not list((tmp_path / "killed").rglob("*.tmp"))
+
+
+EVERY = ["train.log_every=1", "train.save_every=7", "train.eval_every=20"]
+PRETRAIN = ["train.tokens=epochs", "train.epochs.prose=2", "train.epochs.verse=4", "train.document_mask=true"]
+PRETRAIN += ["train.batch_ramp=0:128 8k:256 24k:512", "train.optimizer=muon", "router.bias_update_rate=0.001"]
+EXTEND = ["max_seq_len=64", "train.seq_len=64", "attention.rope.scaling=yarn", "attention.rope.factor=2.0"]
+EXTEND += ["attention.rope.original_max_seq_len=32", "train.steps=60", "train.lr=1e-3", "router.bias_update_rate=0.001"]
+FINETUNE = ["train.steps=60", "train.seq_len=64", "train.batch_size=2"]
+
+
+def recipe(root, cfg_file, data_dir, conversations):
+    """(directory, command) of each stage."""
+    yield root / "256", ["train", cfg_file, "--data", data_dir, "--out", root / "256", "--set", *EVERY, *PRETRAIN]
+    extend = ["train", cfg_file, "--from", root / "256" / "final", "--data", data_dir, "--out", root / "1k"]
+    yield root / "1k", [*extend, "--set", *EVERY, *EXTEND]
+    chat = ["finetune", root / "1k" / "final", "--data", conversations, "--out", root / "chat"]
+    yield root / "chat", [*chat, "--set", *EVERY, *FINETUNE]
+
+
+@pytest.mark.slow
+def test_a_recipe_killed_ten_times_ends_as_if_it_never_was(cfg_file, data_dir, tmp_path):
+    """Three stages, each killed at random steps and, at its end, at a random moment of saving and evaluating."""
+    rng, rows, kills = random.Random(), [], {"256": 5, "1k": 4, "chat": 4}
+    for i in range(200):
+        words = " ".join(rng.choice(("cat", "mat", "rain", "fell")) for _ in range(12))
+        rows.append({"prompt": f"say {i}", "response": words})
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    conversations = tmp_path / "conversations"
+    prepare_conversations([tmp_path / "pairs.jsonl"], conversations, tokenizer=str(data_dir / "tokenizer.json"))
+    steps = {}
+    for run_dir, command in recipe(tmp_path / "whole", cfg_file, data_dir, conversations):
+        process = moe_command(*command)
+        assert process.wait(timeout=300) == 0, process.communicate()[0]
+        steps[run_dir.name] = metrics(run_dir)[-1]["step"]
+    killed = 0
+    for run_dir, command in recipe(tmp_path / "killed", cfg_file, data_dir, conversations):
+        n, last = kills[run_dir.name], steps[run_dir.name]
+        for step in [*sorted(rng.sample(range(2, last), n - 1)), last]:
+            process = moe_command(*command)
+            wait_for_step(process, run_dir, step)
+            time.sleep(rng.random() * (1.0 if step == last else 0.05))
+            process.kill()
+            process.communicate()
+            killed += process.returncode == -signal.SIGKILL
+        process = moe_command(*command)
+        assert process.wait(timeout=300) == 0, process.communicate()[0]
+    assert killed >= 10  # at the end of a stage it may have finished first
+    for name in steps:
+        whole, other = (tmp_path / side / name for side in ("whole", "killed"))
+        assert metrics(whole) == metrics(other)
+        one, two = (moe.load(side / "final").state_dict() for side in (whole, other))
+        assert all(one[key].equal(two[key]) for key in one)
 
 
 def test_sigterm_finishes_the_step_saves_and_stops(cfg_file, data_dir, tmp_path):
