@@ -120,8 +120,8 @@ def _print_rungs(climbed: "Climbed") -> None:
     times = ladder.held_out.flop / ladder.rungs[-1].flop
     print(
         f"{p.law}; without one rung, its exponent is {_range([law.exponent for law in p.without_one], '.3f')}\n"
-        f"prediction for {ladder.held_out.name}, at {times:.1f} times the compute of the largest rung, before it is "
-        f"trained: {p.loss:.4f} nats/token ({_range([p.low, p.high], '.4f')} without one rung)",
+        f"predicted from the rungs alone for {ladder.held_out.name}, at {times:.1f} times the compute of the largest: "
+        f"{p.loss:.4f} nats/token ({_range([p.low, p.high], '.4f')} without one rung)",
         flush=True,
     )
 

@@ -21,11 +21,12 @@ def draw(climbed: Climbed, place: str | Path) -> Path | None:
     figure, (axis,) = figures.figure(1, 1, width=7.2, height=4.8)
     _law(axis, climbed)
     _rungs(axis, climbed)
-    _held_out(axis, climbed)
     _scales(axis, climbed)
-    error = "" if climbed.error is None else f"; the prediction is off by {climbed.error:+.2%}"
-    subtitle = f"nats per token of held-out text; {climbed.prediction.law}{error}"
-    figures.title(axis, f"Scaling ladder of {climbed.ladder.base.name}", subtitle, "training compute (FLOP)")
+    _held_out(axis, climbed)
+    name = climbed.ladder.base.name
+    off = "" if climbed.error is None else f": the prediction is off by {climbed.error:+.2%}"
+    subtitle = "held-out nats per token; dashed: where the law predicts, band: the law without one rung"
+    figures.title(axis, f"Scaling ladder of {name}{off}", subtitle, "training compute (FLOP)")
     return figures.save(figure, Path(place), NAME)
 
 
@@ -33,7 +34,7 @@ def _law(axis: Any, climbed: Climbed) -> None:
     """The fitted law, dashed beyond the rungs, in the band of the laws that lack one of them."""
     p, rungs, top = climbed.prediction, climbed.ladder.rungs, climbed.ladder.held_out
     assert p is not None
-    low, high = rungs[0].flop / 1.6, top.flop * 1.6
+    low, high = rungs[0].flop / 1.6, top.flop * 1.35
     C = np.geomspace(low, high, 200)
     laws = np.array([[law.loss(c) for c in C] for law in (p.law, *p.without_one)])
     axis.fill_between(C, laws.min(0), laws.max(0), color=figures.COLOURS[0], alpha=0.12, linewidth=0)
@@ -41,7 +42,7 @@ def _law(axis: Any, climbed: Climbed) -> None:
     axis.plot(C[inside], laws[0][inside], color=figures.COLOURS[0], linewidth=2)
     axis.plot(C[~inside], laws[0][~inside], color=figures.COLOURS[0], linewidth=2, linestyle=(0, (4, 3)))
     axis.annotate(
-        "band: the law without one rung", (0, 0), xytext=(8, 8), xycoords="axes fraction", textcoords="offset points",
+        str(p.law), (0, 0), xytext=(8, 8), xycoords="axes fraction", textcoords="offset points",
         fontsize=9, color=figures.COLOURS[0],
     )  # fmt: skip
     axis.set_xlim(low, high)
@@ -52,29 +53,24 @@ def _rungs(axis: Any, climbed: Climbed) -> None:
     L = [m.loss for m in climbed.measured]
     axis.plot(C, L, "o", color=figures.COLOURS[0], markersize=7)
     for rung, c, loss in zip(climbed.ladder.rungs, C, L, strict=True):
-        axis.annotate(
-            rung.name, (c, loss), xytext=(6, 6), textcoords="offset points", fontsize=9, color=figures.INK
-        )  # fmt: skip
+        axis.annotate(rung.name, (c, loss), xytext=(6, 6), textcoords="offset points", fontsize=9, color=figures.INK)
 
 
 def _held_out(axis: Any, climbed: Climbed) -> None:
-    """Hollow: predicted; filled: measured. Their labels stand apart however close the two are."""
+    """Hollow: predicted; filled: measured. What they are stands right of the panel, apart however close they are."""
     p, top, colour = climbed.prediction, climbed.ladder.held_out, figures.COLOURS[1]
     assert p is not None
-    style: dict[str, Any] = {"textcoords": "offset points", "fontsize": 9, "color": colour}
-    under = climbed.held_out is not None and climbed.held_out.loss > p.loss
-    above, below = {"xytext": (0, 12), "ha": "right"}, {"xytext": (0, -20), "ha": "right"}
-    axis.plot(
-        [top.flop], [p.loss], "o", markersize=12, markerfacecolor="none", markeredgecolor=colour, markeredgewidth=2
-    )
-    axis.annotate(
-        f"{top.name} predicted {p.loss:.3f} ({p.low:.3f} to {p.high:.3f})", (top.flop, p.loss),
-        **(below if under else above), **style,
-    )  # fmt: skip
+    hollow = {"markerfacecolor": "none", "markeredgecolor": colour, "markeredgewidth": 2}
+    axis.plot([top.flop], [p.loss], "o", markersize=12, **hollow)
+    labels = [(p.loss, f"predicted {p.loss:.3f}", colour)]
     if climbed.held_out is not None:
-        loss = climbed.held_out.loss
-        axis.plot([top.flop], [loss], "o", color=colour, markersize=6)
-        axis.annotate(f"measured {loss:.3f}", (top.flop, loss), **(above if under else below), **style)
+        axis.plot([top.flop], [climbed.held_out.loss], "o", color=colour, markersize=6)
+        labels.append((climbed.held_out.loss, f"measured {climbed.held_out.loss:.3f}", colour))
+    highest = max(loss for loss, _, _ in labels)
+    axis.annotate(
+        top.name, (top.flop, highest), xytext=(0, 10), textcoords="offset points", fontsize=9, color=colour, ha="center"
+    )
+    figures.label_ends(axis, axis.get_xlim()[1], labels)
 
 
 def _scales(axis: Any, climbed: Climbed) -> None:
