@@ -93,8 +93,8 @@ def plan_ladder(
       already makes its size right at every width, so what is left is the length of the run.
     - the same share of its tokens as warm-up, and everything else as it is, the schedule's shape included.
 
-    The two configurations of this repository that were tuned by hand agree: from replica-nano to replica-small compute
-    grows 15-fold, `lr` fell to 0.67 and `muon_lr` to 0.8 of what it was, and the rule says 0.71.
+    Two configurations of this repository that were tuned by hand agree: from replica-nano to 300 steps of replica-small
+    compute grows 15-fold, `lr` fell to 0.67 and `muon_lr` to 0.8 of what it was, and the rule says 0.71.
 
     Args:
         data_dir: what `moe.data.prepare` wrote.
