@@ -108,34 +108,40 @@ def plan_ladder(
     """
     data = TokenData.open(data_dir)
     data.check_compatible(base.vocab_size)
-    t = base.train
-    if t.batch_ramp:
-        raise ConfigError(
-            f"train.batch_ramp = {t.batch_ramp!r}: the rule moves one batch size; unset it (--set train.batch_ramp=) "
-            "and set train.batch_size"
-        )
-    if not 0 < tokens_per_parameter < math.inf:
-        raise ConfigError(f"tokens_per_parameter = {tokens_per_parameter}: must be greater than 0; 20 is customary")
-    if len(rungs) < MIN_RUNGS:
-        raise ConfigError(f"rungs = {' '.join(rungs)}: a fit needs {MIN_RUNGS} or more of them")
     if not any(len(data.tokens(source, "val")) for source in data.sources):
         raise DataError(f"{data_dir} has no held-out documents to measure a loss on: prepare more documents")
+    _check_settings(base, rungs, tokens_per_parameter)
     stream = start.open_stream(base, data)
-    schedule = Schedule(t, stream.seq_len, stream.windows_per_epoch)
+    schedule = Schedule(base.train, stream.seq_len, stream.windows_per_epoch)
     base_flop = _flop(base, schedule.windows * stream.seq_len)
-    make = lambda shape: _rung(base, base_flop, schedule, shape, tokens_per_parameter, stream.windows_per_epoch)  # noqa: E731
-    steps = sorted((make(shape) for shape in rungs), key=lambda rung: rung.flop)
-    top = make(held_out)
-    names = [rung.name for rung in (*steps, top)]
+    replicas = [
+        _rung(base, base_flop, schedule, shape, tokens_per_parameter, stream.windows_per_epoch)
+        for shape in (*rungs, held_out)
+    ]
+    names = [rung.name for rung in replicas]
     for name in names:
         if names.count(name) > 1:
             raise ConfigError(f"{name} is given twice: each replica is trained once; give another size")
+    *steps, top = replicas
+    steps.sort(key=lambda rung: rung.flop)
     if top.flop <= steps[-1].flop:
         raise ConfigError(
             f"held_out = {top.name}: takes {top.flop:.3g} FLOP and {steps[-1].name} {steps[-1].flop:.3g}; a prediction "
             "is of a replica larger than every rung"
         )
     return Ladder(base, base_flop, tokens_per_parameter, Path(data_dir), data.fingerprint, tuple(steps), top)
+
+
+def _check_settings(base: Config, rungs: Sequence[str], tokens_per_parameter: float) -> None:
+    if base.train.batch_ramp:
+        raise ConfigError(
+            f"train.batch_ramp = {base.train.batch_ramp!r}: the rule moves one batch size; unset it (--set "
+            "train.batch_ramp=) and set train.batch_size"
+        )
+    if not 0 < tokens_per_parameter < math.inf:
+        raise ConfigError(f"tokens_per_parameter = {tokens_per_parameter}: must be greater than 0; 20 is customary")
+    if len(rungs) < MIN_RUNGS:
+        raise ConfigError(f"rungs = {' '.join(rungs)}: a fit needs {MIN_RUNGS} or more of them")
 
 
 def _rung(base: Config, base_flop: float, base_run: Schedule, shape: str, ratio: float, windows_per_pass: int) -> Rung:
@@ -333,29 +339,31 @@ def _predict(ladder: Ladder, measured: Sequence[Measured]) -> Prediction:
 def _keep(climbed: Climbed, place: Path) -> None:
     """Writes the prediction, or leaves what is there where it is the same; another one would come after the fact."""
     assert climbed.prediction is not None
-    file, held_out = place / LADDER_FILE, climbed.ladder.held_out
+    file, name, loss = place / LADDER_FILE, climbed.ladder.held_out.name, climbed.prediction.loss
     if file.is_file():
-        before = _read(file)["held_out"]
-        same = before["name"] == held_out.name and math.isclose(
-            before["predicted_loss"], climbed.prediction.loss, rel_tol=1e-6
-        )
-        if same:
-            return
-        if before["loss"] is not None and before["name"] == held_out.name:
+        before = _read(file)
+        if before["name"] != name:
             raise ConfigError(
-                f"{file} has the prediction {before['predicted_loss']:.4f} for {before['name']}, made before its loss "
-                f"was measured; these rungs give {climbed.prediction.loss:.4f}. Predict another replica (--held-out), "
-                "or give the rungs it was made with"
+                f"{file} has the prediction for {before['name']}, and this is one for {name}: move it away to go on "
+                "with the same replicas, or choose another --out"
+            )
+        if math.isclose(before["predicted_loss"], loss, rel_tol=1e-6):
+            return
+        if before["loss"] is not None:
+            raise ConfigError(
+                f"{file} has the prediction {before['predicted_loss']:.4f} for {name}, made before its loss was "
+                f"measured; these rungs give {loss:.4f}. Predict another replica (--held-out), or give the rungs it "
+                "was made with"
             )
     _write(climbed, place)
 
 
 def _read(file: Path) -> dict[str, Any]:
+    """What a ladder.json says of its held-out replica."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        assert isinstance(content["held_out"]["predicted_loss"], float)
-        return content
-    except (ValueError, KeyError, TypeError, AssertionError):
+        found = json.loads(file.read_text(encoding="utf-8"))["held_out"]
+        return {"name": found["name"], "predicted_loss": float(found["predicted_loss"]), "loss": found["loss"]}
+    except (ValueError, KeyError, TypeError):
         raise ConfigError(f"{file} is not of a ladder, or damaged: move it away, or choose another --out") from None
 
 

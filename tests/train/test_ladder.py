@@ -266,6 +266,11 @@ def test_a_prediction_is_not_changed_once_its_loss_is_known(climbed_once, tmp_pa
         record["held_out"]["loss"] = None  # not measured yet: rungs may still be added
         kept.write_text(json.dumps(record))
         assert climb(climbed.ladder, place) == climbed
+        record["held_out"]["name"] = "384x4"
+        kept.write_text(json.dumps(record))
+        with pytest.raises(ConfigError, match="has the prediction for 384x4, and this is one for 192x2: move it away"):
+            climb(climbed.ladder, place)
+        assert json.loads(kept.read_text()) == record
         kept.write_text("{}")
         with pytest.raises(ConfigError, match="is not of a ladder, or damaged"):
             climb(climbed.ladder, place)
