@@ -49,11 +49,16 @@ def _law(axis: Any, climbed: Climbed) -> None:
 
 
 def _rungs(axis: Any, climbed: Climbed) -> None:
-    C = [rung.flop for rung in climbed.ladder.rungs]
-    L = [m.loss for m in climbed.measured]
-    axis.plot(C, L, "o", color=figures.COLOURS[0], markersize=7)
-    for rung, c, loss in zip(climbed.ladder.rungs, C, L, strict=True):
-        axis.annotate(rung.name, (c, loss), xytext=(6, 6), textcoords="offset points", fontsize=9, color=figures.INK)
+    """The rungs with their names, which keep to their side of the law."""
+    assert climbed.prediction is not None
+    for rung, measured in zip(climbed.ladder.rungs, climbed.measured, strict=True):
+        axis.plot([rung.flop], [measured.loss], "o", color=figures.COLOURS[0], markersize=7)
+        under = measured.loss < climbed.prediction.law.loss(rung.flop)
+        offset, side = ((-6, -13), "right") if under else ((6, 6), "left")
+        axis.annotate(
+            rung.name, (rung.flop, measured.loss), xytext=offset, textcoords="offset points", fontsize=9,
+            color=figures.INK, ha=side,
+        )  # fmt: skip
 
 
 def _held_out(axis: Any, climbed: Climbed) -> None:

@@ -6,7 +6,7 @@ import pytest
 from moe.config import ConfigError
 from moe.train.ladder_fit import PowerLaw, fit, leave_one_out
 
-# Cerebras-GPT 111M to 13B at 20 tokens per parameter (arXiv:2304.03208, table 4): training FLOP, test loss on the Pile.
+# Cerebras-GPT 111M to 13B at 20 tokens per parameter (arXiv:2304.03208): training FLOP, test loss on the Pile.
 CEREBRAS_FLOP = [2.6e18, 1.3e19, 6.1e19, 2.8e20, 1.1e21, 6.3e21, 2.3e22]
 CEREBRAS_LOSS = [2.608, 2.349, 2.181, 1.997, 1.834, 1.704, 1.572]
 
@@ -60,7 +60,7 @@ def test_extrapolates_chinchillas_frontier() -> None:
 
 
 def test_agrees_with_the_law_that_cerebras_published() -> None:
-    """(C / 5.984e22)^-0.0737 + 0.5066: arXiv:2304.03208, figure 3."""
+    """(C / 5.984e22)^-0.0737 + 0.5066 (arXiv:2304.03208)."""
     published = PowerLaw(0.5066, 5.984e22**0.0737, 0.0737)
     law = fit(CEREBRAS_FLOP, CEREBRAS_LOSS)
     assert law.exponent == pytest.approx(published.exponent, rel=0.05)
