@@ -24,8 +24,8 @@ from moe.train.run import CONFIG_FILE
 from moe.train.schedule import Schedule
 
 LADDER_FILE = "ladder.json"
-# DeepSeek LLM (arXiv:2401.02954), equation 1: the best batch grows as C^0.3271, the best rate falls as C^-0.1250. Fitted
-# on dense models from 1e17 to 2e19 FLOP, without those of the output layer; only the exponents are taken from there.
+# DeepSeek LLM (arXiv:2401.02954), equation 1: the best batch grows as C^0.3271, the best rate falls as C^-0.1250.
+# Fitted on dense models, 1e17 to 2e19 FLOP without those of the output layer; only the exponents are taken from there.
 BATCH_EXPONENT, RATE_EXPONENT = 0.3271, -0.1250
 EVALUATIONS, SAVES, LOGS = 4, 4, 40  # of a rung; more would be a large share of the smallest
 MAX_PASSES = 4  # of the data: up to four, repeated tokens are worth nearly what new ones are (arXiv:2305.16264)
