@@ -17,6 +17,7 @@ from tyro.conf import Positional, UseAppendAction, arg
 from moe.cli_chat import chat
 from moe.cli_eval import evaluate
 from moe.cli_finetune import finetune, instructions
+from moe.cli_ladder import ladder
 from moe.cli_output import printable, write
 from moe.cli_plan import plan_app
 from moe.cli_profile import profile_app
@@ -31,6 +32,7 @@ app.command(data_app, name="data")
 app.command(name="eval")(evaluate)
 app.command(profile_app, name="profile")
 app.command(finetune)
+app.command(ladder)
 app.command(chat)
 data_app.command(instructions)
 app.command(plan_app, name="plan")

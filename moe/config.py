@@ -267,14 +267,15 @@ class Config:
         8/3 d_model (SwiGLU) or 4 d_model (GELU: the same parameter count). Experts, top-k and key/value heads stay.
 
         Raises:
-            ConfigError: `d_model` is not a multiple of 192, the width at which all of these are whole numbers.
+            ConfigError: `d_model` is not a multiple of 96 (192 from 1536 on), where all of these are whole numbers.
         """
+        multiple = 96 if d_model < 1536 else 192
         _require(
-            d_model > 0 and d_model % 192 == 0,
+            d_model > 0 and d_model % multiple == 0,
             "d_model",
             d_model,
-            "the replica rule needs a multiple of 192 (d_ff = 8/3 d_model, query width 2 d_model); the nearest is "
-            f"{max(192, round(d_model / 192) * 192)}",
+            f"the replica rule needs a multiple of {multiple} (d_ff = 8/3 d_model, query width 2 d_model); the nearest "
+            f"is {max(96, round(d_model / multiple) * multiple)}",
         )
         head_dim = 64 if d_model < 1536 else 128
         d_ff = 8 * d_model // 3 if self.experts.activation == "swiglu" else 4 * d_model

@@ -88,10 +88,13 @@ def assert_ratios(cfg: Config) -> None:
     assert cfg.attention.head_dim == (64 if cfg.d_model < 1536 else 128)
 
 
-@given(units=st.integers(1, 64), n_layers=st.integers(1, 200))
-def test_scaled_keeps_the_ratios_at_every_width(units: int, n_layers: int) -> None:
-    cfg = Config().scaled(d_model=192 * units, n_layers=n_layers)
-    assert (cfg.d_model, cfg.n_layers) == (192 * units, n_layers)
+WIDTHS = st.integers(1, 15).map(lambda n: 96 * n) | st.integers(8, 64).map(lambda n: 192 * n)
+
+
+@given(d_model=WIDTHS, n_layers=st.integers(1, 200))
+def test_scaled_keeps_the_ratios_at_every_width(d_model: int, n_layers: int) -> None:
+    cfg = Config().scaled(d_model=d_model, n_layers=n_layers)
+    assert (cfg.d_model, cfg.n_layers) == (d_model, n_layers)
     assert_ratios(cfg)
 
 
@@ -104,9 +107,21 @@ def test_scaled_gelu_has_four_times_the_width() -> None:
     assert cfg.experts.d_ff == 4 * 384
 
 
-@pytest.mark.parametrize(("d_model", "nearest"), [(100, 192), (200, 192), (300, 384), (0, 192), (-192, 192)])
-def test_scaled_refuses_widths_without_whole_ratios(d_model: int, nearest: int) -> None:
-    with pytest.raises(ConfigError, match=rf"d_model = {d_model}: .*multiple of 192.*nearest is {nearest}"):
+@pytest.mark.parametrize(
+    ("d_model", "multiple", "nearest"),
+    [
+        (64, 96, 96),
+        (100, 96, 96),
+        (300, 96, 288),
+        (1530, 96, 1536),
+        (0, 96, 96),
+        (-192, 96, 96),
+        (1632, 192, 1536),  # at heads of 128 its query width of 3264 would be 25.5 of them
+        (10_000, 192, 9984),
+    ],
+)
+def test_scaled_refuses_widths_without_whole_ratios(d_model: int, multiple: int, nearest: int) -> None:
+    with pytest.raises(ConfigError, match=rf"d_model = {d_model}: .*multiple of {multiple} .*nearest is {nearest}"):
         Config().scaled(d_model=d_model, n_layers=2)
 
 

@@ -41,6 +41,7 @@ RANK = {
     "moe.cli_eval": 8,
     "moe.cli_profile": 8,
     "moe.cli_finetune": 8,
+    "moe.cli_ladder": 8,
     "moe.cli_chat": 8,
     "moe.cli_output": 8,
     "moe.cli_step": 8,

@@ -20,6 +20,7 @@ from torch import Tensor
 from moe import checkpoint, plan
 from moe.config import Config, ConfigError
 from moe.data import Batch, TokenData, compression
+from moe.files import write_whole
 from moe.kernels.reference import IGNORE_INDEX
 from moe.model import Output
 from moe.profile import Pass
@@ -35,7 +36,10 @@ FINAL = "final"
 
 @dataclass(frozen=True)
 class Result:
-    """How a run ended: "complete" (`summary` is what summary.json holds) or "stopped" by `signal`, to be resumed."""
+    """How a run ended: "complete" (`summary` is what summary.json holds) or "stopped" by `signal`, to be resumed.
+
+    A complete run has a `signal`, too, where one came when there was nothing left to stop.
+    """
 
     status: Literal["complete", "stopped"]
     step: int
@@ -103,7 +107,7 @@ def train(
                 if _due(run, t.save_every) or run.complete or stop.signal:
                     _save(run)
             if run.complete:
-                return Result("complete", run.step, run.dir, _finish(run))
+                return Result("complete", run.step, run.dir, _finish(run), stop.signal)
         except StopRequested:
             pass  # during the final evaluation; the checkpoint is on disk
         except torch.OutOfMemoryError as error:
@@ -344,6 +348,6 @@ def _finish(run: Run) -> dict[str, Any]:
     if drawn is None:
         run.reporter.note('no pictures: matplotlib is not installed (pip install "gpt4-moe[plot]")')
     # Last, since its presence says that the run is complete.
-    (run.dir / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    write_whole(run.dir / SUMMARY_FILE, (json.dumps(summary, indent=2) + "\n").encode())
     run.reporter.finish(summary, run.dir)
     return summary

@@ -95,12 +95,17 @@ def load_training(checkpoint: Path) -> dict[str, Any]:
 
 def check_same_config(saved: str, cfg: Config, run_dir: Path) -> None:
     """Raises ConfigError, naming what differs, where a run made with `saved` (TOML) cannot go on with `cfg`."""
-    changed = [line for line in differences(saved, cfg) if line.split(" ")[0] not in HARMLESS]
+    changed = harmful(saved, cfg)
     if changed:
         raise ConfigError(
             f"{run_dir} holds a run with another configuration: {', '.join(changed)}. Restore it to resume, choose "
             "another directory (--out), or start anew (--fresh)"
         )
+
+
+def harmful(saved: str, cfg: Config) -> list[str]:
+    """Those `differences` with which a run made with `saved` (TOML) could not go on."""
+    return [line for line in differences(saved, cfg) if line.split(" ")[0] not in HARMLESS]
 
 
 def differences(saved: str, cfg: Config) -> list[str]:
