@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from moe.kernels import ops  # noqa: F401 - registers expert_mlp
+from moe.layers import Documents
 
 MODES = ("none", "selective", "full")
 
@@ -44,9 +45,11 @@ KEPT = {
 }
 
 
-def run_block(block: nn.Module, x_BSD: Tensor, rope: tuple[Tensor, Tensor], mask_B1SS: Tensor | None, mode: str) -> Any:
+def run_block(
+    block: nn.Module, x_BSD: Tensor, rope: tuple[Tensor, Tensor], documents: Documents | None, mode: str
+) -> Any:
     """The block of `x_BSD`, without a cache, with the checkpointing of `mode`; without gradients, as it is."""
-    arguments = x_BSD, rope, None, 0, mask_B1SS
+    arguments = x_BSD, rope, None, 0, documents
     if mode == "none" or not torch.is_grad_enabled():
         return block(*arguments)
     if mode == "full":

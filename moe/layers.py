@@ -7,6 +7,7 @@ C head width.
 import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import groupby, pairwise
 from typing import Any
 
 import torch
@@ -180,6 +181,29 @@ class KVCache:
         self.length = 0
 
 
+# The documents of a batch, one after the other: (n, length) for n of them that are equally long. Or a mask that says
+# what each position sees, bool [B, 1, S, S].
+Documents = list[tuple[int, int]] | Tensor
+
+
+def document_runs(documents_BS: Tensor) -> list[tuple[int, int]]:
+    """`Documents` of a batch in which runs of equal integers are documents. Reads them: best kept on the CPU."""
+    starts = [*_first(documents_BS).flatten().nonzero().flatten().tolist(), documents_BS.numel()]
+    lengths = (end - start for start, end in pairwise(starts))
+    return [(sum(1 for _ in equal), length) for length, equal in groupby(lengths)]
+
+
+def document_mask(documents_BS: Tensor) -> Tensor:
+    """`Documents` as a mask: memory quadratic in S, but one graph for torch.compile however they divide a batch."""
+    run_BS = _first(documents_BS).cumsum(1)
+    return (run_BS.unsqueeze(2) == run_BS.unsqueeze(1)).tril_().unsqueeze(1)
+
+
+def _first(documents_BS: Tensor) -> Tensor:
+    """Whether each position is the first of its document."""
+    return torch.cat([torch.ones_like(documents_BS[:, :1], dtype=torch.bool), documents_BS.diff() != 0], dim=1)
+
+
 class Attention(nn.Module):
     """Causal attention in which H query heads share N key/value heads: N = 1 is multi-query (Shazeer 2019)."""
 
@@ -197,11 +221,11 @@ class Attention(nn.Module):
         rope: tuple[Tensor, Tensor],
         cache: LayerCache | None = None,
         start: int = 0,
-        mask_B1SS: Tensor | None = None,
+        documents: Documents | None = None,
     ) -> Tensor:
         """x_BSD -> [B, S, D]. `start` is the position of the first token; earlier ones are in the cache.
 
-        `mask_B1SS`, of `document_mask`, says what each position sees; None: all before it, and itself.
+        Each position sees itself and those before it: all of them, or with `documents` those of its own.
         """
         # -1, not the number of heads: under tensor parallelism a rank holds some of them.
         q_BSHC = rotate(self.wq(x_BSD).unflatten(-1, (-1, self.head_dim)), *rope)
@@ -210,16 +234,10 @@ class Attention(nn.Module):
         k, v = k_BSNC.transpose(1, 2), v_BSNC.transpose(1, 2)
         if cache is not None:
             k, v = cache.append(start, k, v)
-        return self.wo(_attend(q_BSHC, k, v, mask_B1SS))
+        return self.wo(_attend(q_BSHC, k, v, documents))
 
 
-def document_mask(documents_BS: Tensor) -> Tensor:
-    """What each position may see: itself and those before it in the same document -> bool [B, 1, S, S]."""
-    same_BSS = documents_BS.unsqueeze(2) == documents_BS.unsqueeze(1)
-    return same_BSS.tril_().unsqueeze(1)
-
-
-def _attend(q_BSHC: Tensor, k_BNPC: Tensor, v_BNPC: Tensor, mask_B1SS: Tensor | None = None) -> Tensor:
+def _attend(q_BSHC: Tensor, k_BNPC: Tensor, v_BNPC: Tensor, documents: Documents | None = None) -> Tensor:
     """Causal attention of the last S of P positions -> [B, S, H*C]."""
     B, S, H, C = q_BSHC.shape
     N, P = k_BNPC.shape[1:3]
@@ -227,11 +245,24 @@ def _attend(q_BSHC: Tensor, k_BNPC: Tensor, v_BNPC: Tensor, mask_B1SS: Tensor | 
         # One position sees everything, so the heads that share a key head can be rows of one query: a single product.
         return F.scaled_dot_product_attention(q_BSHC.reshape(B, N, H // N, C), k_BNPC, v_BNPC).reshape(B, 1, H * C)
     q_BHSC = q_BSHC.transpose(1, 2)
-    if mask_B1SS is not None:
-        y_BHSC = F.scaled_dot_product_attention(q_BHSC, k_BNPC, v_BNPC, attn_mask=mask_B1SS, enable_gqa=True)
+    if isinstance(documents, list):
+        return _attend_within(q_BHSC, k_BNPC, v_BNPC, documents).flatten(2)
+    if documents is not None:
+        y_BHSC = F.scaled_dot_product_attention(q_BHSC, k_BNPC, v_BNPC, attn_mask=documents, enable_gqa=True)
     elif S == P:
         y_BHSC = F.scaled_dot_product_attention(q_BHSC, k_BNPC, v_BNPC, is_causal=True, enable_gqa=True)
     else:
         mask_SP = torch.ones(S, P, dtype=torch.bool, device=q_BHSC.device).tril(P - S)
         y_BHSC = F.scaled_dot_product_attention(q_BHSC, k_BNPC, v_BNPC, attn_mask=mask_SP, enable_gqa=True)
     return y_BHSC.transpose(1, 2).flatten(2)
+
+
+def _attend_within(q_BHSC: Tensor, k_BNSC: Tensor, v_BNSC: Tensor, runs: list[tuple[int, int]]) -> Tensor:
+    """Causal attention inside each of the documents that make up the batch -> [B, S, H, C]. Memory linear in S."""
+    pieces, sizes = [], [n * length for n, length in runs]
+    in_turn = (x.transpose(1, 2).flatten(0, 1).split(sizes) for x in (q_BHSC, k_BNSC, v_BNSC))
+    for (n, length), *parts in zip(runs, *in_turn, strict=True):
+        q, k, v = (part.unflatten(0, (n, length)).transpose(1, 2) for part in parts)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        pieces.append(y.transpose(1, 2).flatten(0, 1))
+    return torch.cat(pieces).unflatten(0, (len(q_BHSC), -1))

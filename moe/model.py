@@ -19,7 +19,17 @@ from moe.decode import DecodeStep
 from moe.experts import MoE, Routing
 from moe.kernels import ops
 from moe.kernels.reference import IGNORE_INDEX
-from moe.layers import Attention, KVCache, LayerCache, Linear, RMSNorm, document_mask, rope_tables
+from moe.layers import (
+    Attention,
+    Documents,
+    KVCache,
+    LayerCache,
+    Linear,
+    RMSNorm,
+    document_mask,
+    document_runs,
+    rope_tables,
+)
 
 
 @dataclass
@@ -60,10 +70,10 @@ class Block(nn.Module):
         rope: tuple[Tensor, Tensor],
         cache: LayerCache | None = None,
         start: int = 0,
-        mask_B1SS: Tensor | None = None,
+        documents: Documents | None = None,
         recompute: bool = False,
     ) -> tuple[Tensor, Routing]:
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), rope, cache, start, mask_B1SS)
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), rope, cache, start, documents)
         # A step of generation has no use for the balance losses.
         y_BSD, routing = self.moe(self.moe_norm(x_BSD), with_losses=cache is None, recompute=recompute)
         return x_BSD + y_BSD, routing
@@ -116,7 +126,8 @@ class Transformer(nn.Module):
         Args:
             tokens_BS: int64 ids, S <= max_seq_len (with a cache: what is in it included).
             targets_BS: int64 ids of the same shape, -100 where there is none to predict.
-            documents_BS: integers of the same shape: attention stays among equal ones.
+            documents_BS: integers of the same shape, on any device, best on the CPU: attention stays inside each run
+                of equal ones.
             cache: holds the earlier positions, and takes these; without targets and documents only.
 
         Raises:
@@ -126,13 +137,16 @@ class Transformer(nn.Module):
         """
         start = cache.length if cache is not None else 0
         self._check_input(tokens_BS, targets_BS, documents_BS, cache, start + tokens_BS.shape[1])
-        mask_B1SS = None if documents_BS is None else document_mask(documents_BS)
+        documents: Documents | None = None
+        if documents_BS is not None:
+            compiling = torch.compiler.is_compiling()
+            documents = document_mask(documents_BS.to(tokens_BS.device)) if compiling else document_runs(documents_BS)
         x_BSD = self.embedding(tokens_BS)
         rope = self._rope(start, tokens_BS.shape[1], x_BSD, cache)
         out = Output()
         for i, block in enumerate(self.blocks):
             if cache is None:
-                x_BSD, routing = run_block(block, x_BSD, rope, mask_B1SS, self.activation_checkpointing)
+                x_BSD, routing = run_block(block, x_BSD, rope, documents, self.activation_checkpointing)
             else:
                 x_BSD, routing = block(x_BSD, rope, cache.layers[i], start)
             out.routing.append(routing)

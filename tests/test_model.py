@@ -1,7 +1,9 @@
 """moe.model: loss, cache, checkpointing, compilation, autocast and the promises of `init_weights`."""
 
 import dataclasses
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe.config import Config, ExpertsConfig, RopeConfig, RouterConfig
+from moe.layers import document_runs
 from moe.model import KVCache, Transformer, init_weights
 from tests.conftest import rel, tiny_config
 
@@ -290,7 +293,10 @@ def test_no_token_sees_another_document() -> None:
     """With document ids: each document's logits are those it has alone, and nothing of it reaches another."""
     model, x = lively(tiny_config()), tokens(B=2, S=16)
     lengths = [[4, 1, 11], [7, 9]]
-    documents = torch.stack([torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in lengths])
+    ids = [[0, 1, 0], [5, 4]]  # an id that comes again is of another document
+    documents = torch.stack(
+        [torch.tensor(i).repeat_interleave(torch.tensor(n)) for i, n in zip(ids, lengths, strict=True)]
+    )
     logits = model(x, documents_BS=documents).logits_BSV
     for b, row in enumerate(lengths):
         begin = 0
@@ -308,6 +314,43 @@ def test_no_token_sees_another_document() -> None:
     assert embedded.grad is not None
     assert embedded.grad[0, :4].abs().max() == 0
     assert embedded.grad[0, 4:].abs().amax(1).min() > 0
+
+
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+def test_documents_as_runs_and_as_a_mask_are_the_same(mode: str, monkeypatch) -> None:
+    """torch.compile takes the mask, everything else the runs; logits and gradients, under any checkpointing."""
+    model, x = lively(tiny_config()), tokens(B=3, S=16)
+    model.activation_checkpointing = mode
+    documents = torch.zeros(3, 16, dtype=torch.int64)  # the first window is one document
+    documents[1, 8:], documents[2, 3:], documents[2, 15:] = 1, 1, 2
+    assert document_runs(documents) == [(1, 16), (2, 8), (1, 3), (1, 12), (1, 1)]
+    found = []
+    for compiling in (False, True):
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda compiling=compiling: compiling)
+        logits = model(x, documents_BS=documents).logits_BSV
+        logits.square().mean().backward()
+        found.append([logits.detach(), *(p.grad for p in model.parameters())])
+        model.zero_grad(set_to_none=True)
+    for one, other in zip(*found, strict=True):
+        assert rel(one, other) < 1e-12
+
+
+@pytest.mark.parametrize("parts", [None, 5])
+def test_memory_grows_with_the_context_not_with_its_square(parts: int | None, tmp_path: Path) -> None:
+    """Bytes at the peak of a forward and backward pass, of one document or of several in a window."""
+    model, peaks = Transformer(tiny_config(max_seq_len=8192)), []
+    for length in (2048, 4096, 8192):
+        documents = None if parts is None else (torch.arange(length) * parts // length).unsqueeze(0)
+        x = tokens(B=1, S=length)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+            model(x, x, documents_BS=documents).loss.backward()
+        model.zero_grad(set_to_none=True)
+        profiler.export_chrome_trace(str(tmp_path / "trace.json"))
+        events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+        held = [e["args"]["Total Allocated"] for e in events if e.get("name") == "[memory]"]
+        peaks.append(max(held) - held[0])
+    assert peaks[0] > 2048 * model.cfg.d_model * 4  # the profiler saw the activations
+    assert peaks[2] - peaks[1] == pytest.approx(2 * (peaks[1] - peaks[0]), rel=0.05)
 
 
 def test_documents_that_cannot_be() -> None:

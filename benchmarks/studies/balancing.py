@@ -3,7 +3,7 @@
 With the bias (Wang et al. 2024, arXiv:2408.15664) nothing but the choice of the experts changes: after each step it
 rises for those below the mean load. Three seeds.
 
-Run: python benchmarks/studies/balancing.py [--seeds 3] [--steps 200] [--jobs 1]
+Run: python benchmarks/studies/balancing.py [--seeds 3] [--steps 300] [--jobs 1]
 """
 
 from typing import Any

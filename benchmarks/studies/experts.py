@@ -1,6 +1,6 @@
-"""How many experts? 4, 16 and 64 at the same work per token: two of 512 for each token. Three seeds.
+"""How many experts? 4, 16 and 64 at the same work per token: two of 256 for each token. Three seeds.
 
-Run: python benchmarks/studies/experts.py [--seeds 3] [--steps 200] [--jobs 1]
+Run: python benchmarks/studies/experts.py [--seeds 3] [--steps 300] [--jobs 1]
 """
 
 from typing import Any

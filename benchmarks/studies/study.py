@@ -59,7 +59,7 @@ def main(name: str, about: str | None, variants: list[Variant], columns: "list[C
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=load_config(REPLICA).train.steps)
-    parser.add_argument("--data", type=Path, default=Path("data/studies-4096"), help="prepared on the first run")
+    parser.add_argument("--data", type=Path, default=Path("data/studies-1024"), help="prepared on the first run")
     parser.add_argument("--runs", type=Path, default=Path("runs/studies"))
     parser.add_argument("--jobs", type=int, default=1, help="replicas to train at the same time")
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results" / "studies")

@@ -178,7 +178,7 @@ def evaluate(
             masked_BS = torch.from_numpy(np.where(scored_BS, targets_BS, IGNORE_INDEX)).to(device)
             documents_BS = None
             if mask_by is not None:
-                documents_BS = torch.from_numpy(document_ids(inputs_BS, mask_by)).to(device)
+                documents_BS = torch.from_numpy(document_ids(inputs_BS, mask_by))
             with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
                 tokens_BS = torch.from_numpy(inputs_BS).to(device)
                 mean = model(tokens_BS, masked_BS, documents_BS=documents_BS).losses["lm"]

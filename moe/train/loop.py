@@ -180,10 +180,10 @@ def _train_step(run: Run, traced: bool) -> None:
 
 
 def _documents(run: Run, batch: Batch, rows: slice) -> Tensor | None:
-    """Document ids on the device; None where no window crosses a boundary, which spares the attention a mask."""
+    """Document ids, which the model reads on the CPU; None where no window crosses a boundary."""
     if batch.documents is None or (batch.documents[rows] == batch.documents[rows, :1]).all():
         return None
-    return _to(run.device, batch.documents[rows])
+    return torch.from_numpy(batch.documents[rows])
 
 
 def _to(device: torch.device, array: np.ndarray) -> Tensor:

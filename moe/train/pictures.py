@@ -136,8 +136,8 @@ def _stages(runs: list[list[dict[str, Any]]]) -> Any:
         for axis in (loss, held_out, batch):
             axis.axvline(begins[i] / scale, color=figures.GRID, linewidth=1)
         batch.annotate(
-            _stage_name(records), (begins[i] / scale, 1), xytext=(3, -10 - 12 * i), color=colour, fontsize=8,
-            xycoords=("data", "axes fraction"), textcoords="offset points", annotation_clip=False,
+            _stage_name(records), (1, 0), xytext=(-4, 6 + 12 * (len(runs) - 1 - i)), color=colour, fontsize=8,
+            xycoords="axes fraction", textcoords="offset points", ha="right",
         )  # fmt: skip
         for name in evals[-1]["bits_per_byte"] if evals else ():
             if name != "total" or len(evals[-1]["bits_per_byte"]) == 1:
@@ -145,7 +145,7 @@ def _stages(runs: list[list[dict[str, Any]]]) -> Any:
                 y = [r["bits_per_byte"][name] for r in evals]
                 held_out.plot(x, y, color=colour, linewidth=1.5, marker="o", markersize=3, clip_on=False)
                 held_out.annotate(
-                    name, (x[-1], y[-1]), xytext=(-2, 5), textcoords="offset points", color=colour, fontsize=8,
+                    name, (x[-1], y[-1]), xytext=(-2, -11), textcoords="offset points", color=colour, fontsize=8,
                     ha="right", annotation_clip=False,
                 )  # fmt: skip
     for axis in (loss, held_out, batch):
@@ -165,7 +165,7 @@ def _kind(kind: str) -> Any:
 
 def _stage_name(records: list[dict[str, Any]]) -> str:
     start = records[0]
-    return f"{start['name']}, {start['seq_len']:,} at once" if start["kind"] == "start" else "before"
+    return f"{start['name']}: windows of {start['seq_len']:,}" if start["kind"] == "start" else "before"
 
 
 def _smoothed(values: np.ndarray) -> np.ndarray:
