@@ -138,7 +138,8 @@ class Tokenizer:
         ids = list(ids)
         if not ids or min(ids) >= 0:
             try:
-                return b"".join(map(self._bytes_V.__getitem__, ids))
+                parts: Any = map(self._bytes_V.__getitem__, ids)
+                return b"".join(parts)
             except (IndexError, TypeError):
                 pass  # one of them has no bytes: said below, of which
         return b"".join([self.token_bytes(i) for i in ids])

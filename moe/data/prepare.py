@@ -40,6 +40,8 @@ from moe.tokenizer import Tokenizer, cl100k, train_bpe
 Progress = Callable[[str, int, int], None]
 
 _BATCH_BYTES = 2**22  # of text, encoded on all cores at once
+# The most held-out text that is read for other compressors: as far as `xz -9` looks back.
+COMPARED_BYTES = 2**26
 # Of each source, the most text that a tokenizer is trained on: its merges settle long before, and the trainer holds
 # every distinct word.
 TOKENIZER_BYTES = 2**30
@@ -152,9 +154,11 @@ def describe(data: TokenData, *, reused: bool = True, seconds: dict[str, float] 
 def compression(data: DataInfo | TokenData) -> dict[str, float]:
     """Bits per byte that general compressors need for the held-out text: what a language model should beat.
 
-    The held-out documents of all sources, concatenated in order of (source, name), through `gzip -9` and `xz -9e`.
+    The held-out documents of all sources, concatenated in order of (source, name), through `gzip -9` and `xz -9e`; of
+    more than COMPARED_BYTES, that much.
     """
-    return compressed((data.path / HELD_OUT_FILE).read_bytes())
+    opened = data if isinstance(data, TokenData) else TokenData.open(data.path)
+    return compressed(b"".join(held_out_text(opened).values()))
 
 
 def compressed(text: bytes) -> dict[str, float]:
@@ -166,14 +170,19 @@ def compressed(text: bytes) -> dict[str, float]:
 
 
 def held_out_text(data: TokenData) -> dict[str, bytes]:
-    """The held-out documents of each source that has any, concatenated."""
-    text, parts = (data.path / HELD_OUT_FILE).read_bytes(), {}
-    begin = 0
-    for source in sorted(data.sources):  # the order in which the file was written
-        end = begin + data.n_bytes(source, "val")
-        if end > begin:
-            parts[source] = text[begin:end]
-        begin = end
+    """The held-out documents of each source that has any, concatenated.
+
+    Where all together have more than COMPARED_BYTES, each source gives its first part, in proportion.
+    """
+    sizes = {source: data.n_bytes(source, "val") for source in sorted(data.sources)}  # the order of the file
+    share = min(1.0, COMPARED_BYTES / max(1, sum(sizes.values())))
+    parts, begin = {}, 0
+    with (data.path / HELD_OUT_FILE).open("rb") as file:
+        for source, size in sizes.items():
+            if size:
+                file.seek(begin)
+                parts[source] = file.read(size if share == 1 else max(1, int(size * share)))
+            begin += size
     return parts
 
 
