@@ -119,7 +119,8 @@ def prepare(
 
     Args:
         sources: Files, directories of text, JSONL, parquet, datasets; as PATH or NAME=PATH. Default: text and code from
-            installed packages.
+            installed packages. Of the Hugging Face Hub, and how much of it:
+            hf:OWNER/NAME,config=...,split=train,revision=...,text=text,documents=500k,bytes=20GB.
         out: Directory to write.
         vocab_size: Ids of the byte-level BPE to train.
         tokenizer: cl100k (GPT-4's), or a tokenizer.json, instead of training one.
@@ -217,7 +218,7 @@ def _prepare(sources: list[str] | None, out: Path, vocab_size: int, tokenizer: s
         def progress(phase: str, done: int, total: int) -> None:
             if phase not in tasks:
                 bar.update(reading, total=1, completed=1)
-                tasks[phase] = bar.add_task(phase, total=total)
+                tasks[phase] = bar.add_task(phase, total=total or None)
             bar.update(tasks[phase], completed=done)
 
         return prepare(sources, out, vocab_size=vocab_size, tokenizer=tokenizer, progress=progress, **how)

@@ -61,8 +61,9 @@ def train(
     layout: str = "gpt4-train",
     set_: Settings = (),
     hardware: str | None = None,
-    tokens: str = "13 Ttoken",
+    tokens: str | None = None,
     mfu: float | None = None,
+    floor: FlagCreatePairsOff[bool] = False,
     gemm: float = 0.735,
     bus: str = "80 GB/s",
     imbalance: float = 1.0,
@@ -75,13 +76,16 @@ def train(
         layout: A shipped layout or a TOML file.
         set_: Settings of the layout to change, such as interleave=4 recompute=selective.
         hardware: A shipped name or a TOML file. Default: the layout's.
-        tokens: Of the whole run.
+        tokens: Of the whole run. Default: the article's "13 Ttoken"; with --floor those of the configuration.
         mfu: Take this utilisation instead of predicting one.
+        floor: Of one of our configurations under data parallelism, its batch ramp included: the least time of every
+            component, and what a step took over it. For models too small for the constants of large ones.
         gemm: Share of peak that matrix products reach.
         bus: Bandwidth of tensor-parallel all-reduces.
         imbalance: Load of the busiest group of experts over the mean.
         duty: Share of the time that the run really runs.
     """
+    from moe.config import ConfigError
     from moe.plan import load_shape
     from moe.plan.hardware import load_hardware
     from moe.plan.quantity import given
@@ -89,8 +93,18 @@ def train(
 
     shape, where = load_shape(model), _layout(layout, set_)
     hw = load_hardware(hardware or where.hardware)
-    amount = given(tokens, "token", "tokens")
-    if mfu is not None:
+    amount = given(tokens or "13 Ttoken", "token", "tokens")
+    if floor:
+        from moe.config import load_config
+        from moe.plan.roofline import predict_small_run
+
+        if mfu is not None:
+            raise ConfigError("--mfu takes a utilisation, --floor predicts one: give one of them")
+        efficiency = Efficiency(gemm=gemm)
+        sheet = predict_small_run(
+            load_config(model), where, hw, tokens=amount if tokens else None, efficiency=efficiency
+        )
+    elif mfu is not None:
         sheet = train_cost(shape, hw, tokens=amount, gpus=where.gpus, mfu=mfu, duty=duty)
     else:
         given(bus, "GB/s", "bus")

@@ -135,6 +135,13 @@ class Tokenizer:
         Raises:
             TokenizerError: an id outside the vocabulary, or one that the vocabulary leaves unused.
         """
+        ids = list(ids)
+        if not ids or min(ids) >= 0:
+            try:
+                parts: Any = map(self._bytes_V.__getitem__, ids)
+                return b"".join(parts)
+            except (IndexError, TypeError):
+                pass  # one of them has no bytes: said below, of which
         return b"".join([self.token_bytes(i) for i in ids])
 
     def token_bytes(self, token_id: int) -> bytes:

@@ -79,6 +79,22 @@ def make(target: str, tmp_path: Path, script: str, *variables: str) -> None:
     run(["make", target, *arguments, *variables], ROOT)
 
 
+def test_the_recipe_is_what_the_planner_predicts() -> None:
+    """The table of the run that nobody has done: hours, dollars and MFU as the shown commands give them now."""
+    from moe import plan
+    from moe.config import load_config
+
+    rows = re.findall(r"^\| (\d) x (\S+) \| ([\d.]+)-([\d.]+) \| (\d+)-(\d+) \| (\d+)-(\d+)% \|$", README, re.MULTILINE)
+    assert {(dp, name) for dp, name, *_ in rows} == {("8", "h100-sxm"), ("8", "a100-80"), ("1", "h100-sxm")}
+    for dp, name, *shown in rows:
+        layout = plan.load_layout("node-8").replace(dp=int(dp))
+        run = plan.predict_small_run(load_config("replica-1b-web"), layout, plan.load_hardware(name))
+        figures = (("hours", "h", 0.005), ("cost", "USD", 0.5), ("mfu", "%", 0.5))
+        found = [(run[f"run.{end}.{key}"].to(unit), last) for key, unit, last in figures for end in ("floor", "slow")]
+        for text, (value, half) in zip(shown, found, strict=True):
+            assert abs(float(text) - value) <= half, (dp, name, text, value)
+
+
 @pytest.mark.slow
 def test_make_demo(tmp_path: Path) -> None:
     """Four steps of it."""

@@ -147,8 +147,13 @@ def _readers(sources: Sequence[str | Path] | None) -> tuple[dict[str, Reader], l
         raise DataError(f"several sources are called {twice[0]!r}: name them with name=path")
     if not parsed:
         raise DataError("sources is empty: give at least one path, or None for pairs from the standard library")
-    parsed.sort(key=lambda source: source.name)
-    return {s.name: (lambda s=s: read_conversations(s.path, s.name)) for s in parsed}, []
+    readers = {}
+    for source in sorted(parsed, key=lambda source: source.name):
+        name, path = source.name, source.path
+        if not isinstance(path, Path):
+            raise DataError(f"source {name!r}: {path} is of the Hub: conversations are read from files; download it")
+        readers[name] = lambda path=path, name=name: read_conversations(path, name)
+    return readers, []
 
 
 def _conversations(readers: dict[str, Reader], report: Report | None = None) -> Iterator[Conversation]:

@@ -3,6 +3,9 @@
 The held-out split is decided by each document's name (`sources.is_held_out`), and the tokenizer sees training documents
 only. The directory is written under a temporary name beside its place (`.NAME.PID.tmp`: all that a killed process can
 leave) and renamed when complete. Preparing the same inputs again finds the directory and reuses it.
+
+Memory does not grow with the data, and a dataset of the Hub is read as few times as can be: its commit and limits say
+what it is, so that it is read once to be encoded, and before that its beginning where a tokenizer is to be trained.
 """
 
 import gzip
@@ -11,11 +14,13 @@ import json
 import lzma
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import IO, Any
 
+from moe.data.hub import HubDataset, resolve
 from moe.data.shards import (
     FORMAT,
     HELD_OUT_FILE,
@@ -41,10 +46,15 @@ from moe.data.sources import (
 from moe.files import atomic_directory, is_taken
 from moe.tokenizer import Tokenizer, cl100k, train_bpe
 
-# Called with (phase, bytes of text done, bytes of text in all); phases are "tokenizer" and "encode".
+# Called with (phase, bytes of text done, bytes of text in all, 0 where nobody knows); phases are "tokenizer", "encode".
 Progress = Callable[[str, int, int], None]
 
 _BATCH_BYTES = 2**22  # of text, encoded on all cores at once
+# The most held-out text that is read for other compressors: as far as `xz -9` looks back.
+COMPARED_BYTES = 2**26
+# Of each source, the most text that a tokenizer is trained on: its merges settle long before, and the trainer holds
+# every distinct word.
+TOKENIZER_BYTES = 2**30
 
 
 @dataclass(frozen=True)
@@ -89,6 +99,9 @@ def prepare(
 ) -> DataInfo:
     """Tokenizes documents into `out_dir` for `TokenData.open`.
 
+    A tokenizer to be trained sees all training documents of a source up to 1 GiB of them: of a larger one those that
+    the sha256 of their names chooses, of a dataset of the Hub its first.
+
     Args:
         sources: `Source`s, or what `parse_source` takes (`path`, `name=path`); None: `default_sources`.
         out_dir: the directory to write. One made from the same inputs is reused; another one is an error.
@@ -123,7 +136,8 @@ def prepare(
                 f"out_dir {out} holds data prepared from other sources or settings: choose another directory, or "
                 "overwrite it (overwrite=True)"
             )
-    _check_splits(job)
+    if job.surveyed:
+        _check_splits(job)
     try:
         with atomic_directory(out) as temporary:
             _write(job, temporary, inputs, shard_tokens)
@@ -154,9 +168,11 @@ def describe(data: TokenData, *, reused: bool = True, seconds: dict[str, float] 
 def compression(data: DataInfo | TokenData) -> dict[str, float]:
     """Bits per byte that general compressors need for the held-out text: what a language model should beat.
 
-    The held-out documents of all sources, concatenated in order of (source, name), through `gzip -9` and `xz -9e`.
+    The held-out documents of all sources, concatenated in order of (source, name), through `gzip -9` and `xz -9e`; of
+    more than COMPARED_BYTES, that much.
     """
-    return compressed((data.path / HELD_OUT_FILE).read_bytes())
+    opened = data if isinstance(data, TokenData) else TokenData.open(data.path)
+    return compressed(b"".join(held_out_text(opened).values()))
 
 
 def compressed(text: bytes) -> dict[str, float]:
@@ -168,14 +184,19 @@ def compressed(text: bytes) -> dict[str, float]:
 
 
 def held_out_text(data: TokenData) -> dict[str, bytes]:
-    """The held-out documents of each source that has any, concatenated."""
-    text, parts = (data.path / HELD_OUT_FILE).read_bytes(), {}
-    begin = 0
-    for source in sorted(data.sources):  # the order in which the file was written
-        end = begin + data.n_bytes(source, "val")
-        if end > begin:
-            parts[source] = text[begin:end]
-        begin = end
+    """The held-out documents of each source that has any, concatenated.
+
+    Where all together have more than COMPARED_BYTES, each source gives its first part, in proportion.
+    """
+    sizes = {source: data.n_bytes(source, "val") for source in sorted(data.sources)}  # the order of the file
+    share = min(1.0, COMPARED_BYTES / max(1, sum(sizes.values())))
+    parts, begin = {}, 0
+    with (data.path / HELD_OUT_FILE).open("rb") as file:
+        for source, size in sizes.items():
+            if size:
+                file.seek(begin)
+                parts[source] = file.read(size if share == 1 else max(1, int(size * share)))
+            begin += size
     return parts
 
 
@@ -193,10 +214,26 @@ class _Job:
     bytes_of: dict[tuple[str, str], int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
-    def documents(self, report: Report | None = None) -> Iterator[Document]:
-        """Those of the sample, source after source; `report` collects what reading left out."""
-        every = chain.from_iterable(read(source, report) for source in self.sources)
-        return (document for document in every if is_sampled(document.name, self.sample))
+    def documents(self) -> Iterator[Document]:
+        """Those of the sample; sizes and what is left out are counted here for sources that `_survey` does not read."""
+        return chain.from_iterable(
+            self.counted(source) if isinstance(source.path, HubDataset) else self.sampled(source)
+            for source in self.sources
+        )
+
+    def sampled(self, source: Source, report: Report | None = None) -> Iterator[Document]:
+        return (document for document in read(source, report) if is_sampled(document.name, self.sample))
+
+    def counted(self, source: Source) -> Iterator[Document]:
+        for document in self.sampled(source, self.report):
+            key = (source.name, _split_of(document))
+            self.bytes_of[key] = self.bytes_of.get(key, 0) + len(document.text.encode())
+            yield document
+
+    @property
+    def surveyed(self) -> bool:
+        """Whether all sizes are known before the documents are encoded."""
+        return not any(isinstance(source.path, HubDataset) for source in self.sources)
 
     def tell(self, phase: str, done: int, total: int) -> None:
         if self.progress is not None:
@@ -229,15 +266,24 @@ def _split_of(document: Document) -> str:
 
 
 def _survey(job: _Job, shard_tokens: int) -> str:
-    """Reads everything once: sizes per split, what was left out, and a sha256 of all that decides the result."""
+    """Sizes per split, what was left out, and a sha256 of all that decides the result.
+
+    Every file is read once for it; a dataset of the Hub is known by its commit, what is taken of it, and no byte more.
+    """
     vocabulary = job.tokenizer.fingerprint if job.tokenizer is not None else f"train {job.vocab_size}"
     digest = hashlib.sha256(f"{FORMAT} {VERSION} {vocabulary} {shard_tokens}\n".encode())
-    for document in job.documents(job.report):
-        text = document.text.encode()
-        key = (document.source, _split_of(document))
-        job.bytes_of[key] = job.bytes_of.get(key, 0) + len(text)
-        name = f"{document.source}/{document.name}".encode("utf-8", "surrogateescape")
-        digest.update(hashlib.sha256(name).digest() + hashlib.sha256(text).digest())
+    for i, source in enumerate(job.sources):
+        if isinstance(source.path, HubDataset):
+            pinned = resolve(source.path)
+            job.sources[i] = replace(source, path=pinned)  # every pass reads this commit, whatever comes meanwhile
+            place = {"repo": ""} if pinned.is_local else {}  # the revision of a directory is its content
+            digest.update(json.dumps([source.name, source.text_field, asdict(pinned) | place, job.sample]).encode())
+            job.notices.append(f"source {source.name!r}: {pinned.repo} at revision {pinned.revision}")
+            continue
+        for document in job.counted(source):
+            text = document.text.encode()
+            name = f"{source.name}/{document.name}".encode("utf-8", "surrogateescape")
+            digest.update(hashlib.sha256(name).digest() + hashlib.sha256(text).digest())
     return digest.hexdigest()
 
 
@@ -268,6 +314,8 @@ def _write(job: _Job, directory: Path, inputs: str, shard_tokens: int) -> None:
     try:
         with (directory / HELD_OUT_FILE).open("wb") as held_out:
             _encode(job, job.tokenizer, writers, held_out)
+        if not job.surveyed:
+            _check_splits(job)
     finally:
         for writer in writers.values():
             writer.close()
@@ -277,20 +325,34 @@ def _write(job: _Job, directory: Path, inputs: str, shard_tokens: int) -> None:
 
 
 def _training_texts(job: _Job) -> Iterator[str]:
-    total = sum(n for (_, split), n in job.bytes_of.items() if split == "train")
+    """The training documents of each source, or a part of them of about TOKENIZER_BYTES."""
+    sizes = {source.name: job.bytes_of.get((source.name, "train"), 0) for source in job.sources}
+    total = sum(min(size, TOKENIZER_BYTES) for size in sizes.values()) if job.surveyed else 0
     done = 0
-    for document in job.documents():
-        if _split_of(document) == "train":
+    for source in job.sources:
+        share = TOKENIZER_BYTES / max(sizes[source.name], 1)
+        taken = 0
+        for document in read(source):
+            if _split_of(document) == "val" or (share < 1 and not _is_sampled(document.name, share)):
+                continue
             yield document.text
-            done += len(document.text.encode())
-            job.tell("tokenizer", done, total)
+            taken += len(document.text.encode())
+            job.tell("tokenizer", min(done + taken, total or done + taken), total)
+            if isinstance(source.path, HubDataset) and taken >= TOKENIZER_BYTES:
+                break
+        done += taken
+
+
+def _is_sampled(name: str, share: float) -> bool:
+    digest = hashlib.sha256(b"tokenizer " + name.encode("utf-8", "surrogateescape")).digest()
+    return int.from_bytes(digest[:8], "big") < share * 2**64
 
 
 def _encode(job: _Job, tokenizer: Tokenizer, writers: dict[tuple[str, str], ShardWriter], held_out: IO[bytes]) -> None:
     """Streams all documents through the tokenizer into their shards, in batches for the sake of all cores."""
-    done, total = 0, sum(job.bytes_of.values())
-    for batch in _batches(job.documents()):
-        for document, ids in zip(batch, tokenizer.encode_batch([d.text for d in batch]), strict=True):
+    done, total = 0, sum(job.bytes_of.values()) if job.surveyed else 0
+    for batch, ids_of in _encoded(tokenizer, _batches(job.documents())):
+        for document, ids in zip(batch, ids_of, strict=True):
             text = document.text.encode()
             # Bits per byte are only comparable where the tokens hold every byte of the text.
             if tokenizer.decode_bytes(ids) != text:
@@ -304,6 +366,21 @@ def _encode(job: _Job, tokenizer: Tokenizer, writers: dict[tuple[str, str], Shar
                 held_out.write(text)
             done += len(text)
         job.tell("encode", done, total)
+
+
+def _encoded(
+    tokenizer: Tokenizer, batches: Iterator[list[Document]]
+) -> Iterator[tuple[list[Document], list[list[int]]]]:
+    """Each batch with its ids; while one is checked and written, the next one is read and encoded."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting = None
+        for batch in batches:
+            coming = batch, pool.submit(tokenizer.encode_batch, [document.text for document in batch])
+            if waiting is not None:
+                yield waiting[0], waiting[1].result()
+            waiting = coming
+        if waiting is not None:
+            yield waiting[0], waiting[1].result()
 
 
 def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:

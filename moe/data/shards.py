@@ -8,9 +8,12 @@ is a file of its own, `SOURCE-SPLIT-documents.json`, read when it is asked for: 
 memory whatever their size.
 """
 
+import contextlib
 import hashlib
 import json
 import mmap
+import shutil
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,17 +45,13 @@ class ShardWriter:
         self._file: IO[bytes] | None = None
         self._digest = hashlib.sha256()  # of the stream, hence the same however it is cut into shards
         self._shards: list[dict[str, Any]] = []
-        self._names: list[str] = []
-        self._tokens: list[int] = []
-        self._bytes: list[int] = []
+        self._table = _TableWriter(directory / f"{stem}-documents.json")
 
     def add(self, name: str, n_bytes: int, ids: Sequence[int]) -> None:
         """Appends one document: its ids, end-of-text included, and the length of its UTF-8 text in bytes."""
         values = np.asarray(ids, dtype=self._dtype)
         self._digest.update(values.tobytes())
-        self._names.append(name)
-        self._tokens.append(len(values))
-        self._bytes.append(n_bytes)
+        self._table.add(name, len(values), n_bytes)
         while len(values):
             if self._file is None or self._shards[-1]["tokens"] == self._shard_tokens:
                 self._next_shard()
@@ -63,29 +62,77 @@ class ShardWriter:
             values = values[len(part) :]
 
     def _next_shard(self) -> None:
-        self.close()
+        self._close_shard()
         name = f"{self._stem}-{len(self._shards):05d}.bin"
         self._file = (self._directory / name).open("wb")
         self._shards.append({"file": name, "tokens": 0})
 
     def close(self) -> None:
-        """Closes the shard being written; safe to call twice."""
+        """Closes what is being written; safe to call twice."""
+        self._close_shard()
+        self._table.close()
+
+    def _close_shard(self) -> None:
         file, self._file = self._file, None
         if file is not None:
             file.close()
 
     def entry(self) -> dict[str, Any]:
-        """Writes the table of documents, and returns the part of index.json on this stream; call after `close`."""
-        documents = f"{self._stem}-documents.json"
-        table = {"name": self._names, "tokens": self._tokens, "bytes": self._bytes}
-        (self._directory / documents).write_text(json.dumps(table), encoding="utf-8")
+        """The part of index.json on this stream; call after `close`."""
         return {
             "shards": self._shards,
-            "tokens": sum(self._tokens),
-            "bytes": sum(self._bytes),
+            "tokens": self._table.tokens,
+            "bytes": self._table.bytes,
             "sha256": self._digest.hexdigest(),
-            "documents": {"file": documents, "count": len(self._names)},
+            "documents": {"file": self._table.path.name, "count": self._table.count},
         }
+
+
+class _TableWriter:
+    """Writes {"name": [...], "tokens": [...], "bytes": [...]} while documents come, none of them kept in memory.
+
+    Each column grows in a file of its own; `close` puts them together.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.count = self.tokens = self.bytes = 0
+        self._columns: dict[str, IO[str]] = {}
+        try:
+            for column in ("name", "tokens", "bytes"):
+                file = tempfile.TemporaryFile("w+", dir=path.parent, encoding="ascii")  # noqa: SIM115
+                self._columns[column] = file
+        except OSError:
+            self._drop()
+            raise
+
+    def add(self, name: str, tokens: int, n_bytes: int) -> None:
+        separator = ", " if self.count else ""
+        for column, text in zip(self._columns.values(), (json.dumps(name), tokens, n_bytes), strict=True):
+            column.write(f"{separator}{text}")
+        self.count += 1
+        self.tokens += tokens
+        self.bytes += n_bytes
+
+    def close(self) -> None:
+        if not self._columns:
+            return
+        try:
+            with self.path.open("w", encoding="ascii") as file:
+                for i, (column, values) in enumerate(self._columns.items()):
+                    file.write(f'{", " if i else "{"}"{column}": [')
+                    values.seek(0)
+                    shutil.copyfileobj(values, file)
+                    file.write("]")
+                file.write("}")
+        finally:
+            self._drop()
+
+    def _drop(self) -> None:
+        columns, self._columns = self._columns, {}
+        for column in columns.values():
+            with contextlib.suppress(OSError):  # of a full disk: said already
+                column.close()
 
 
 @dataclass(frozen=True)

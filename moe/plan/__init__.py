@@ -17,6 +17,7 @@ from moe.plan.models import load_shape
 from moe.plan.params import Params, attention_flops, dense_flops_per_token, flops_per_token, params, params_sheet
 from moe.plan.partition import frontier
 from moe.plan.quantity import Quantity, Sheet, quantity
+from moe.plan.roofline import predict_small_run
 from moe.plan.shape import Shape
 from moe.plan.speculate import speculate
 from moe.plan.sweep import sweep
@@ -48,6 +49,7 @@ __all__ = [
     "params",
     "params_sheet",
     "predict_run",
+    "predict_small_run",
     "predict_step",
     "prefill",
     "quantity",

@@ -16,7 +16,8 @@ from moe.plan.shape import Shape
 def training_traffic(model: Model, layout: Layout, hardware: Hardware) -> Sheet:
     """Bytes that the busiest GPU sends in one optimizer step, by kind, and the time each takes at its link's peak.
 
-    Tensor parallelism talks within the node (where it fits in), the others over the network.
+    Tensor and expert parallelism talk within the node where they fit in, the others where all GPUs do; else over the
+    network.
 
     Raises:
         ConfigError: the model does not divide so, or the layout has no batch.
@@ -37,9 +38,9 @@ def training_traffic(model: Model, layout: Layout, hardware: Hardware) -> Sheet:
     )  # fmt: skip
     _data(sheet, shape, layout)
     node, network = hardware.node, hardware.network
-    within = {"tensor": layout.tp <= hardware.node_size, "experts": layout.expert_ranks <= hardware.node_size}
-    for name in ("tensor", "experts", "pipeline", "data"):
-        link = node if within.get(name, False) else network
+    groups = {"tensor": layout.tp, "experts": layout.expert_ranks, "pipeline": layout.gpus, "data": layout.gpus}
+    for name, size in groups.items():
+        link = node if size <= hardware.node_size else network
         sheet.derive(
             f"comm.{name}.time", "s", "bytes / link", "within the node" if link is node else "over the network",
             bytes=sheet[f"comm.{name}"], link=link,

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from small_corpus import held_out_by_hand, write_corpus
 
-from moe.data import DataError, DataInfo, TokenData, compression, prepare
+from moe.data import DataError, DataInfo, TokenData, compressed, compression, held_out_text, prepare
 from moe.tokenizer import Tokenizer, TokenizerError, cl100k, train_bpe
 
 
@@ -220,6 +220,19 @@ def test_compression(corpora: dict[str, Path], data: TokenData) -> None:
             packed = subprocess.run([program, options, "-c"], input=text, capture_output=True, check=True).stdout
             assert {"gzip": gzip, "xz": lzma}[name].decompress(packed) == text
             assert found[name] == pytest.approx(8 * len(packed) / len(text), rel=0.02)
+
+
+def test_much_held_out_text_is_compared_in_part(data: TokenData, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every source gives its beginning, in proportion to its size."""
+    whole = held_out_text(data)
+    assert b"".join(whole.values()) == (data.path / "heldout.bin").read_bytes()
+    assert len(whole) == 2
+    monkeypatch.setattr(sys.modules[prepare.__module__], "COMPARED_BYTES", sum(map(len, whole.values())) // 3)
+    parts = held_out_text(data)
+    for source, text in whole.items():
+        assert text.startswith(parts[source])
+        assert len(parts[source]) == pytest.approx(len(text) / 3, rel=0.01)
+    assert compression(data) == compressed(b"".join(parts.values())) != compressed(b"".join(whole.values()))
 
 
 FULL_DISK = """
