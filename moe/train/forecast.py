@@ -42,7 +42,7 @@ def forecast(cfg: Config, data_dir: str | Path, device: str | None = None) -> Fo
         steps=schedule.steps,
         tokens=schedule.windows * stream.seq_len,
         passes=schedule.windows / stream.windows_per_epoch,
-        memory=predicted.memory_in_use(where) + round(predicted.tensors(cfg, schedule.micro_batch, dtype)),
+        memory=predicted.process_memory(cfg, schedule.micro_batch, dtype, where, predicted.memory_before(where)),
         available=predicted.memory_available(where),
         seconds=predicted.flop(cfg, schedule.windows) / rate,
     )

@@ -107,7 +107,7 @@ def open_run(
         start.check_same_lora(saved.get("lora"), lora, run_dir)
         stream.check_resume(saved["stream"])
     (run_dir / CONFIG_FILE).write_text(cfg.to_toml(), encoding="utf-8")
-    memory_before = predicted.memory_in_use(device)
+    memory_before = predicted.memory_before(device)
     model = start.open_model(cfg, device, found, start_from, lora)
     tokenizer = data.tokenizer()
     text = sum(data.n_bytes(source, "train") for source in data.sources)

@@ -1,6 +1,11 @@
 """What a run will take, said before it starts, against what it took."""
 
+import json
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +14,8 @@ from moe.data import DataError, TokenData
 from moe.train import train
 from moe.train.forecast import forecast
 from tests.conftest import run_cli
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_steps_and_tokens_are_those_of_the_run(cfg, data_dir, tmp_path):
@@ -19,7 +26,26 @@ def test_steps_and_tokens_are_those_of_the_run(cfg, data_dir, tmp_path):
     tokens = sum(-(-len(TokenData.open(data_dir).tokens(s, "train")) // 16) * 16 for s in ("prose", "verse"))
     assert found.passes == pytest.approx(6400 / tokens)
     assert 0 < found.seconds < result.summary["train_seconds"]
-    # Memory: of so small a run nearly all is the interpreter's; test_readme.py looks at the demo's.
+
+
+def test_memory_is_that_of_the_run_in_processes_of_their_own(cfg_file, data_dir, tmp_path):
+    """Of so small a run nearly all is Python and torch, which load half of themselves when training begins."""
+    arguments = ["train", cfg_file, "--data", data_dir, "--out", tmp_path / "run"]
+    printed = moe(*arguments, "--dry-run")
+    moe(*arguments)
+    match = re.search(r"memory at the peak: (\d+\.\d\d) GiB", printed)
+    assert match
+    taken = json.loads((tmp_path / "run" / "summary.json").read_text())["plan"]["memory_bytes"]
+    assert float(match[1]) * 2**30 == pytest.approx(taken, rel=0.15)
+
+
+def moe(*arguments):
+    """What the command prints, in a process of its own."""
+    command = [sys.executable, "-m", "moe.cli", *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def test_a_dry_run_starts_nothing(cfg_file, data_dir, tmp_path, capsys):
