@@ -332,8 +332,8 @@ def _training_texts(job: _Job) -> Iterator[str]:
     for source in job.sources:
         share = TOKENIZER_BYTES / max(sizes[source.name], 1)
         taken = 0
-        for document in read(source):
-            if _split_of(document) == "val" or (share < 1 and not _is_sampled(document.name, share)):
+        for document in job.sampled(source):
+            if _split_of(document) == "val" or (share < 1 and not _trains_tokenizer(document.name, share)):
                 continue
             yield document.text
             taken += len(document.text.encode())
@@ -343,7 +343,7 @@ def _training_texts(job: _Job) -> Iterator[str]:
         done += taken
 
 
-def _is_sampled(name: str, share: float) -> bool:
+def _trains_tokenizer(name: str, share: float) -> bool:
     digest = hashlib.sha256(b"tokenizer " + name.encode("utf-8", "surrogateescape")).digest()
     return int.from_bytes(digest[:8], "big") < share * 2**64
 

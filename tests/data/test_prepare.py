@@ -62,6 +62,9 @@ def test_a_sample_is_some_of_the_training_documents_and_all_that_are_held_out(
         for source in data.sources:
             assert sample.documents(source, "val").names == data.documents(source, "val").names
     every = {(s, name) for s in data.sources for name in data.documents(s, "train").names}
+    prepare(sources, tmp_path / "own", vocab_size=320, sample=0.3)
+    texts = [(corpora[s] / name).read_bytes().decode() for s, name in sorted(taken[0.3])]
+    assert TokenData.open(tmp_path / "own").tokenizer().fingerprint == train_bpe(texts, 320).fingerprint
     assert taken[0.3] < taken[0.6] < every
     for fraction, documents in taken.items():  # five standard deviations of a binomial
         error = 5 * (fraction * (1 - fraction) / len(every)) ** 0.5
