@@ -7,12 +7,8 @@ with the mixture, the dense side is also tried at half and at twice its rates, a
 Run: python benchmarks/studies/dense.py [--seeds 3] [--steps 300] [--jobs 1]
 """
 
-from typing import Any
-
 import study
 from study import BITS, Variant
-
-from moe import figures
 
 DENSE = ("experts.n_experts=1", "experts.top_k=1", "experts.d_ff=512")
 VARIANTS = [
@@ -23,13 +19,5 @@ VARIANTS = [
 ]
 
 
-def draw(record: dict[str, Any]) -> Any:
-    """The curves, and the score of each run."""
-    figure, (curves, runs) = figures.figure(1, 2, width=6.2, height=4.2)
-    study.draw_curves(curves, record, "bits per byte of held-out text; thin: each seed, thick: their mean")
-    study.draw_runs(runs, record, BITS, "At the end", "bits per byte of all held-out files, a dot for each seed")
-    return figure
-
-
 if __name__ == "__main__":
-    study.main("dense", __doc__, VARIANTS, [BITS], draw)
+    study.main("dense", __doc__, VARIANTS, [BITS], study.draw_losses)

@@ -191,6 +191,14 @@ def _difference(record: dict[str, Any], name: str) -> str:
     return _spread([one["bits_per_byte"]["total"] - other["bits_per_byte"]["total"] for one, other in pairs], 3)
 
 
+def draw_losses(record: dict[str, Any]) -> Any:
+    """Two panels: the curves, and the score of each run."""
+    figure, (curves, runs) = figures.figure(1, 2, width=6.2, height=4.2)
+    draw_curves(curves, record, "bits per byte of held-out text; thin: each seed, thick: their mean")
+    draw_runs(runs, record, BITS, "At the end", "bits per byte of all held-out files, a dot for each seed")
+    return figure
+
+
 def draw_curves(axis: Any, record: dict[str, Any], subtitle: str) -> None:
     """Held-out bits per byte over training tokens: a thin line for each seed, a thick one for their mean."""
     labels, ends = [], []
