@@ -2,7 +2,10 @@
 
 import math
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +17,8 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from moe.config import AttentionConfig, Config, ExpertsConfig
+
+ROOT = Path(__file__).parent.parent
 
 # The tensors here are tiny: more threads only wait for each other, the more so under pytest -n.
 torch.set_num_threads(1)
@@ -65,3 +70,10 @@ def run_cli(*arguments: object) -> object:
     with pytest.raises(SystemExit) as exit_:
         cli.main([str(a) for a in arguments])
     return exit_.value.code
+
+
+def start_cli(*arguments: object) -> subprocess.Popen[str]:
+    """Starts `moe` with these arguments in a process of its own, on one thread; its output is in one pipe."""
+    command = [sys.executable, "-m", "moe.cli", *map(str, arguments)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

@@ -70,7 +70,7 @@ def test_pictures_exist(picture: str) -> None:
 
 def make(target: str, tmp_path: Path, script: str, *variables: str) -> None:
     """A target of the Makefile in this interpreter's environment, its `moe` being `script`, a line of shell."""
-    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin").mkdir(exist_ok=True)
     moe = tmp_path / "bin" / "moe"
     moe.write_text(f"#!/bin/sh\n{script.format(moe=f'{shlex.quote(sys.executable)} -m moe.cli')}\n")
     moe.chmod(0o755)
@@ -115,8 +115,7 @@ def test_make_recipe(tmp_path: Path) -> None:
     stages = [tmp_path / "recipe" / name for name in ("256", "1k", "chat")]
     assert (stages[-1] / "pictures" / "stages.png").stat().st_size > 10_000
     written = {path: path.stat().st_mtime_ns for stage in stages for path in stage.rglob("*") if path.is_file()}
-    run(["make", "recipe", f"VENV={tmp_path}", f"BIN={tmp_path}/bin", "--old-file", f"{tmp_path}/.installed",
-         f"RECIPE={tmp_path}/recipe"], ROOT)  # fmt: skip
+    make("recipe", tmp_path, short, f"RECIPE={tmp_path}/recipe")
     assert written == {path: path.stat().st_mtime_ns for stage in stages for path in stage.rglob("*") if path.is_file()}
 
 

@@ -43,9 +43,13 @@ class Variant:
     settings: tuple[str, ...] = ()
     seeds: int = 99
 
-    def config(self, common: Sequence[str], seed: int) -> Config:
-        """The configuration of one run."""
-        return load_config(REPLICA).with_overrides([*common, *self.settings, f"train.seed={seed}"])
+    def overrides(self, common: Sequence[str], seed: int) -> list[str]:
+        """What one run sets in `replica.toml`."""
+        return [*common, *self.settings, f"train.seed={seed}"]
+
+    def config(self, common: Sequence[str]) -> Config:
+        """The configuration of the run with seed 0."""
+        return load_config(REPLICA).with_overrides(self.overrides(common, 0))
 
     def run_name(self, seed: int) -> str:
         """Of its directory: by the settings, not by the name, so that studies share what is the same."""
@@ -87,9 +91,10 @@ def train_all(variants: list[Variant], seeds: int, common: Sequence[str], data: 
 
     def one(variant: Variant, seed: int) -> None:
         place = runs / variant.run_name(seed)
-        settings = [*common, *variant.settings, f"train.seed={seed}"]
         command = [sys.executable, "-m", "moe.cli", "train", str(REPLICA), "--data", str(data), "--out", str(place)]
-        done = subprocess.run([*command, "--set", *settings], env=environment, capture_output=True, text=True)
+        done = subprocess.run(
+            [*command, "--set", *variant.overrides(common, seed)], env=environment, capture_output=True, text=True
+        )
         if done.returncode != 0:
             raise SystemExit(f"{variant.name}, seed {seed}, ended with {done.returncode}:\n{done.stdout}{done.stderr}")
         print(f"{variant.name}, seed {seed}: {place}", flush=True)
@@ -104,7 +109,7 @@ def collect(variants: list[Variant], seeds: int, common: Sequence[str], data: Pa
     prepared = TokenData.open(data)
     found: dict[str, Any] = {}
     for variant in variants:
-        cfg = variant.config(common, 0)
+        cfg = variant.config(common)
         counts = plan.params(cfg)
         found[variant.name] = {
             "settings": list(variant.settings),
@@ -116,14 +121,13 @@ def collect(variants: list[Variant], seeds: int, common: Sequence[str], data: Pa
         "machine": machine(),
         "torch": torch.__version__,
         "data": prepared.fingerprint,
-        "config": variants[0].config(common, 0).to_toml(),
+        "config": variants[0].config(common).to_toml(),
         "variants": found,
     }
 
 
 def _measured(run_dir: Path) -> dict[str, Any]:
     """One run: its score on all held-out files, its curve, and how evenly its experts were used at the end."""
-
     summary = json.loads((run_dir / SUMMARY_FILE).read_text(encoding="utf-8"))
     records = read_metrics(run_dir)
     train = [r for r in records if r["kind"] == "train" and r["tokens"] > (1 - END) * summary["tokens"]]

@@ -38,6 +38,7 @@ from moe.data.sources import (
     Report,
     Source,
     default_sources,
+    is_drawn,
     is_held_out,
     is_sampled,
     parse_source,
@@ -333,7 +334,7 @@ def _training_texts(job: _Job) -> Iterator[str]:
         share = TOKENIZER_BYTES / max(sizes[source.name], 1)
         taken = 0
         for document in job.sampled(source):
-            if _split_of(document) == "val" or (share < 1 and not _trains_tokenizer(document.name, share)):
+            if _split_of(document) == "val" or (share < 1 and not is_drawn(document.name, "tokenizer", share)):
                 continue
             yield document.text
             taken += len(document.text.encode())
@@ -341,11 +342,6 @@ def _training_texts(job: _Job) -> Iterator[str]:
             if isinstance(source.path, HubDataset) and taken >= TOKENIZER_BYTES:
                 break
         done += taken
-
-
-def _trains_tokenizer(name: str, share: float) -> bool:
-    digest = hashlib.sha256(b"tokenizer " + name.encode("utf-8", "surrogateescape")).digest()
-    return int.from_bytes(digest[:8], "big") < share * 2**64
 
 
 def _encode(job: _Job, tokenizer: Tokenizer, writers: dict[tuple[str, str], ShardWriter], held_out: IO[bytes]) -> None:

@@ -78,7 +78,12 @@ def is_sampled(name: str, fraction: float) -> bool:
 
     A smaller sample is part of a larger one, and models trained on either are scored on the same text.
     """
-    return is_held_out(name) or _hash(f"sample {name}") < fraction * 2**256
+    return is_held_out(name) or is_drawn(name, "sample", fraction)
+
+
+def is_drawn(name: str, purpose: str, fraction: float) -> bool:
+    """Whether a document is among a `fraction` of all, by the sha256 of its name; draws of two purposes are apart."""
+    return _hash(f"{purpose} {name}") < fraction * 2**256
 
 
 def _hash(name: str) -> int:

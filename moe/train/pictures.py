@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from moe import figures
-from moe.train.metrics import read_metrics, stages
+from moe.train.metrics import stages
 
 PICTURES = "pictures"
 
@@ -21,21 +21,20 @@ def draw(run_dir: str | Path) -> list[Path] | None:
         import matplotlib  # noqa: F401
     except ImportError:
         return None
-    records = read_metrics(Path(run_dir))
-    train = [r for r in records if r["kind"] == "train"]
+    *before, records = stages(Path(run_dir))
+    train = _of_kind(records, "train")
     if not train:
         return []
     place = Path(run_dir) / PICTURES
     drawn = {"loss": _loss(train, records), "experts": _experts(train), "speed": _speed(train)}
-    all_stages = [[r for r in records if r["kind"] == "train"] and records for records in stages(Path(run_dir))]
-    if len(shown := [records for records in all_stages if records]) > 1:
-        drawn["stages"] = _stages(shown)
+    if before := [earlier for earlier in before if _of_kind(earlier, "train")]:
+        drawn["stages"] = _stages([*before, records])
     return [figures.save(figure, place, name) for name, figure in drawn.items()]
 
 
 def _loss(train: list[dict[str, Any]], records: list[dict[str, Any]]) -> Any:
     """Training loss on the left, held-out bits per byte beside the compressors' on the right."""
-    evals = [r for r in records if r["kind"] == "eval"]
+    evals = _of_kind(records, "eval")
     figure, axes = figures.figure(1, 2 if evals else 1, width=5.6, height=4.2)
     scale, unit = _token_scale(train)
     x = np.array([r["tokens"] for r in train]) / scale
@@ -120,12 +119,12 @@ def _speed(train: list[dict[str, Any]]) -> Any:
 def _stages(runs: list[list[dict[str, Any]]]) -> Any:
     """All stages of a recipe, one after the other: training loss, held-out bits per byte, tokens in a step."""
     figure, (loss, held_out, batch) = figures.figure(1, 3, width=4.6, height=4.2)
-    begins = np.cumsum([0, *(records[-1]["tokens"] for records in map(_kind("train"), runs))])
+    begins = np.cumsum([0, *(_of_kind(records, "train")[-1]["tokens"] for records in runs)])
     scale, unit = _token_scale([{"tokens": int(begins[-1])}])
     losses = []
     for i, records in enumerate(runs):
         colour = figures.COLOURS[i % len(figures.COLOURS)]
-        train, evals = _kind("train")(records), _kind("eval")(records)
+        train, evals = _of_kind(records, "train"), _of_kind(records, "eval")
         x = (begins[i] + np.array([r["tokens"] for r in train])) / scale
         lm = np.array([r["lm"] for r in train])
         losses.append(lm)
@@ -159,8 +158,8 @@ def _stages(runs: list[list[dict[str, Any]]]) -> Any:
     return figure
 
 
-def _kind(kind: str) -> Any:
-    return lambda records: [r for r in records if r["kind"] == kind]
+def _of_kind(records: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+    return [r for r in records if r["kind"] == kind]
 
 
 def _stage_name(records: list[dict[str, Any]]) -> str:

@@ -27,18 +27,21 @@ def memory_in_use(device: torch.device) -> int:
 def memory_before(device: torch.device) -> int:
     """Bytes that it holds before a model is there, but with all that training will have loaded.
 
-    The first optimizer loads torch's compiler, 150 MB, and the first step the code of every operation: so a step is
-    made, of the smallest model there is.
+    In a process, the first optimizer loads torch's compiler, 150 MB, and the first step the code of every operation: so
+    a step is made, of the smallest model there is. On a GPU only tensors count, and none is there yet.
     """
+    if device.type == "cpu":
+        _smallest_step()
+    return memory_in_use(device)
+
+
+def _smallest_step() -> None:
     smallest = Config(experts=ExpertsConfig(n_experts=2)).scaled(d_model=96, n_layers=1, vocab_size=64, max_seq_len=8)
-    with device:
-        model = Transformer(smallest)
-        tokens_BS = torch.zeros(1, 8, dtype=torch.int64)
+    model, tokens_BS = Transformer(smallest), torch.zeros(1, 8, dtype=torch.int64)
     loss = model(tokens_BS, tokens_BS).loss
     assert loss is not None
     loss.backward()
     torch.optim.AdamW(model.parameters(), fused=True).step()
-    return memory_in_use(device)
 
 
 def memory_available(device: torch.device) -> int:

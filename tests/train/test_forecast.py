@@ -1,11 +1,7 @@
 """What a run will take, said before it starts, against what it took."""
 
 import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -13,9 +9,7 @@ from moe.config import ConfigError
 from moe.data import DataError, TokenData
 from moe.train import train
 from moe.train.forecast import forecast
-from tests.conftest import run_cli
-
-ROOT = Path(__file__).parents[2]
+from tests.conftest import run_cli, start_cli
 
 
 def test_steps_and_tokens_are_those_of_the_run(cfg, data_dir, tmp_path):
@@ -31,21 +25,20 @@ def test_steps_and_tokens_are_those_of_the_run(cfg, data_dir, tmp_path):
 def test_memory_is_that_of_the_run_in_processes_of_their_own(cfg_file, data_dir, tmp_path):
     """Of so small a run nearly all is Python and torch, which load half of themselves when training begins."""
     arguments = ["train", cfg_file, "--data", data_dir, "--out", tmp_path / "run"]
-    printed = moe(*arguments, "--dry-run")
-    moe(*arguments)
+    printed = printed_by(*arguments, "--dry-run")
+    printed_by(*arguments)
     match = re.search(r"memory at the peak: (\d+\.\d\d) GiB", printed)
     assert match
     taken = json.loads((tmp_path / "run" / "summary.json").read_text())["plan"]["memory_bytes"]
     assert float(match[1]) * 2**30 == pytest.approx(taken, rel=0.15)
 
 
-def moe(*arguments):
-    """What the command prints, in a process of its own."""
-    command = [sys.executable, "-m", "moe.cli", *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def printed_by(*arguments):
+    """The output of the command, in a process of its own."""
+    process = start_cli(*arguments)
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, output
+    return output
 
 
 def test_a_dry_run_starts_nothing(cfg_file, data_dir, tmp_path, capsys):

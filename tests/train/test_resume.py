@@ -1,13 +1,9 @@
 """Killed and resumed, a run gives what it would have given anyway, to the last digit. In processes of their own."""
 
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 
@@ -15,19 +11,12 @@ import moe
 from moe.data import prepare_conversations
 from moe.train import train
 from moe.train.evaluate import some_windows
-
-ROOT = Path(__file__).parents[2]
-
-
-def moe_command(*arguments):
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "moe.cli", *map(str, arguments)]
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+from tests.conftest import start_cli
 
 
 def start(cfg_file, data_dir, run_dir, *settings):
     arguments = ["train", cfg_file, "--data", data_dir, "--out", run_dir]
-    return moe_command(*arguments, *(["--set", *settings] if settings else []))
+    return start_cli(*arguments, *(["--set", *settings] if settings else []))
 
 
 def metrics(run_dir):
@@ -97,20 +86,20 @@ def test_a_recipe_killed_ten_times_ends_as_if_it_never_was(cfg_file, data_dir, t
     prepare_conversations([tmp_path / "pairs.jsonl"], conversations, tokenizer=str(data_dir / "tokenizer.json"))
     steps = {}
     for run_dir, command in recipe(tmp_path / "whole", cfg_file, data_dir, conversations):
-        process = moe_command(*command)
+        process = start_cli(*command)
         assert process.wait(timeout=300) == 0, process.communicate()[0]
         steps[run_dir.name] = metrics(run_dir)[-1]["step"]
     killed = 0
     for run_dir, command in recipe(tmp_path / "killed", cfg_file, data_dir, conversations):
         n, last = kills[run_dir.name], steps[run_dir.name]
         for step in [*sorted(rng.sample(range(2, last), n - 1)), last]:
-            process = moe_command(*command)
+            process = start_cli(*command)
             wait_for_step(process, run_dir, step)
             time.sleep(rng.random() * (1.0 if step == last else 0.05))
             process.kill()
             process.communicate()
             killed += process.returncode == -signal.SIGKILL
-        process = moe_command(*command)
+        process = start_cli(*command)
         assert process.wait(timeout=300) == 0, process.communicate()[0]
     assert killed >= 10  # at the end of a stage it may have finished first
     for name in steps:
