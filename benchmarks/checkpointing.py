@@ -16,8 +16,8 @@ from duel import machine, write_record
 
 import moe
 from moe import profile
-from moe.checkpointing import MODES
-from moe.train.cpu import tune_cpu
+from moe.device import tune_cpu
+from moe.recompute import MODES
 
 
 def main() -> None:

@@ -69,7 +69,7 @@ def share_of_a_step(config: str, batch_ms: float) -> dict[str, Any]:
 
     import moe
     from moe import profile
-    from moe.train.cpu import tune_cpu
+    from moe.device import tune_cpu
     from moe.train.optimizer import build
 
     tune_cpu()

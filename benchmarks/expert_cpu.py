@@ -15,8 +15,9 @@ import torch
 from duel import machine, write_record
 from expert_mlp import medians
 
-from moe.kernels import grouped, ops, reference
-from moe.train.cpu import tune_cpu
+from moe.device import tune_cpu
+from moe.kernels import ops
+from moe.kernels.experts import grouped
 
 SHAPES = {"replica-nano": (192, 512), "replica-small": (384, 1024)}  # D, F
 N_EXPERTS, TOP_K = 16, 2
@@ -31,7 +32,7 @@ def contestants(d_model: int, d_ff: int, tokens: int) -> dict[str, Calls]:
     x = torch.randn(tokens, d_model, generator=generator)
     w_in = torch.randn(N_EXPERTS, 2, d_ff, d_model, generator=generator) / d_model**0.5
     w_out = torch.randn(N_EXPERTS, d_model, d_ff, generator=generator) / d_ff**0.5
-    weights, ids = reference.topk_gate(torch.randn(tokens, N_EXPERTS, generator=generator), TOP_K)
+    weights, ids = ops.topk_gate(torch.randn(tokens, N_EXPERTS, generator=generator), TOP_K)
     dy = torch.randn(tokens, d_model, generator=generator)
     inputs = (x, w_in, w_out, weights)
 

@@ -70,11 +70,11 @@ def make(shape: Shape, tokens: int, routing: str, device: str, dtype: torch.dtyp
 
     D, F, E, K = shape[:4]
     if routing == "balanced":
-        from moe.kernels import reference
-        from moe.kernels import routing as router
+        from moe.kernels import ops
+        from moe.kernels.experts import triton_routes as router
 
         ids = router.balanced_ids(tokens, E, K, device)[torch.randperm(tokens, generator=g, device=device)]
-        weights = reference.topk_gate(torch.randn(tokens, K, device=device, generator=g), K)[0]
+        weights = ops.topk_gate(torch.randn(tokens, K, device=device, generator=g), K)[0]
     elif trace is not None:
         ids = torch.from_numpy(traced_ids(trace, tokens)).to(device)
         weights = torch.rand(tokens, K, device=device, generator=g).softmax(-1)
@@ -274,15 +274,15 @@ def _overhead(
     name: str, tokens: int, routing: str, inputs: Inputs, rounds: int, device: str, forward_ms: float
 ) -> dict[str, Any]:
     """Routing, gather and combine of a forward, alone."""
-    from moe.kernels import routing as router
-    from moe.kernels import rows
+    from moe.kernels.experts import triton_routes as router
+    from moe.kernels.experts import triton_rows
 
     rows_RD = inputs.x.repeat_interleave(inputs.ids.shape[1], 0)
 
     def call() -> None:
         routes = router.cut(*router.place(inputs.ids, len(inputs.w_in)), 128)
-        rows.gather(inputs.x, routes, inputs.ids.shape[1])
-        rows.combine(rows_RD, inputs.weights, routes, inputs.ids.shape)
+        triton_rows.gather(inputs.x, routes, inputs.ids.shape[1])
+        triton_rows.combine(rows_RD, inputs.weights, routes, inputs.ids.shape)
 
     ms = medians({"all": call}, rounds, device)["all"] * 1e3
     return {

@@ -26,7 +26,7 @@ def _prompt(batch: int, vocab_size: int) -> Any:
 
 def make_ours(directory: str, batch: int) -> Callable[[], Any]:
     import moe
-    from moe.train.cpu import tune_cpu
+    from moe.device import tune_cpu
 
     tune_cpu()
     model = moe.load(directory + "/ours").eval()

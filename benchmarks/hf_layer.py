@@ -27,7 +27,7 @@ def run(quick: bool, dry: bool) -> dict[str, Any]:
     from transformers import MixtralConfig
     from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
-    from moe.hf_experts import register_experts
+    from moe.hf.experts import register_experts
 
     device, dtype = ("cpu", torch.float32) if dry else ("cuda", torch.bfloat16)
     register_experts("triton")

@@ -17,8 +17,8 @@ from duel import machine, write_record
 
 import moe
 from moe import profile
+from moe.device import tune_cpu
 from moe.profile import Pass, RoutingProfile
-from moe.train.cpu import tune_cpu
 
 BATCH, SEQ_LEN = 16, 256
 

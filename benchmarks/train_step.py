@@ -20,7 +20,7 @@ def make_ours(config: str, batch: int, seq_len: int, dtype: str) -> Callable[[],
     import torch
 
     import moe
-    from moe.train.cpu import tune_cpu
+    from moe.device import tune_cpu
 
     tune_cpu()
     model = moe.Transformer(moe.load_config(config))
@@ -32,7 +32,7 @@ def make_hf(config: str, batch: int, seq_len: int, dtype: str, experts: str) -> 
     from transformers import MixtralConfig, MixtralForCausalLM
 
     import moe
-    from moe.hf import config_to_hf
+    from moe.hf.families.mixtral import config_to_hf
 
     torch.manual_seed(0)
     hf_config = MixtralConfig(**config_to_hf(moe.load_config(config)))

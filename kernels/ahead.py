@@ -25,7 +25,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from moe.kernels import cross_entropy_triton, expert_mlp, expert_pointer, expert_tma, routing, rows, tiles
+from moe.kernels import tiles
+from moe.kernels.experts import triton_mlp, triton_pointer, triton_routes, triton_rows, triton_tma
+from moe.kernels.gate import triton_gate
+from moe.kernels.loss import triton_chunked
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -34,7 +37,7 @@ TARGETS = {
 }
 SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "gfx942": 65_536}  # bytes a block; the compiler does not check
 MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "gfx942": 304}
-MODULES = (routing, rows, expert_pointer, expert_tma, cross_entropy_triton)
+MODULES = (triton_gate, triton_routes, triton_rows, triton_pointer, triton_tma, triton_chunked)
 _TYPES = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
@@ -57,7 +60,7 @@ class Launch:
 
     @property
     def name(self) -> str:
-        module = self.kernel.fn.__module__.rpartition(".")[2].removeprefix("expert_")
+        module = self.kernel.fn.__module__.rpartition(".")[2].removeprefix("triton_")
         return f"{module}.{self.kernel.fn.__name__.removesuffix('_kernel').strip('_')}"
 
     @property
@@ -166,14 +169,14 @@ def launches(arch: str) -> list[Launch]:
         _record(8192, 2880, 2880, torch.bfloat16, "swiglu_oai", _interleaved)
         logits = torch.empty(8192, 16, device="meta")
         for bias in (None, logits[0]):
-            weights, ids, _ = routing.gate(logits, 2, bias)
-            routing.gate(logits, 2, bias, ids)
-            routing.gate_backward(weights, weights, ids, 16)
+            weights, ids, _ = triton_gate.gate(logits, 2, bias)
+            triton_gate.gate(logits, 2, bias, ids)
+            triton_gate.gate_backward(weights, weights, ids, 16)
         for vocabulary in (8192, 32768, 50257, 100352):  # rows in registers, and larger ones
             for dtype in (torch.bfloat16, torch.float16, torch.float32):
                 x, w = (torch.empty(n, 64, device="meta", dtype=dtype) for n in (8192, vocabulary))
                 for want_grad in (True, False):
-                    cross_entropy_triton.linear_cross_entropy(x, w, ids[:, 0], want_grad)
+                    triton_chunked.linear_cross_entropy(x, w, ids[:, 0], want_grad)
     return list(dict.fromkeys(found))
 
 
@@ -186,27 +189,27 @@ def _record(tokens: int, d_model: int, d_ff: int, dtype: torch.dtype, activation
     x = empty(tokens, d_model)
     weights, ids = empty(tokens, K, dtype=torch.float32), empty(tokens, K, dtype=torch.int64)
     experts = layout(empty, E, 1 if activation == "gelu" else 2, d_ff, d_model)
-    _, h, *routes = expert_mlp.forward(x, experts, weights, ids, activation, True)
-    expert_mlp.backward(x, x, experts, weights, h, *routes, activation)
-    expert_mlp.backward(x, x, experts, weights, h[:0], *routes, activation)
-    expert_mlp.forward(x, experts, weights, ids, activation, False)
+    _, h, *routes = triton_mlp.forward(x, experts, weights, ids, activation, True)
+    triton_mlp.backward(x, x, experts, weights, h, *routes, activation)
+    triton_mlp.backward(x, x, experts, weights, h[:0], *routes, activation)
+    triton_mlp.forward(x, experts, weights, ids, activation, False)
 
 
-def _contiguous(empty: Callable, E: int, G: int, F: int, D: int) -> expert_pointer.Experts:
-    return expert_pointer.Experts(empty(E, G, F, D), empty(E, D, F))
+def _contiguous(empty: Callable, E: int, G: int, F: int, D: int) -> triton_pointer.Experts:
+    return triton_pointer.Experts(empty(E, G, F, D), empty(E, D, F))
 
 
-def _strided(empty: Callable, E: int, G: int, F: int, D: int) -> expert_pointer.Experts:
+def _strided(empty: Callable, E: int, G: int, F: int, D: int) -> triton_pointer.Experts:
     """Transposed matrices, [E, D, G*F] and [E, F, D]: these go through the pointers everywhere."""
-    return expert_pointer.Experts(
+    return triton_pointer.Experts(
         empty(E, D, G * F).transpose(1, 2).unflatten(1, (G, F)), empty(E, F, D).transpose(1, 2)
     )
 
 
-def _interleaved(empty: Callable, E: int, G: int, F: int, D: int) -> expert_pointer.Experts:
+def _interleaved(empty: Callable, E: int, G: int, F: int, D: int) -> triton_pointer.Experts:
     """gpt-oss: transposed, gate and up in turns, biases."""
     w_in = empty(E, D, F * G).unflatten(2, (F, G)).permute(0, 3, 2, 1)
-    return expert_pointer.Experts(w_in, empty(E, F, D).transpose(1, 2), empty(E, G, F), empty(E, D))
+    return triton_pointer.Experts(w_in, empty(E, F, D).transpose(1, 2), empty(E, G, F), empty(E, D))
 
 
 # --------------------------------------------------------------------------------------------------------- compiling

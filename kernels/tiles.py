@@ -3,6 +3,7 @@
 `moe.kernels.tune` measures other choices on a machine and writes the better ones to a file that `choose` reads first.
 """
 
+import importlib.util
 import json
 import os
 from dataclasses import asdict, dataclass, fields, replace
@@ -10,9 +11,24 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 # On CPU tensors the kernels run only in Triton's interpreter, which has to be chosen before they are imported.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def why_not_triton(x: Tensor) -> str | None:
+    """Why the Triton kernels cannot take a tensor; None where they can."""
+    if not HAS_TRITON:
+        return "the triton package is not installed"
+    if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"it needs bfloat16, float16 or float32, not {x.dtype}"
+    if x.device.type == "cpu" and not INTERPRETED:
+        return "it runs on CUDA; on a CPU only in the interpreter, with TRITON_INTERPRET=1 set before the import"
+    if x.device.type not in ("cpu", "cuda"):
+        return f"it does not run on {x.device.type}"
+    return None
 
 
 @dataclass(frozen=True)
@@ -41,7 +57,7 @@ class Tiles:
     down_backward: Tile
     dx: Tile
     dw: Tile
-    tma: bool = False  # the products of expert_tma.py, where the operands allow it
+    tma: bool = False  # the products of triton_tma.py, where the operands allow it
 
 
 PRODUCTS = ("up", "down", "down_backward", "dx", "dw")

@@ -13,8 +13,9 @@ from unittest.mock import patch
 
 import torch
 
-from moe.kernels import expert_mlp, routing, tiles
-from moe.kernels.expert_pointer import Experts
+from moe.kernels import tiles
+from moe.kernels.experts import triton_mlp, triton_routes
+from moe.kernels.experts.triton_pointer import Experts
 from moe.kernels.tiles import PRODUCTS, Tile, Tiles
 
 
@@ -58,13 +59,13 @@ def tune(d_model: int, d_ff: int, n_experts: int, top_k: int, n_tokens: int, gat
     x, dy = normal(n_tokens, d_model), normal(n_tokens, d_model)
     experts = Experts(normal(n_experts, gates, d_ff, d_model), normal(n_experts, d_model, d_ff))
     weights = torch.rand(n_tokens, top_k, device=device)
-    ids = routing.balanced_ids(n_tokens, n_experts, top_k, device)
+    ids = triton_routes.balanced_ids(n_tokens, n_experts, top_k, device)
     activation, R = "swiglu" if gates == 2 else "gelu", n_tokens * top_k
-    products, best = expert_mlp._choose(x, experts, R)
-    order, offsets = routing.place(ids, n_experts)
+    products, best = triton_mlp._choose(x, experts, R)
+    order, offsets = triton_routes.place(ids, n_experts)
 
     def calls(sizes: Tiles) -> dict[str, Callable[[], Any]]:
-        routes = routing.cut(order, offsets, sizes.rows)
+        routes = triton_routes.cut(order, offsets, sizes.rows)
         x_rows, dy_rows = products.rows(x, routes, top_k), products.rows(dy, routes, top_k)
         h, act = products.up(x_rows, experts, routes, top_k, activation, best, True, True)
         return {

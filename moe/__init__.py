@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from moe import hf
     from moe.checkpoint import load, load_tokenizer, save
-    from moe.config import Config, ConfigError, load_config
+    from moe.config import Config, load_config
+    from moe.errors import ConfigError, MoeError
     from moe.model import Transformer
 
 __version__ = "0.1.0"
 
 _HOME = {
     "Config": "moe.config",
-    "ConfigError": "moe.config",
+    "ConfigError": "moe.errors",
+    "MoeError": "moe.errors",
     "load_config": "moe.config",
     "Transformer": "moe.model",
     "save": "moe.checkpoint",
@@ -25,7 +27,7 @@ _HOME = {
 }
 _MODULES = {"data", "hf", "plan", "profile", "train"}
 
-__all__ = ["Config", "ConfigError", "Transformer", "hf", "load", "load_config", "load_tokenizer", "save"]
+__all__ = ["Config", "ConfigError", "MoeError", "Transformer", "hf", "load", "load_config", "load_tokenizer", "save"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,6 +1,6 @@
 """Checkpoints: a directory of safetensors, `config.toml` and, if there is one, `tokenizer.json`.
 
-Weights lie in `model.safetensors`, or in shards under an index (see `moe.tensorfiles`). A checkpoint is written under a
+Weights lie in `model.safetensors`, or in shards under an index (see `moe.io.tensorfiles`). A checkpoint is written under a
 temporary name and renamed, so that a directory is whole or absent. The optimizer's state is not part of it.
 """
 
@@ -12,20 +12,20 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from moe.config import Config, ConfigError, load_config
-from moe.files import atomic_directory
-from moe.model import Transformer
-from moe.tensorfiles import (
+from moe.config import Config, load_config
+from moe.errors import CheckpointError, ConfigError, TokenizerError
+from moe.io.files import atomic_directory
+from moe.io.tensorfiles import (
     INDEX_FILE,
     MAX_SHARD_BYTES,
-    CheckpointError,
     check_tensors,
     copy_tensors,
     list_tensors,
     some,
     write_tensors,
 )
-from moe.tokenizer import Tokenizer, TokenizerError
+from moe.model import Transformer
+from moe.tokenizer import Tokenizer
 
 CONFIG_FILE = "config.toml"
 TOKENIZER_FILE = "tokenizer.json"
@@ -71,7 +71,7 @@ def write_files(
 ) -> None:
     """Writes the files of a checkpoint into an existing directory: `save` without the checks and the renaming.
 
-    For writers of more than a model, under `moe.files.atomic_directory`. Raises as `write_tensors` does.
+    For writers of more than a model, under `moe.io.files.atomic_directory`. Raises as `write_tensors` does.
     """
     write_tensors(directory, stored_state(model), max_shard_bytes=max_shard_bytes)
     (directory / CONFIG_FILE).write_text(model.cfg.to_toml(), encoding="utf-8")

@@ -17,11 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from moe.errors import ConfigError
+
 CONFIG_DIR = Path(__file__).parent / "configs"
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be: the message names the field, the value and the remedy."""
 
 
 def _require(ok: bool, name: str, value: object, rule: str) -> None:
@@ -141,7 +139,7 @@ class TrainConfig:
     `schedule` "cosine" falls from `lr` to `lr * min_lr` over all tokens; "wsd" holds it and falls linearly over the
     last `decay` fraction of them; `warmup` is in steps of the first batch size. `muon_lr` and `muon_momentum` are for
     the blocks' matrices with optimizer "muon"; `embedding_lr` is the embedding's rate as a multiple of `lr`.
-    `activation_checkpointing` trades time for memory (moe/checkpointing.py).
+    `activation_checkpointing` trades time for memory (moe/recompute.py).
     """
 
     steps: int = 1000

@@ -1,4 +1,4 @@
-"""The mixture of experts of one layer: router, balance losses, expert MLPs.
+"""The mixture of experts of one layer: the router with its losses, the expert MLPs.
 
 Shape suffixes: B batch, S sequence, T = B*S tokens, D model width, E experts, K experts per token, G gate/up,
 F expert hidden width.
@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from moe.config import ExpertsConfig, RouterConfig
@@ -19,17 +20,31 @@ from moe.layers import at_least_fp32, cast, without_autocast
 class Routing(NamedTuple):
     """What one layer's router did in one forward pass."""
 
-    n_experts: int
     ids_TK: Tensor  # int64, the chosen experts in falling order of score
     weights_TK: Tensor  # at least float32, each row sums to 1
     logits_TE: Tensor  # at least float32, before any bias
-    balance: Tensor  # scalar, the balance loss (1 when even), before its weight
-    z: Tensor  # scalar, the z-loss, before its weight
+    batch: int  # sequences, of T / batch tokens each
+
+    @property
+    def n_experts(self) -> int:
+        """Experts that the router chooses among."""
+        return self.logits_TE.shape[1]
 
     @property
     def counts_E(self) -> Tensor:
         """Routed tokens per expert, int64; they sum to T * K."""
         return expert_counts(self.ids_TK.view(1, -1), self.n_experts)[0]
+
+    @property
+    def balance_B(self) -> Tensor:
+        """The balance loss of each sequence, before its weight: 1 when even."""
+        counts_BE = expert_counts(self.ids_TK.view(self.batch, -1), self.n_experts)
+        return balance_loss(rearrange(self.logits_TE, "(b s) e -> b s e", b=self.batch), counts_BE)
+
+    @property
+    def z_T(self) -> Tensor:
+        """The z-loss of each token, before its weight."""
+        return z_loss(self.logits_TE)
 
 
 class Router(nn.Module):
@@ -48,19 +63,13 @@ class Router(nn.Module):
         self.bias_update_rate = cfg.bias_update_rate
         self.register_buffer("bias_E", torch.zeros(n_experts) if cfg.bias_update_rate else None)
 
-    def forward(self, x_BSD: Tensor, with_losses: bool = True) -> Routing:
-        """x_BSD -> the routing of its B*S tokens, in that order; without losses both are 0."""
+    def forward(self, x_BSD: Tensor) -> Routing:
+        """x_BSD -> the routing of its B*S tokens, in that order."""
         wide = at_least_fp32(x_BSD.dtype)
         with without_autocast(x_BSD.device.type):
-            logits_BSE = F.linear(cast(x_BSD, wide), cast(self.weight, wide))
-            logits_TE = logits_BSE.flatten(0, 1)
+            logits_TE = F.linear(cast(x_BSD, wide), cast(self.weight, wide)).flatten(0, 1)
             weights_TK, ids_TK = self.choose(logits_TE)
-            if not with_losses:
-                balance = z = logits_BSE.new_zeros(())
-            else:
-                counts_BE = expert_counts(ids_TK.view(len(x_BSD), -1), len(self.weight))
-                balance, z = balance_loss(logits_BSE, counts_BE), z_loss(logits_BSE)
-        return Routing(len(self.weight), ids_TK, weights_TK, logits_TE, balance, z)
+        return Routing(ids_TK, weights_TK, logits_TE, len(x_BSD))
 
     def choose(self, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
         """The weights and ids [T, K] of the chosen experts. A replay puts another function in its place."""
@@ -81,42 +90,51 @@ def expert_counts(ids_BR: Tensor, n_experts: int) -> Tensor:
 
 
 def balance_loss(logits_BSE: Tensor, counts_BE: Tensor) -> Tensor:
-    """E * sum over experts of (fraction of choices) x (mean probability), per sequence, then averaged: 1 when even.
+    """E * sum over experts of (fraction of choices) x (mean probability), per sequence -> [B]: 1 when even.
 
-    Switch Transformer's loss (Fedus et al. 2021, eq. 4) taken per sequence, so that micro-batching and data
+    Switch Transformer's loss (Fedus et al. 2021, eq. 4) taken per sequence, so that micro-batching, data and pipeline
     parallelism do not change it.
     """
     fraction_BE = counts_BE.to(logits_BSE.dtype) / counts_BE.sum(1, keepdim=True)
-    probability_BE = logits_BSE.softmax(-1).mean(1)
-    return logits_BSE.shape[-1] * (fraction_BE * probability_BE).sum(1).mean()
+    return logits_BSE.shape[-1] * (fraction_BE * logits_BSE.softmax(-1).mean(1)).sum(1)
 
 
-def z_loss(logits_BSE: Tensor) -> Tensor:
-    """Mean over tokens of logsumexp(logits)^2, which keeps the logits small (ST-MoE, Zoph et al. 2022, eq. 5)."""
-    return logits_BSE.logsumexp(-1).square().mean()
+def z_loss(logits_TE: Tensor) -> Tensor:
+    """logsumexp(logits)^2 per token -> [T], which keeps the logits small (ST-MoE, Zoph et al. 2022, eq. 5)."""
+    return logits_TE.logsumexp(-1).square()
 
 
-class MoE(nn.Module):
-    """Dropless mixture of experts: each token is served by its `top_k` experts, however uneven the loads."""
+class Experts(nn.Module):
+    """The expert MLPs of one layer. Whoever has them elsewhere, or otherwise (sharded over ranks, with adapters,
+    quantised, imported), puts a module with the same `forward` in this one's place.
 
-    def __init__(self, d_model: int, cfg: ExpertsConfig, router: RouterConfig) -> None:
+    `recompute`: keep only the input for the backward, as selective checkpointing wants (see ops.expert_mlp).
+    """
+
+    def __init__(self, d_model: int, cfg: ExpertsConfig) -> None:
         super().__init__()
         self.activation = cfg.activation
-        self.router = Router(d_model, cfg.n_experts, cfg.top_k, router)
+        self.recompute = False
         n_gates = ops.ACTIVATIONS[cfg.activation]
         self.w_in_EGFD = nn.Parameter(torch.empty(cfg.n_experts, n_gates, cfg.d_ff, d_model))
         self.w_out_EDF = nn.Parameter(torch.empty(cfg.n_experts, d_model, cfg.d_ff))
 
-    def forward(self, x_BSD: Tensor, with_losses: bool = True, recompute: bool = False) -> tuple[Tensor, Routing]:
-        """x_BSD -> [B, S, D] and what the router did. `recompute`: as in ops.expert_mlp."""
-        routing = self.router(x_BSD, with_losses)
-        y_TD = ops.expert_mlp(
-            x_BSD.flatten(0, 1),
-            self.w_in_EGFD,
-            self.w_out_EDF,
-            routing.weights_TK,
-            routing.ids_TK,
-            self.activation,
-            recompute=recompute,
-        )
+    def forward(self, x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor) -> Tensor:
+        """x_TD -> [T, D]: the sum over a token's experts, weighted, dropless, however uneven the loads."""
+        weights = self.w_in_EGFD, self.w_out_EDF
+        return ops.expert_mlp(x_TD, *weights, weights_TK, ids_TK, self.activation, recompute=self.recompute)
+
+
+class MoE(nn.Module):
+    """Mixture of experts: the router chooses `top_k` of the experts for each token, and they serve it."""
+
+    def __init__(self, d_model: int, cfg: ExpertsConfig, router: RouterConfig) -> None:
+        super().__init__()
+        self.router = Router(d_model, cfg.n_experts, cfg.top_k, router)
+        self.experts = Experts(d_model, cfg)
+
+    def forward(self, x_BSD: Tensor) -> tuple[Tensor, Routing]:
+        """x_BSD -> [B, S, D] and what the router did."""
+        routing: Routing = self.router(x_BSD)
+        y_TD = self.experts(rearrange(x_BSD, "b s d -> (b s) d"), routing.weights_TK, routing.ids_TK)
         return y_TD.view(x_BSD.shape).to(x_BSD.dtype), routing

@@ -1,22 +1,25 @@
-"""The dense parts of a block: RMSNorm, rotary position embedding and its scaling to 32k, multi-query attention.
+"""The dense parts: products, RMSNorm, rotary position embedding and its scaling to 32k, multi-query attention, caches.
 
 Shape suffixes: B batch, S sequence, P positions in the cache, D model width, H query heads, N key/value heads,
 C head width.
 """
 
+import functools
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from itertools import groupby, pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moe.config import AttentionConfig, Config, RopeConfig
+from moe.kernels import ops
 
 
 def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
@@ -36,6 +39,45 @@ def without_autocast(device_type: str) -> AbstractContextManager[object]:
     return nullcontext()
 
 
+# Marks a hook that takes whatever a module is called with and changes nothing, such as a clock's.
+INDIFFERENT = "_indifferent_to_the_call"
+
+
+def untouched(module: nn.Module, kind: type[nn.Module], *, called: bool = False) -> bool:
+    """Whether a module is exactly ours, so that a fused path may stand in for it: the one rule for all of them.
+
+    It is of the class `kind` itself; nothing in its instance takes the place of a method; no hook, of its own or of
+    all modules, waits for its call or its backward; its parameters are plain tensors. Anything else (an adapter, a
+    quantised weight, a patched forward, a shard) must be called as the module that it is.
+
+    Args:
+        called: the fused path still calls the module, only with other arguments: then FSDP, whose hooks gather the
+            weights, and hooks marked `INDIFFERENT` are welcome.
+    """
+    sharded = called and any(base.__name__ == "FSDPModule" for base in type(module).__mro__)
+    if type(module) is not kind and not (sharded and kind in type(module).__mro__):
+        return False
+    if any(callable(getattr(kind, name, None)) for name in module.__dict__) or _global_hooks():
+        return False
+    for hooks in (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks):
+        if any(not (called and _indifferent(hook)) for hook in hooks.values()):
+            return False
+    return sharded or all(type(p) is nn.Parameter for p in module.parameters(recurse=False))
+
+
+def _indifferent(hook: Any) -> bool:
+    return hasattr(hook, INDIFFERENT) or str(getattr(hook, "__module__", "")).startswith("torch.distributed")
+
+
+def _global_hooks() -> bool:
+    modules = torch.nn.modules.module
+    names = ("forward_pre_hooks", "forward_hooks", "backward_pre_hooks", "backward_hooks")
+    return any(getattr(modules, f"_global_{name}") for name in names)
+
+
+# ------------------------------------------------------------------------------------------------- products and norms
+
+
 class Linear(nn.Linear):
     """A bias-free nn.Linear that leaves its weight to `init_weights`, the one place where weights are made."""
 
@@ -44,6 +86,16 @@ class Linear(nn.Linear):
 
     def reset_parameters(self) -> None:
         pass
+
+
+class Head(Linear):
+    """The output layer: logits, or with targets their loss without ever holding the logits."""
+
+    def forward(self, x_BSD: Tensor, targets_BS: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        """x [..., D] -> logits [..., V]; with targets [...] the sum of -log softmax(logits)[target], a scalar."""
+        if targets_BS is None:
+            return super().forward(x_BSD)
+        return ops.linear_cross_entropy(x_BSD.flatten(0, -2), self.weight, targets_BS.flatten())
 
 
 class RMSNorm(nn.Module):
@@ -149,63 +201,24 @@ def rotate(x_BSHC: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 # -------------------------------------------------------------------------------------------------------- attention
 
-
-@dataclass
-class LayerCache:
-    """One layer's keys and values, [B, N, P, C] each, of which the first `length` positions are filled."""
-
-    k_BNPC: Tensor
-    v_BNPC: Tensor
-
-    def append(self, start: int, k_BNSC: Tensor, v_BNSC: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the new positions from `start` on; returns all keys and values so far."""
-        end = start + k_BNSC.shape[2]
-        self.k_BNPC[:, :, start:end] = k_BNSC
-        self.v_BNPC[:, :, start:end] = v_BNSC
-        return self.k_BNPC[:, :, :end], self.v_BNPC[:, :, :end]
+# How queries [B, S, H, C] see the new keys and values [B, S, N, C], and what else there is -> [B, S, H, C]. The one
+# seam of attention: whoever knows a cache, documents, a mask, pages or a ring of ranks brings a function of its own.
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-class KVCache:
-    """Keys and values of all layers for `batch` sequences of up to `max_len` positions; `length` are filled."""
-
-    def __init__(self, cfg: Config, batch: int, max_len: int, dtype: torch.dtype, device: torch.device | str) -> None:
-        shape = (batch, cfg.attention.n_kv_heads, max_len, cfg.attention.head_dim)
-        self.layers = [
-            LayerCache(torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device))
-            for _ in range(cfg.n_layers)
-        ]
-        # The rotations of all its positions, made once.
-        self.rope = rope_tables(0, max_len, cfg.attention.head_dim, cfg.attention.rope, dtype, torch.device(device))
-        self.batch = batch
-        self.max_len = max_len
-        self.length = 0
+def causal(q_BSHC: Tensor, k_BSNC: Tensor, v_BSNC: Tensor) -> Tensor:
+    """Each position sees itself and those before it."""
+    return _attention(q_BSHC, k_BSNC, v_BSNC, is_causal=True)
 
 
-# The documents of a batch, one after the other: (n, length) for n of them that are equally long. Or a mask that says
-# what each position sees, bool [B, 1, S, S].
-Documents = list[tuple[int, int]] | Tensor
-
-
-def document_runs(documents_BS: Tensor) -> list[tuple[int, int]]:
-    """`Documents` of a batch in which runs of equal integers are documents. Reads them: best kept on the CPU."""
-    starts = [*_first(documents_BS).flatten().nonzero().flatten().tolist(), documents_BS.numel()]
-    lengths = (end - start for start, end in pairwise(starts))
-    return [(sum(1 for _ in equal), length) for length, equal in groupby(lengths)]
-
-
-def document_mask(documents_BS: Tensor) -> Tensor:
-    """`Documents` as a mask: memory quadratic in S, but one graph for torch.compile however they divide a batch."""
-    run_BS = _first(documents_BS).cumsum(1)
-    return (run_BS.unsqueeze(2) == run_BS.unsqueeze(1)).tril_().unsqueeze(1)
-
-
-def _first(documents_BS: Tensor) -> Tensor:
-    """Whether each position is the first of its document."""
-    return torch.cat([torch.ones_like(documents_BS[:, :1], dtype=torch.bool), documents_BS.diff() != 0], dim=1)
+def _attention(q_BSHC: Tensor, k_BPNC: Tensor, v_BPNC: Tensor, **which: Any) -> Tensor:
+    """Scaled dot-product attention of S queries to P keys -> [B, S, H, C]."""
+    q, k, v = (x.transpose(1, 2) for x in (q_BSHC, k_BPNC, v_BPNC))
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=True, **which).transpose(1, 2)
 
 
 class Attention(nn.Module):
-    """Causal attention in which H query heads share N key/value heads: N = 1 is multi-query (Shazeer 2019)."""
+    """Attention in which H query heads share N key/value heads: N = 1 is multi-query (Shazeer 2019)."""
 
     def __init__(self, d_model: int, cfg: AttentionConfig) -> None:
         super().__init__()
@@ -215,54 +228,153 @@ class Attention(nn.Module):
         self.wv = Linear(d_model, cfg.n_kv_heads * cfg.head_dim)
         self.wo = Linear(cfg.n_heads * cfg.head_dim, d_model)
 
-    def forward(
-        self,
-        x_BSD: Tensor,
-        rope: tuple[Tensor, Tensor],
-        cache: LayerCache | None = None,
-        start: int = 0,
-        documents: Documents | None = None,
-    ) -> Tensor:
-        """x_BSD -> [B, S, D]. `start` is the position of the first token; earlier ones are in the cache.
-
-        Each position sees itself and those before it: all of them, or with `documents` those of its own.
-        """
-        # -1, not the number of heads: under tensor parallelism a rank holds some of them.
-        q_BSHC = rotate(self.wq(x_BSD).unflatten(-1, (-1, self.head_dim)), *rope)
-        k_BSNC = rotate(self.wk(x_BSD).unflatten(-1, (-1, self.head_dim)), *rope)
-        v_BSNC = self.wv(x_BSD).unflatten(-1, (-1, self.head_dim))
-        k, v = k_BSNC.transpose(1, 2), v_BSNC.transpose(1, 2)
-        if cache is not None:
-            k, v = cache.append(start, k, v)
-        return self.wo(_attend(q_BSHC, k, v, documents))
+    def forward(self, x_BSD: Tensor, rope: tuple[Tensor, Tensor], attend: Attend = causal) -> Tensor:
+        """x_BSD -> [B, S, D]. `rope`: of its positions, for `rotate`; `attend`: who sees whom."""
+        # Not the number of heads: under tensor parallelism a rank holds some of them.
+        q, k, v = (
+            rearrange(project(x_BSD), "b s (h c) -> b s h c", c=self.head_dim)
+            for project in (self.wq, self.wk, self.wv)
+        )
+        y_BSHC = attend(rotate(q, *rope), rotate(k, *rope), v)
+        return self.wo(rearrange(y_BSHC, "b s h c -> b s (h c)"))
 
 
-def _attend(q_BSHC: Tensor, k_BNPC: Tensor, v_BNPC: Tensor, documents: Documents | None = None) -> Tensor:
-    """Causal attention of the last S of P positions -> [B, S, H*C]."""
-    B, S, H, C = q_BSHC.shape
-    N, P = k_BNPC.shape[1:3]
+# -------------------------------------------------------------------------------------------------------- documents
+
+
+def within_documents(documents_BS: Tensor) -> Attend:
+    """Each position sees itself and those before it in its document; runs of equal integers are documents.
+
+    Memory is linear in S: documents are taken one after the other. Reads the integers: best kept on the CPU.
+    """
+    runs = document_runs(documents_BS)
+
+    def attend(q_BSHC: Tensor, k_BSNC: Tensor, v_BSNC: Tensor) -> Tensor:
+        pieces, sizes = [], [n * length for n, length in runs]
+        in_turn = (x.flatten(0, 1).split(sizes) for x in (q_BSHC, k_BSNC, v_BSNC))
+        for (n, length), *parts in zip(runs, *in_turn, strict=True):
+            equal = (part.unflatten(0, (n, length)) for part in parts)
+            pieces.append(_attention(*equal, is_causal=True).flatten(0, 1))
+        return torch.cat(pieces).unflatten(0, q_BSHC.shape[:2])
+
+    return attend
+
+
+def document_runs(documents_BS: Tensor) -> list[tuple[int, int]]:
+    """The documents of a batch, one after the other: (n, length) for n of them that are equally long."""
+    starts = [*_first(documents_BS).flatten().nonzero().flatten().tolist(), documents_BS.numel()]
+    lengths = (end - start for start, end in pairwise(starts))
+    return [(sum(1 for _ in equal), length) for length, equal in groupby(lengths)]
+
+
+def within_documents_by_mask(documents_BS: Tensor) -> Attend:
+    """As `within_documents`, but memory quadratic in S, and one graph for torch.compile however they divide a batch."""
+    run_BS = _first(documents_BS).cumsum(1)
+    sees_B1SS = (run_BS.unsqueeze(2) == run_BS.unsqueeze(1)).tril_().unsqueeze(1)
+
+    def attend(q_BSHC: Tensor, k_BSNC: Tensor, v_BSNC: Tensor) -> Tensor:
+        return _attention(q_BSHC, k_BSNC, v_BSNC, attn_mask=sees_B1SS)
+
+    return attend
+
+
+def _first(documents_BS: Tensor) -> Tensor:
+    """Whether each position is the first of its document."""
+    return torch.cat([torch.ones_like(documents_BS[:, :1], dtype=torch.bool), documents_BS.diff() != 0], dim=1)
+
+
+# ------------------------------------------------------------------------------------------------------------ cache
+
+
+class LayerCache(NamedTuple):
+    """One layer's keys and values of B sequences, [B, N, P, C] each."""
+
+    k_BNPC: Tensor
+    v_BNPC: Tensor
+
+
+class KVCache:
+    """Keys and values of all layers for `batch` sequences of up to `max_len` positions; it brings its own attention.
+
+    `lengths`: how many positions of each sequence are filled.
+    """
+
+    def __init__(self, cfg: Config, batch: int, max_len: int, dtype: torch.dtype, device: torch.device | str) -> None:
+        shape = (batch, cfg.attention.n_kv_heads, max_len, cfg.attention.head_dim)
+        self.layers = [
+            LayerCache(torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
+            for _ in range(cfg.n_layers)
+        ]
+        # The rotations of all its positions, made once.
+        self._rope = rope_tables(0, max_len, cfg.attention.head_dim, cfg.attention.rope, dtype, torch.device(device))
+        self.max_len = max_len
+        self.lengths = [0] * batch
+
+    @property
+    def batch(self) -> int:
+        """Sequences."""
+        return len(self.lengths)
+
+    @property
+    def length(self) -> int:
+        """Filled positions of the longest sequence."""
+        return max(self.lengths, default=0)
+
+    @property
+    def even(self) -> bool:
+        """Whether all sequences are equally long."""
+        return len(set(self.lengths)) <= 1
+
+    def rope(self, n: int) -> tuple[Tensor, Tensor]:
+        """cos and sin, for `rotate`, of the next `n` positions of each sequence."""
+        if self.even:
+            cos, sin = (table[self.length : self.length + n] for table in self._rope)
+        else:
+            cos, sin = (table[self._next(n)] for table in self._rope)
+        return cos, sin
+
+    def attend(self, layer: int) -> Attend:
+        """Stores new keys and values of a layer behind those it has; their queries see these and all before them."""
+        cache = self.layers[layer]
+        return functools.partial(_extend_evenly if self.even else _extend, cache, self.lengths)
+
+    def advance(self, n: int) -> None:
+        """The next `n` positions of each sequence are filled, in every layer."""
+        self.lengths = [length + n for length in self.lengths]
+
+    def _next(self, n: int) -> Tensor:
+        return _positions(self.lengths, n, self.layers[0].k_BNPC.device)
+
+
+def _positions(lengths: list[int], n: int, device: torch.device) -> Tensor:
+    """The next `n` positions of each sequence, int64 [B, n]."""
+    return torch.tensor(lengths, device=device).unsqueeze(1) + torch.arange(n, device=device)
+
+
+def _extend_evenly(cache: LayerCache, lengths: list[int], q_BSHC: Tensor, k_BSNC: Tensor, v_BSNC: Tensor) -> Tensor:
+    """Attention of the new positions of sequences that are equally long."""
+    (B, S, H, C), N, start = q_BSHC.shape, k_BSNC.shape[2], lengths[0]
+    end = start + S
+    k_BNPC, v_BNPC = cache.k_BNPC[:, :, :end], cache.v_BNPC[:, :, :end]
+    k_BNPC[:, :, start:] = k_BSNC.transpose(1, 2)
+    v_BNPC[:, :, start:] = v_BSNC.transpose(1, 2)
     if S == 1:
         # One position sees everything, so the heads that share a key head can be rows of one query: a single product.
-        return F.scaled_dot_product_attention(q_BSHC.reshape(B, N, H // N, C), k_BNPC, v_BNPC).reshape(B, 1, H * C)
-    q_BHSC = q_BSHC.transpose(1, 2)
-    if isinstance(documents, list):
-        return _attend_within(q_BHSC, k_BNPC, v_BNPC, documents).flatten(2)
-    if documents is not None:
-        y_BHSC = F.scaled_dot_product_attention(q_BHSC, k_BNPC, v_BNPC, attn_mask=documents, enable_gqa=True)
-    elif S == P:
-        y_BHSC = F.scaled_dot_product_attention(q_BHSC, k_BNPC, v_BNPC, is_causal=True, enable_gqa=True)
-    else:
-        mask_SP = torch.ones(S, P, dtype=torch.bool, device=q_BHSC.device).tril(P - S)
-        y_BHSC = F.scaled_dot_product_attention(q_BHSC, k_BNPC, v_BNPC, attn_mask=mask_SP, enable_gqa=True)
-    return y_BHSC.transpose(1, 2).flatten(2)
+        return F.scaled_dot_product_attention(q_BSHC.reshape(B, N, H // N, C), k_BNPC, v_BNPC).reshape(B, 1, H, C)
+    if start == 0:
+        return causal(q_BSHC, k_BSNC, v_BSNC)
+    sees_SP = torch.ones(S, end, dtype=torch.bool, device=q_BSHC.device).tril(start)
+    return _attention(q_BSHC, k_BNPC.transpose(1, 2), v_BNPC.transpose(1, 2), attn_mask=sees_SP)
 
 
-def _attend_within(q_BHSC: Tensor, k_BNSC: Tensor, v_BNSC: Tensor, runs: list[tuple[int, int]]) -> Tensor:
-    """Causal attention inside each of the documents that make up the batch -> [B, S, H, C]. Memory linear in S."""
-    pieces, sizes = [], [n * length for n, length in runs]
-    in_turn = (x.transpose(1, 2).flatten(0, 1).split(sizes) for x in (q_BHSC, k_BNSC, v_BNSC))
-    for (n, length), *parts in zip(runs, *in_turn, strict=True):
-        q, k, v = (part.unflatten(0, (n, length)).transpose(1, 2) for part in parts)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        pieces.append(y.transpose(1, 2).flatten(0, 1))
-    return torch.cat(pieces).unflatten(0, (len(q_BHSC), -1))
+def _extend(cache: LayerCache, lengths: list[int], q_BSHC: Tensor, k_BSNC: Tensor, v_BSNC: Tensor) -> Tensor:
+    """Attention of the new positions of sequences of different lengths."""
+    B, S = q_BSHC.shape[:2]
+    at_BS = _positions(lengths, S, q_BSHC.device)
+    end = max(lengths) + S
+    rows_B1 = torch.arange(B, device=q_BSHC.device).unsqueeze(1)
+    cache.k_BNPC[rows_B1, :, at_BS] = k_BSNC
+    cache.v_BNPC[rows_B1, :, at_BS] = v_BSNC
+    sees_B1SP = (torch.arange(end, device=q_BSHC.device) <= at_BS.unsqueeze(2)).unsqueeze(1)
+    k_BPNC, v_BPNC = (x[:, :, :end].transpose(1, 2) for x in cache)
+    return _attention(q_BSHC, k_BPNC, v_BPNC, attn_mask=sees_B1SP)

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from moe import checkpoint as checkpoints
-from moe.config import ConfigError
-from moe.model import Transformer, stream
-from moe.streaming import TextStream
+from moe.device import pick_device, pick_dtype
+from moe.errors import ConfigError
+from moe.generate import TextStream, stream
+from moe.model import Transformer
 from moe.tokenizer import Tokenizer
-from moe.train.device import pick_device, pick_dtype
 
 try:
     from lm_eval.api.model import TemplateLM

@@ -1,50 +1,103 @@
-"""The decoder: Block, Transformer, the one place where weights are made, and the simple `generate`.
+"""The decoder: Block, Transformer, its objective, the one place where weights are made, and the simple `generate`.
 
 Shape suffixes: L layers, B batch, S sequence, T = B*S tokens, D model width, V vocabulary, E experts, P positions.
 """
 
 import hashlib
 import math
-from collections.abc import Iterator
+import sys
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 
-from moe.checkpointing import MODES, run_block
-from moe.config import Config
-from moe.decode import DecodeStep
-from moe.experts import MoE, Routing
-from moe.kernels import ops
-from moe.kernels.reference import IGNORE_INDEX
+from moe.config import Config, RouterConfig
+from moe.experts import Experts, MoE, Routing
+from moe.kernels.loss import IGNORE_INDEX
+from moe.kernels.stages import stage
 from moe.layers import (
+    Attend,
     Attention,
-    Documents,
+    Head,
     KVCache,
-    LayerCache,
-    Linear,
     RMSNorm,
-    document_mask,
-    document_runs,
+    at_least_fp32,
+    causal,
     rope_tables,
+    untouched,
+    within_documents,
+    within_documents_by_mask,
+    without_autocast,
 )
+from moe.recompute import MODES, run_block
+
+# -------------------------------------------------------------------------------------------------------- objective
+
+
+class Sums(NamedTuple):
+    """The parts of the objective, summed over a forward pass: parts of a batch, wherever they ran, add up."""
+
+    lm: Tensor | None  # cross-entropy in nats, over the targets; None without any
+    balance: Tensor  # of Routing.balance_B, over the sequences; the mean over the layers
+    z: Tensor  # of Routing.z_T, over the tokens; the mean over the layers
+
+
+class Counts(NamedTuple):
+    """What the sums are divided by."""
+
+    targets: Tensor | int
+    sequences: int
+    tokens: int
+
+
+def objective(router: RouterConfig, sums: Sums, counts: Counts) -> Tensor:
+    """The training objective, a scalar: mean cross-entropy + the weighted means of the router's two losses.
+
+    The one place where it is put together. For one part of a larger batch, take the `counts` of all of it: then the
+    objectives, and the gradients, of the parts add up to those of the whole.
+    """
+    means = losses(sums, counts)
+    return means["lm"] + router.balance_loss * means["balance"] + router.z_loss * means["z"]
+
+
+def losses(sums: Sums, counts: Counts) -> dict[str, Tensor]:
+    """The means of the sums, by name. Of targets that are all -100, "lm" is 0."""
+    means = {"balance": sums.balance / counts.sequences, "z": sums.z / counts.tokens}
+    if sums.lm is not None:
+        means["lm"] = sums.lm / torch.as_tensor(counts.targets, device=sums.lm.device).clamp(min=1)
+    return means
 
 
 @dataclass
 class Output:
-    """What a forward pass gives.
-
-    `loss` is the training objective: cross-entropy + the weighted balance and z losses. `losses` holds its parts,
-    unweighted, as scalars: "lm" (mean over the targets, nats), "balance" and "z" (means over the layers); with a
-    cache there are none.
+    """What a forward pass gives: logits, or with targets the sums of its losses; of a part of a model without an output
+    layer (a pipeline stage) the hidden states that it passes on. With a cache there are no sums.
     """
 
+    router: RouterConfig
     logits_BSV: Tensor | None = None
-    loss: Tensor | None = None
-    losses: dict[str, Tensor] = field(default_factory=dict)
+    hidden_BSD: Tensor | None = None
+    sums: Sums | None = None
+    counts: Counts | None = None
     routing: list[Routing] = field(default_factory=list)
+
+    @property
+    def losses(self) -> dict[str, Tensor]:
+        """The means of the sums, unweighted scalars: "balance", "z", and with targets "lm" (nats)."""
+        return {} if self.sums is None or self.counts is None else losses(self.sums, self.counts)
+
+    @property
+    def loss(self) -> Tensor | None:
+        """The objective of this pass alone; None without targets."""
+        if self.sums is None or self.counts is None or self.sums.lm is None:
+            return None
+        return objective(self.router, self.sums, self.counts)
+
+
+# ------------------------------------------------------------------------------------------------------------ model
 
 
 class Embedding(nn.Embedding):
@@ -64,43 +117,41 @@ class Block(nn.Module):
         self.moe_norm = RMSNorm(cfg.d_model, cfg.norm_eps)
         self.moe = MoE(cfg.d_model, cfg.experts, cfg.router)
 
-    def forward(
-        self,
-        x_BSD: Tensor,
-        rope: tuple[Tensor, Tensor],
-        cache: LayerCache | None = None,
-        start: int = 0,
-        documents: Documents | None = None,
-        recompute: bool = False,
-    ) -> tuple[Tensor, Routing]:
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), rope, cache, start, documents)
-        # A step of generation has no use for the balance losses.
-        y_BSD, routing = self.moe(self.moe_norm(x_BSD), with_losses=cache is None, recompute=recompute)
+    def forward(self, x_BSD: Tensor, rope: tuple[Tensor, Tensor], attend: Attend = causal) -> tuple[Tensor, Routing]:
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), rope, attend)
+        y_BSD, routing = self.moe(self.moe_norm(x_BSD))
         return x_BSD + y_BSD, routing
 
 
 class Transformer(nn.Module):
     """The whole model. Built on the meta device it holds no weights, whatever its size; elsewhere it is initialised.
 
+    A part of it, such as a pipeline stage, is the same model with what it lacks set to None: `embedding` (it then takes
+    hidden states [B, S, D] for tokens), any of `blocks`, `norm` and `head` (it then gives `hidden_BSD`). Names stay.
+
     Args:
         cfg: the shape.
         seed: of the weights; the same seed gives the same weights under any sharding (see `init_weights`).
 
-    `activation_checkpointing`, "none" at first, may be set to "selective" or "full" (moe/checkpointing.py) at any time.
+    `activation_checkpointing`, "none" at first, may be set to "selective" or "full" (moe/recompute.py) at any time.
     """
 
     def __init__(self, cfg: Config, seed: int = 0) -> None:
         super().__init__()
         self.cfg = cfg
-        self.activation_checkpointing = "none"
         self.embedding = Embedding(cfg.vocab_size, cfg.d_model)
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
         self.norm = RMSNorm(cfg.d_model, cfg.norm_eps)
-        self.head = Linear(cfg.d_model, cfg.vocab_size)
-        if cfg.tie_embeddings:
-            self.head.weight = self.embedding.weight
+        self.head = Head(cfg.d_model, cfg.vocab_size)
+        self.activation_checkpointing = "none"
+        self.tie_weights()
         if not self.head.weight.is_meta:
             init_weights(self, seed)
+
+    def tie_weights(self) -> None:
+        """Makes the output layer's weight the embedding's, where the configuration ties them."""
+        if self.cfg.tie_embeddings and self.embedding is not None and self.head is not None:
+            self.head.weight = self.embedding.weight
 
     @property
     def activation_checkpointing(self) -> str:
@@ -112,6 +163,9 @@ class Transformer(nn.Module):
         if mode not in MODES:
             raise ValueError(f"activation_checkpointing = {mode!r}: must be one of {', '.join(map(repr, MODES))}")
         self._activation_checkpointing = mode
+        for module in self.modules():
+            if isinstance(module, Experts):
+                module.recompute = mode == "selective"
 
     def forward(
         self,
@@ -135,71 +189,91 @@ class Transformer(nn.Module):
                 another batch size than the cache's, or (on CPU, where looking costs nothing) ids outside the
                 vocabulary.
         """
-        start = cache.length if cache is not None else 0
-        self._check_input(tokens_BS, targets_BS, documents_BS, cache, start + tokens_BS.shape[1])
-        documents: Documents | None = None
-        if documents_BS is not None:
-            compiling = torch.compiler.is_compiling()
-            documents = document_mask(documents_BS.to(tokens_BS.device)) if compiling else document_runs(documents_BS)
-        x_BSD = self.embedding(tokens_BS)
-        rope = self._rope(start, tokens_BS.shape[1], x_BSD, cache)
-        out = Output()
-        for i, block in enumerate(self.blocks):
-            if cache is None:
-                x_BSD, routing = run_block(block, x_BSD, rope, documents, self.activation_checkpointing)
-            else:
-                x_BSD, routing = block(x_BSD, rope, cache.layers[i], start)
-            out.routing.append(routing)
+        (B, S), L = tokens_BS.shape[:2], len(self.blocks)
+        self._check_input(tokens_BS, targets_BS, documents_BS, cache)
+        x_BSD = tokens_BS if self.embedding is None else self.embedding(tokens_BS)
         if cache is not None:
-            cache.length = start + tokens_BS.shape[1]
-        x_BSD = self.norm(x_BSD)
-        if cache is None:
-            out.losses["balance"] = torch.stack([r.balance for r in out.routing]).mean()
-            out.losses["z"] = torch.stack([r.z for r in out.routing]).mean()
-        if targets_BS is None:
+            rope, attends = cache.rope(S), [cache.attend(layer) for layer in range(L)]
+        else:
+            attention = self.cfg.attention
+            rope = rope_tables(0, S, attention.head_dim, attention.rope, x_BSD.dtype, x_BSD.device)
+            attends = [_seen(documents_BS, x_BSD.device)] * L
+        out = Output(self.cfg.router)
+        mode = self.activation_checkpointing if cache is None else "none"
+        for block, attend in zip(self.blocks, attends, strict=True):
+            if block is not None:
+                x_BSD, routing = run_block(block, x_BSD, rope, attend, mode)
+                out.routing.append(routing)
+        if cache is not None:
+            cache.advance(S)
+        if self.norm is not None:
+            x_BSD = self.norm(x_BSD)
+        lm, n_targets = None, 0
+        if self.head is None:
+            out.hidden_BSD = x_BSD
+        elif targets_BS is None:
             out.logits_BSV = self.head(x_BSD)
-            return out
-        total = ops.linear_cross_entropy(x_BSD.flatten(0, 1), self.head.weight, targets_BS.flatten())
-        out.losses["lm"] = total / (targets_BS != IGNORE_INDEX).sum().clamp(min=1)
-        router = self.cfg.router
-        out.loss = out.losses["lm"] + router.balance_loss * out.losses["balance"] + router.z_loss * out.losses["z"]
+        else:
+            lm, n_targets = _cross_entropy(self.head, x_BSD, targets_BS), (targets_BS != IGNORE_INDEX).sum()
+        if cache is None:
+            # Sums and counts only: what is made of them is made outside of a compiled graph, whose scalar outputs that
+            # depend on each other torch 2.13's compiler differentiates wrongly.
+            out.sums, out.counts = Sums(lm, *_router_sums(out.routing, x_BSD)), Counts(n_targets, B, B * S)
         return out
 
-    def generate(self, prompt_BS: Tensor, max_new_tokens: int, **sampling: Any) -> Tensor:
-        """The prompt and what follows it, int64 [B, S + n]; sampling settings as in `stream`."""
-        new_tokens = list(stream(self, prompt_BS, max_new_tokens, **sampling))
-        return torch.stack([*prompt_BS.unbind(1), *new_tokens], dim=1)
+    @torch.no_grad()
+    def generate(
+        self,
+        prompt_BS: Tensor,
+        max_new_tokens: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> Tensor:
+        """The prompt and what follows it, int64 [B, S + n], until the context is full: simply, module by module.
 
-    def _rope(self, start: int, length: int, like: Tensor, cache: KVCache | None) -> tuple[Tensor, Tensor]:
-        if cache is not None:
-            cos, sin = cache.rope
-            return cos[start : start + length], sin[start : start + length]
-        attention = self.cfg.attention
-        return rope_tables(start, length, attention.head_dim, attention.rope, like.dtype, like.device)
+        `moe.generate.stream` is the fast way to the same tokens; settings, and what they raise, as there.
+        """
+        check_sampling(prompt_BS, temperature, top_k, top_p)
+        (B, S), weight = prompt_BS.shape, self.embedding.weight
+        n = min(max_new_tokens, max(1, self.cfg.max_seq_len + 1 - S))
+        cache = KVCache(self.cfg, B, S + max(0, n - 1), weight.dtype, weight.device)
+        generator = torch.Generator(weight.device).manual_seed(seed)
+        tokens_BS, new_BS = prompt_BS, prompt_BS
+        for _ in range(n):
+            logits_BSV = self(new_BS, cache=cache).logits_BSV
+            new_BS = sample(logits_BSV[:, -1], temperature, top_k, top_p, generator).unsqueeze(1)
+            tokens_BS = torch.cat([tokens_BS, new_BS], 1)
+        return tokens_BS
 
     def _check_input(
-        self, tokens: Tensor, targets: Tensor | None, documents: Tensor | None, cache: KVCache | None, length: int
+        self, tokens: Tensor, targets: Tensor | None, documents: Tensor | None, cache: KVCache | None
     ) -> None:
+        batch, length = tokens.shape[0], tokens.shape[1] + (cache.length if cache is not None else 0)
         if length > self.cfg.max_seq_len:
             raise ValueError(
                 f"sequence of {length} tokens, but max_seq_len = {self.cfg.max_seq_len} ({self.cfg.name}); "
                 "cut the input or use a configuration with a longer context"
             )
-        if targets is not None and targets.shape != tokens.shape:
-            raise ValueError(f"targets {list(targets.shape)} must have the shape of the tokens {list(tokens.shape)}")
-        if documents is not None and documents.shape != tokens.shape:
-            raise ValueError(
-                f"documents {list(documents.shape)} must have the shape of the tokens {list(tokens.shape)}"
-            )
-        if cache is not None:
-            if targets is not None or documents is not None:
-                name = "targets" if targets is not None else "documents"
+        for name, other in (("targets", targets), ("documents", documents)):
+            if other is None:
+                continue
+            if other.shape != tokens.shape[:2]:
+                raise ValueError(
+                    f"{name} {list(other.shape)} must have the shape of the tokens {list(tokens.shape[:2])}"
+                )
+            if cache is not None:
                 raise ValueError(f"{name} and cache exclude each other: with a cache, take the logits")
+        if cache is not None:
             if length > cache.max_len:
                 raise ValueError(f"sequence of {length} tokens, but the cache was made for {cache.max_len}")
-            if len(tokens) != cache.batch:
-                raise ValueError(f"batch of {len(tokens)}, but the cache was made for {cache.batch}")
-        if tokens.device.type == "cpu" and tokens.numel() and not torch.compiler.is_compiling():
+            if batch != cache.batch:
+                raise ValueError(f"batch of {batch}, but the cache was made for {cache.batch}")
+        if self.embedding is not None and tokens.device.type == "cpu" and tokens.numel():
+            if torch.compiler.is_compiling():
+                return
             low, high = (bound.item() for bound in tokens.aminmax())
             if low < 0 or high >= self.cfg.vocab_size:
                 raise ValueError(
@@ -208,38 +282,149 @@ class Transformer(nn.Module):
                 )
 
 
+def _seen(documents_BS: Tensor | None, device: torch.device) -> Attend:
+    if documents_BS is None:
+        return causal
+    if torch.compiler.is_compiling():
+        return within_documents_by_mask(documents_BS.to(device))
+    return within_documents(documents_BS)
+
+
+def _router_sums(routing: list[Routing], like: Tensor) -> tuple[Tensor, Tensor]:
+    """Of all layers the mean of the balance losses, summed over the sequences, and of the z-losses over the tokens."""
+    if not routing:
+        zero = like.new_zeros((), dtype=at_least_fp32(like.dtype))
+        return zero, zero
+    with stage("router"), without_autocast(like.device.type):
+        balance = torch.stack([r.balance_B.sum() for r in routing]).mean()
+        return balance, torch.stack([r.z_T.sum() for r in routing]).mean()
+
+
+def _cross_entropy(head: nn.Module, x_BSD: Tensor, targets_BS: Tensor) -> Tensor:
+    """The sum over the targets: by the head's own fused loss, or of the logits of whatever is in its place."""
+    if untouched(head, Head, called=True):
+        return head(x_BSD, targets_BS)
+    logits_BSV = head(x_BSD)
+    logits_TV = logits_BSV.flatten(0, 1).to(at_least_fp32(logits_BSV.dtype))
+    return F.cross_entropy(logits_TV, targets_BS.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+
+
 # ---------------------------------------------------------------------------------------------------------- weights
+
+# What a parameter is, by the last part of its name: the one list of all of them, for whoever treats them differently.
+KINDS = {
+    "embedding": "embedding",
+    "head": "head",
+    **dict.fromkeys(("attention_norm", "moe_norm", "norm"), "norm"),
+    "router": "router",
+    **dict.fromkeys(("wq", "wk", "wv", "w_in_EGFD"), "matrix"),
+    **dict.fromkeys(("wo", "w_out_EDF"), "residual matrix"),  # they write to the residual stream
+}
+
+
+def kind_of(name: str) -> str:
+    """The kind of the parameter of this name: a value of `KINDS`, or "adapter" for LoRA's.
+
+    Raises:
+        ValueError: it is not known here; what it starts from and which optimizer it gets has to be said first.
+    """
+    leaf = name.removesuffix(".weight").rpartition(".")[2]
+    if leaf.startswith("lora_"):
+        return "adapter"
+    if leaf not in KINDS:
+        raise ValueError(f"parameter {name} is of no kind that is known here: add {leaf!r} to moe.model.KINDS")
+    return KINDS[leaf]
 
 
 @torch.no_grad()
 def init_weights(model: Transformer, seed: int) -> None:
-    """Give every parameter its first value, in place.
+    """Give every parameter its first value, in place, fill the buffers, and tie what is tied.
 
-    | parameter | value |
+    | kind | value |
     |---|---|
-    | norms | 1 |
+    | norm | 1 |
     | embedding | normal, std 1 |
-    | output layer, tied embedding | normal, std 0.02 |
-    | wq, wk, wv, w_in, router | normal, std 1 / sqrt(fan-in) / 2 |
-    | wo, w_out (they write to the residual stream) | the same / sqrt(2 L) |
+    | head, tied embedding | normal, std 0.02 |
+    | matrix, router | normal, std 1 / sqrt(fan-in) / 2 |
+    | residual matrix | the same / sqrt(2 L) |
+    | buffer (the router's bias) | 0 |
 
     Each parameter draws from a generator of its own, seeded by (seed, name), and each expert's slice from one seeded
-    by (seed, name, expert): whichever slices a rank holds, it draws the values the whole model would have.
+    by (seed, name, expert): whichever slices a rank holds of a sharded parameter (DTensor), it draws the values that
+    the whole model would have. Experts that it does not hold it never draws; of other parameters it draws one whole
+    one at a time and keeps its slice.
+
+    Raises:
+        ValueError: a parameter of no known kind, or an adapter, which starts where `moe.lora.add` puts it.
     """
+    model.tie_weights()
     for name, parameter in model.named_parameters():
-        kind = name.removesuffix(".weight").rpartition(".")[2]
-        if kind.endswith("norm"):
+        kind = kind_of(name)
+        if kind == "norm":
             parameter.fill_(1.0)
         elif kind in ("embedding", "head"):
-            std = 1.0 if kind == "embedding" and not model.cfg.tie_embeddings else 0.02
-            parameter.normal_(0.0, std, generator=generator_for(parameter.device, seed, name))
-        else:
+            _draw(parameter, 1.0 if kind == "embedding" and not model.cfg.tie_embeddings else 0.02, seed, name)
+        elif kind in ("matrix", "router", "residual matrix"):
             std = 0.5 / math.sqrt(parameter.shape[-1])
-            if kind in ("wo", "w_out_EDF"):
+            if kind == "residual matrix":
                 std /= math.sqrt(2 * model.cfg.n_layers)
-            slices = parameter if kind in ("w_in_EGFD", "w_out_EDF") else [parameter]
-            for e, part in enumerate(slices):
-                part.normal_(0.0, std, generator=generator_for(parameter.device, seed, name, e))
+            if parameter.ndim > 2:
+                _draw_experts(parameter, std, seed, drawn_as(name))
+            else:
+                _draw(parameter, std, seed, name, 0)
+        else:
+            raise ValueError(f"parameter {name} is an {kind}: initialise the model first, then add adapters to it")
+    for buffer in model.buffers():
+        buffer.zero_()
+
+
+def _draw(parameter: Any, std: float, seed: int, *key: object) -> None:
+    """Normal values in place, from the generator of the key."""
+    shards = _shards(parameter)
+    whole = (
+        parameter if shards is None else torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+    )
+    whole.normal_(0.0, std, generator=generator_for(parameter.device, seed, *key))
+    if shards is not None:
+        kept = shards.distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        parameter.to_local().copy_(kept.to_local())  # type: ignore[attr-defined]
+
+
+def _draw_experts(parameter: Any, std: float, seed: int, name: str) -> None:
+    """As `_draw`, each expert's slice from a generator of its own; of experts elsewhere there is nothing to draw."""
+    shards = _shards(parameter)
+    if shards is None:
+        for e, part in enumerate(parameter):
+            _draw(part, std, seed, name, e)
+        return
+    mesh, placements, by_expert, of_expert = parameter.device_mesh, parameter.placements, [], []
+    for placement in placements:
+        dim = placement.dim if placement.is_shard() else None
+        by_expert.append(placement if dim == 0 else shards.Replicate())
+        of_expert.append(shards.Shard(dim - 1) if dim else shards.Replicate())
+    experts = torch.arange(len(parameter), device=parameter.device)
+    here = shards.distribute_tensor(experts, mesh, by_expert, src_data_rank=None).to_local().tolist()
+    for e, part in zip(here, parameter.to_local(), strict=True):
+        whole = _like(parameter, parameter.shape[1:])
+        _draw(whole, std, seed, name, e)
+        part.copy_(shards.distribute_tensor(whole, mesh, of_expert, src_data_rank=None).to_local())
+
+
+def _like(parameter: Tensor, shape: torch.Size) -> Tensor:
+    return torch.empty(shape, dtype=parameter.dtype, device=parameter.device)
+
+
+def _shards(parameter: Tensor) -> Any:
+    """torch.distributed.tensor for a sharded parameter, whose own module it is; None for a plain one.
+
+    Not imported: this file knows of no parallelism, and where there is a DTensor it is loaded already.
+    """
+    return sys.modules["torch.distributed.tensor"] if hasattr(parameter, "placements") else None
+
+
+def drawn_as(name: str) -> str:
+    """The name by which a parameter's draws are keyed: the experts' weights keep that of when they were the MoE's."""
+    return name.replace(".moe.experts.", ".moe.")
 
 
 def generator_for(device: torch.device, *key: object) -> torch.Generator:
@@ -249,6 +434,18 @@ def generator_for(device: torch.device, *key: object) -> torch.Generator:
 
 
 # ------------------------------------------------------------------------------------------------------- generation
+
+
+def check_sampling(prompt_BS: Tensor, temperature: float, top_k: int, top_p: float) -> None:
+    """Raises ValueError for an empty prompt or a sampling setting out of range."""
+    for name, value, ok, rule in (
+        ("prompt", list(prompt_BS.shape), prompt_BS.ndim == 2 and prompt_BS.shape[1] > 0, "must be [B, S] with S > 0"),
+        ("temperature", temperature, temperature >= 0, "must be 0 or more"),
+        ("top_k", top_k, top_k >= 0, "must be 0 (all) or more"),
+        ("top_p", top_p, 0 < top_p <= 1, "must be in (0, 1]"),
+    ):
+        if not ok:
+            raise ValueError(f"{name} = {value}: {rule}")
 
 
 def sample(
@@ -270,46 +467,3 @@ def sample(
         probabilities_BV = probabilities_BV.masked_fill(before_BV >= top_p, 0.0)
     choice_B1 = torch.multinomial(probabilities_BV, 1, generator=generator)
     return ids_BV.gather(1, choice_B1).squeeze(1)
-
-
-@torch.no_grad()
-def stream(
-    model: Transformer,
-    prompt_BS: Tensor,
-    max_new_tokens: int,
-    *,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    seed: int = 0,
-) -> Iterator[Tensor]:
-    """Yield the next token of every sequence, int64 [B], `max_new_tokens` times, or until the context is full.
-
-    Args:
-        prompt_BS: int64 ids, at least one token.
-        temperature: 0 for greedy. top_k: 0 for all. top_p: in (0, 1], 1 for all.
-
-    Raises:
-        ValueError: an empty or over-long prompt, or a sampling setting out of range.
-    """
-    for name, value, ok, rule in (
-        ("prompt", list(prompt_BS.shape), prompt_BS.ndim == 2 and prompt_BS.shape[1] > 0, "must be [B, S] with S > 0"),
-        ("temperature", temperature, temperature >= 0, "must be 0 or more"),
-        ("top_k", top_k, top_k >= 0, "must be 0 (all) or more"),
-        ("top_p", top_p, 0 < top_p <= 1, "must be in (0, 1]"),
-    ):
-        if not ok:
-            raise ValueError(f"{name} = {value}: {rule}")
-    batch, length = prompt_BS.shape
-    max_len = min(length + max_new_tokens, model.cfg.max_seq_len)
-    weight = model.embedding.weight
-    cache = KVCache(model.cfg, batch, max(max_len, length), weight.dtype, weight.device)
-    generator = torch.Generator(weight.device).manual_seed(seed)
-    step = DecodeStep(model, cache) if DecodeStep.fits(model) else None
-    logits_BV = model(prompt_BS, cache=cache).logits_BSV[:, -1]
-    for n in range(1, max_new_tokens + 1):
-        next_B = sample(logits_BV, temperature, top_k, top_p, generator)
-        yield next_B
-        if n == max_new_tokens or cache.length == model.cfg.max_seq_len:
-            return
-        logits_BV = step(next_B) if step else model(next_B.unsqueeze(1), cache=cache).logits_BSV[:, -1]

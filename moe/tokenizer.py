@@ -19,7 +19,8 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-from moe.files import write_whole
+from moe.errors import TokenizerError
+from moe.io.files import write_whole
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -47,10 +48,6 @@ CL100K_SPECIAL = {
 # The markers of ChatML, at the ids of OpenAI's chat models, which the published encoding leaves unused.
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
 CL100K_CHAT = {IM_START: 100264, IM_END: 100265}
-
-
-class TokenizerError(ValueError):
-    """A tokenizer that cannot be trained, read or applied; the message says what would be right."""
 
 
 class Tokenizer:

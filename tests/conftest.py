@@ -1,7 +1,8 @@
-"""What the tests share: an error measure that has no scale, a tiny model shape, one thread."""
+"""What the tests share: an error measure that has no scale, tiny models, a small prepared corpus, one thread."""
 
 import math
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,7 +17,8 @@ from torch import Tensor
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from moe.config import AttentionConfig, Config, ExpertsConfig
+from moe.config import AttentionConfig, Config, ExpertsConfig, load_config
+from moe.data import is_held_out, prepare
 
 ROOT = Path(__file__).parent.parent
 
@@ -29,7 +31,7 @@ settings.load_profile("tests")
 
 @pytest.fixture(autouse=True)
 def _denormals() -> Iterator[None]:
-    """Training in this process sets denormal numbers to zero (moe.train.cpu.tune_cpu); the next test has them again."""
+    """Training in this process sets denormal numbers to zero (moe.device.tune_cpu); the next test has them again."""
     yield
     torch.set_flush_denormal(False)
 
@@ -65,15 +67,71 @@ def tiny() -> Config:
 
 def run_cli(*arguments: object) -> object:
     """Runs `moe` with these arguments; returns its exit status."""
-    from moe import cli
+
+    from moe.cli import main
 
     with pytest.raises(SystemExit) as exit_:
-        cli.main([str(a) for a in arguments])
+        main.main([str(a) for a in arguments])
     return exit_.value.code
 
 
 def start_cli(*arguments: object) -> subprocess.Popen[str]:
     """Starts `moe` with these arguments in a process of its own, on one thread; its output is in one pipe."""
-    command = [sys.executable, "-m", "moe.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "moe", *map(str, arguments)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+# ------------------------------------------------------------------------------------------- a run of a few seconds
+
+WORDS = (
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "mat",
+    "saw",
+    "two",
+    "birds",
+    "fly",
+    "over",
+    "old",
+    "house",
+    "while",
+    "rain",
+    "fell",
+)
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two prepared sources, each with held-out documents, vocabulary 300."""
+    root = tmp_path_factory.mktemp("train-data")
+    rng = random.Random(0)
+    for source in ("prose", "verse"):
+        (root / source).mkdir()
+        names = [f"{i}.txt" for i in range(80)]
+        assert any(is_held_out(name) for name in names)
+        for name in names:
+            text = " ".join(rng.choice(WORDS) for _ in range(60)) + (" é\n" if source == "verse" else ".\n")
+            (root / source / name).write_text(text, encoding="utf-8")
+    prepare([root / "prose", root / "verse"], root / "prepared", vocab_size=300)
+    return root / "prepared"
+
+
+@pytest.fixture
+def cfg() -> Config:
+    """One layer, 64 wide, 4 experts; 8 steps of 4 x 16 tokens."""
+    shape = ["d_model=64", "n_layers=1", "vocab_size=300", "max_seq_len=32", "attention.n_heads=2"]
+    shape += ["attention.head_dim=16", "experts.n_experts=4", "experts.d_ff=64"]
+    recipe = ["steps=8", "seq_len=16", "batch_size=4", "warmup=2", "lr=3e-3", "log_every=1", "eval_every=4"]
+    recipe += ["eval_tokens=256", "save_every=4", "dtype=fp32"]
+    return load_config("replica-tiny").with_overrides([*shape, *(f"train.{r}" for r in recipe)])
+
+
+@pytest.fixture
+def cfg_file(cfg: Config, tmp_path: Path) -> Path:
+    """The same as a file, for the command line."""
+    file = tmp_path / "small.toml"
+    file.write_text(cfg.to_toml(), encoding="utf-8")
+    return file

@@ -16,9 +16,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import moe
-from moe import checkpoint, files, tensorfiles
-from moe.checkpoint import CheckpointError
+from moe import checkpoint
 from moe.config import AttentionConfig, Config, ExpertsConfig, RouterConfig
+from moe.errors import CheckpointError
+from moe.io import files, tensorfiles
 from moe.tokenizer import Tokenizer, train_bpe
 
 TINY = Config(
@@ -314,7 +315,7 @@ def test_file_size_limit_leaves_what_was_there(saved: Path) -> None:
 def test_killed_writers_leave_a_whole_directory(tmp_path: Path) -> None:
     script = """if True:
         import itertools, sys
-        from moe.files import atomic_directory
+        from moe.io.files import atomic_directory
         for i in itertools.count():
             with atomic_directory(sys.argv[1]) as temporary:
                 (temporary / "a").write_text(str(i))

@@ -13,7 +13,6 @@ from moe.config import (
     CONFIG_DIR,
     AttentionConfig,
     Config,
-    ConfigError,
     ExpertsConfig,
     RopeConfig,
     RouterConfig,
@@ -21,6 +20,7 @@ from moe.config import (
     load_config,
     shipped,
 )
+from moe.errors import ConfigError
 
 REPLICAS = sorted(path.stem for path in CONFIG_DIR.glob("replica-*.toml"))
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe.model import Transformer, sample, stream
+from moe.generate import stream
+from moe.model import Transformer, sample
 from tests.conftest import tiny_config
 
 PROMPT = torch.tensor([[1, 2, 3], [4, 5, 6]])

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moe.config import AttentionConfig, RopeConfig
-from moe.layers import Attention, LayerCache, RMSNorm, rope_frequencies, rope_tables, rotate
-from tests.conftest import rel
+from moe.layers import Attention, KVCache, RMSNorm, rope_frequencies, rope_tables, rotate
+from tests.conftest import rel, tiny_config
 
 CPU = torch.device("cpu")
 F64 = torch.float64
@@ -223,14 +223,44 @@ def test_attention_is_a_softmax_over_the_past(n_heads: int, n_kv_heads: int, S: 
 @pytest.mark.parametrize("chunks", [[9], [1] * 9, [4, 5], [3, 1, 4, 1]])
 def test_attention_over_a_cache(n_heads: int, n_kv_heads: int, chunks: list[int]) -> None:
     module, x = attention(n_heads, n_kv_heads), normal(2, 9, 12)
-    shape = (2, n_kv_heads, 11, 6)
-    cache = LayerCache(torch.full(shape, math.nan, dtype=F64), torch.full(shape, math.nan, dtype=F64))
-    outputs, start = [], 0
+    cache, outputs, start = kv_cache(2, 11, n_heads, n_kv_heads), [], 0
     for chunk in chunks:
-        outputs.append(module(x[:, start : start + chunk], tables(start, chunk, 6), cache, start))
+        outputs.append(extend(module, x[:, start : start + chunk], cache))
         start += chunk
     assert rel(torch.cat(outputs, 1), by_hand(module, x, n_heads, n_kv_heads)) < 1e-13
-    assert cache.k_BNPC[:, :, 9:].isnan().all()
+    assert cache.layers[0].k_BNPC[:, :, 9:].isnan().all()
+
+
+def kv_cache(batch: int, max_len: int, n_heads: int, n_kv_heads: int) -> KVCache:
+    """Of one layer; what nobody has written is not a number."""
+    heads = AttentionConfig(n_heads=n_heads, n_kv_heads=n_kv_heads, head_dim=6)
+    cache = KVCache(tiny_config(n_layers=1, attention=heads), batch, max_len, F64, "cpu")
+    for tensor in cache.layers[0]:
+        tensor.fill_(math.nan)
+    return cache
+
+
+def extend(module: Attention, x: torch.Tensor, cache: KVCache) -> torch.Tensor:
+    y = module(x, cache.rope(x.shape[1]), cache.attend(0))
+    cache.advance(x.shape[1])
+    return y
+
+
+@pytest.mark.parametrize(("n_heads", "n_kv_heads"), HEADS)
+def test_attention_over_a_cache_of_unequal_sequences(n_heads: int, n_kv_heads: int) -> None:
+    """Each has positions of its own: two chunks more are to it what they would be alone."""
+    module, prompts = attention(n_heads, n_kv_heads), [normal(1, n, 12, seed=n) for n in (5, 1, 3)]
+    alone = [kv_cache(1, 12, n_heads, n_kv_heads) for _ in prompts]
+    for prompt, one in zip(prompts, alone, strict=True):
+        extend(module, prompt, one)
+    together = kv_cache(3, 12, n_heads, n_kv_heads)
+    for tensor, parts in zip(together.layers[0], zip(*(one.layers[0] for one in alone), strict=True), strict=True):
+        tensor.copy_(torch.cat(parts).nan_to_num())
+    together.lengths = [5, 1, 3]
+    for n in (4, 1):
+        x = normal(3, n, 12, seed=10 + n)
+        want = torch.cat([extend(module, x[i : i + 1], one) for i, one in enumerate(alone)])
+        assert rel(extend(module, x, together), want) < 1e-13
 
 
 def test_attention_sees_no_later_token() -> None:

@@ -15,10 +15,10 @@ import pytest
 import torch
 
 import moe
-from moe.config import ConfigError
+from moe import evaluate
 from moe.data import validation_windows
+from moe.errors import ConfigError
 from moe.tokenizer import train_bpe
-from moe.train import evaluate
 
 pytest.importorskip("lm_eval")
 from lm_eval.api.instance import Instance

@@ -76,7 +76,7 @@ def test_wheel_metadata(archives: dict[str, Path]) -> None:
     assert metadata["Name"] == "gpt4-moe"
     assert metadata["Version"] == __version__
     assert archives["wheel"].name == f"gpt4_moe-{__version__}-py3-none-any.whl"
-    assert "moe = moe.cli:main" in entry_points
+    assert "moe = moe.cli.main:main" in entry_points
 
 
 def test_sdist_holds_sources_and_tests_and_rebuilds_the_wheel(archives: dict[str, Path], tmp_path: Path) -> None:

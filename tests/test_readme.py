@@ -53,7 +53,7 @@ def test_moe_commands_run_in_order(tmp_path: Path) -> None:
     shown = [words for words in commands() if words[0] == "moe"]
     assert shown
     for words in shown:
-        done = run([sys.executable, "-m", "moe.cli", *words[1:]], tmp_path)
+        done = run([sys.executable, "-m", "moe", *words[1:]], tmp_path)
         assert done.stdout.strip()
 
 
@@ -72,7 +72,7 @@ def make(target: str, tmp_path: Path, script: str, *variables: str) -> None:
     """A target of the Makefile in this interpreter's environment, its `moe` being `script`, a line of shell."""
     (tmp_path / "bin").mkdir(exist_ok=True)
     moe = tmp_path / "bin" / "moe"
-    moe.write_text(f"#!/bin/sh\n{script.format(moe=f'{shlex.quote(sys.executable)} -m moe.cli')}\n")
+    moe.write_text(f"#!/bin/sh\n{script.format(moe=f'{shlex.quote(sys.executable)} -m moe')}\n")
     moe.chmod(0o755)
     (tmp_path / ".installed").touch()
     arguments = [f"VENV={tmp_path}", f"BIN={tmp_path}/bin", "--old-file", f"{tmp_path}/.installed"]

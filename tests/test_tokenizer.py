@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe import tokenizer as tokenizer_module
+from moe.errors import TokenizerError
 from moe.tokenizer import (
     CL100K_PATTERN,
     CL100K_SHA256,
@@ -20,7 +21,6 @@ from moe.tokenizer import (
     END_OF_TEXT,
     SPLIT_PATTERN,
     Tokenizer,
-    TokenizerError,
     cl100k,
     train_bpe,
 )

@@ -11,7 +11,7 @@ from typing import Any
 import study
 from study import BITS, LOAD, Variant
 
-from moe import figures
+from moe.io import figures
 
 VARIANTS = [
     Variant("balance loss"),

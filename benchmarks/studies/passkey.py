@@ -23,15 +23,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from duel import machine, write_record
 
-from moe import figures
+from benchmarks.studies.passkey_task import Passkey, retrieve
+from moe import evaluate
 from moe.config import Config, RopeConfig, load_config
 from moe.data import Source, TokenData, default_sources, prepare
+from moe.device import pick_device, tune_cpu
+from moe.io import figures
 from moe.model import Transformer
-from moe.train import evaluate
-from moe.train.cpu import tune_cpu
-from moe.train.device import pick_device
 from moe.train.optimizer import build
-from moe.train.passkey import Passkey, retrieve
 
 ORIGINAL, EXTENDED = 256, 1024
 FACTOR = EXTENDED / ORIGINAL

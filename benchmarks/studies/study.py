@@ -24,9 +24,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from duel import machine, write_record
 
-from moe import figures, plan
+from moe import plan
 from moe.config import Config, load_config
 from moe.data import TokenData, prepare
+from moe.io import figures
 from moe.train.loop import SUMMARY_FILE
 from moe.train.metrics import read_metrics
 
@@ -91,7 +92,7 @@ def train_all(variants: list[Variant], seeds: int, common: Sequence[str], data: 
 
     def one(variant: Variant, seed: int) -> None:
         place = runs / variant.run_name(seed)
-        command = [sys.executable, "-m", "moe.cli", "train", str(REPLICA), "--data", str(data), "--out", str(place)]
+        command = [sys.executable, "-m", "moe", "train", str(REPLICA), "--data", str(data), "--out", str(place)]
         done = subprocess.run(
             [*command, "--set", *variant.overrides(common, seed)], env=environment, capture_output=True, text=True
         )

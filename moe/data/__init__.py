@@ -16,7 +16,7 @@ from moe.data.mixture import (
     validation_windows,
 )
 from moe.data.packing import ConversationStream
-from moe.data.prepare import DataInfo, SplitInfo, compressed, compression, describe, held_out_text, prepare
+from moe.data.preparation import DataInfo, SplitInfo, compressed, compression, describe, held_out_text, prepare
 from moe.data.shards import DocumentTable, TokenData, TokenStream
 from moe.data.sources import DataError, Document, Report, Source, default_sources, is_held_out, parse_source, read
 

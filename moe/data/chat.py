@@ -22,7 +22,7 @@ as in a chat, whatever the response begins with.
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from moe.data.sources import DataError
+from moe.errors import DataError
 from moe.tokenizer import IM_END, IM_START, Tokenizer
 
 ROLES = ("system", "user", "assistant")

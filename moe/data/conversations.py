@@ -33,8 +33,9 @@ from moe.data.shards import (
     read_table,
     token_dtype,
 )
-from moe.data.sources import DataError, Source, clean, is_held_out, json_rows, parquet_rows, parse_source, walk
-from moe.files import atomic_directory, is_taken
+from moe.data.sources import Source, clean, is_held_out, json_rows, parquet_rows, parse_source, walk
+from moe.errors import DataError
+from moe.io.files import atomic_directory, is_taken
 from moe.tokenizer import Tokenizer, cl100k
 
 FORMAT = "moe-conversations"
@@ -380,7 +381,7 @@ class ConversationData:
     def held_out_windows(
         self, seq_len: int, n_tokens: int | None = None
     ) -> Iterator[tuple[str, np.ndarray, np.ndarray, np.ndarray]]:
-        """Held-out conversations, each a window of its own, for `moe.train.evaluate.evaluate`: responses are scored.
+        """Held-out conversations, each a window of its own, for `moe.evaluate.evaluate`: responses are scored.
 
         Windows come by source and, so that equal ones make a batch, by length, which is rounded up to a multiple of
         32; what is beyond seq_len tokens is cut off.

@@ -13,7 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from moe.data.errors import EXTRA_HINT, DataError
+from moe.errors import DataError
+
+EXTRA_HINT = 'pip install "gpt4-moe[data]"'
 
 PREFIX = "hf:"
 _SETTINGS = ("config", "split", "revision", "text", "documents", "bytes")

@@ -13,7 +13,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from moe.data.sources import DataError, default_sources, read
+from moe.data.sources import default_sources, read
+from moe.errors import DataError
 
 MIN_DOCSTRING = 80  # characters; shorter ones seldom say enough to write the function from
 # A conversation's name, and its messages.

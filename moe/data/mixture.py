@@ -16,7 +16,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from moe.data.shards import TokenData, TokenStream
-from moe.data.sources import DataError
+from moe.errors import DataError
 
 IGNORE = -100  # a target that is none
 _ORDER = 2  # of the rule that makes windows; the fingerprint holds it

@@ -13,7 +13,7 @@ import numpy as np
 
 from moe.data.conversations import ConversationData
 from moe.data.mixture import IGNORE, Batch, permute_many, whole_epochs
-from moe.data.sources import DataError
+from moe.errors import DataError
 
 
 def best_fit(sizes: np.ndarray, capacity: int) -> np.ndarray:

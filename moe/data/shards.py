@@ -21,7 +21,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from moe.data.sources import DataError
+from moe.errors import DataError
 from moe.tokenizer import Tokenizer
 
 FORMAT = "moe-tokens"
@@ -299,7 +299,7 @@ class TokenData:
             DataError: not a prepared directory, another version, or a file that is missing or cut short.
         """
         path = Path(path)
-        index = read_index(path, FORMAT, VERSION, "moe.data.prepare")
+        index = read_index(path, FORMAT, VERSION, "moe.data.preparation")
         return TokenData(path, index)
 
     def tokens(self, source: str, split: str) -> TokenStream:

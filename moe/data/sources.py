@@ -17,8 +17,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from moe.data import hub
-from moe.data.errors import EXTRA_HINT, DataError
-from moe.data.hub import HubDataset
+from moe.data.hub import EXTRA_HINT, HubDataset
+from moe.errors import DataError
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py", ".jsonl", ".parquet")
 HELD_OUT_ONE_IN = 20

@@ -6,21 +6,21 @@ moe.plan.claims, measured steps in moe.plan.calibrate.
 """
 
 from moe.plan.comm import training_traffic
-from moe.plan.decode import decode, prefill, serving_price
+from moe.plan.counts import Params, attention_flops, dense_flops_per_token, flops_per_token, params, params_sheet
 from moe.plan.device import device_memory, device_step_time, device_step_work
 from moe.plan.experts import experts_sheet
-from moe.plan.fit import fit, redesign
 from moe.plan.hardware import Hardware, load_hardware
 from moe.plan.layout import Layout, load_layout
 from moe.plan.memory import serving_memory, training_memory
 from moe.plan.models import load_shape
-from moe.plan.params import Params, attention_flops, dense_flops_per_token, flops_per_token, params, params_sheet
 from moe.plan.partition import frontier
 from moe.plan.quantity import Quantity, Sheet, quantity
 from moe.plan.roofline import predict_small_run
+from moe.plan.search import fit, redesign
+from moe.plan.serving import decode, prefill, serving_price
 from moe.plan.shape import Shape
-from moe.plan.speculate import speculate
-from moe.plan.sweep import sweep
+from moe.plan.speculation import speculate
+from moe.plan.sweeps import sweep
 from moe.plan.train import Efficiency, predict_run, predict_step, train_cost
 from moe.plan.work import Work, step_work
 

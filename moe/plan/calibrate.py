@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moe.config import ConfigError
+from moe.errors import ConfigError
 
 FILE = "plan.csv"
 COLUMNS = ("kind", "name", "device", "dtype", "tokens", "flop", "bytes", "seconds", "memory", "predicted_memory")

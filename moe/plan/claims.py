@@ -15,14 +15,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from moe.config import CONFIG_DIR, ConfigError
-from moe.plan.decode import decode, ridge
+from moe.config import CONFIG_DIR
+from moe.errors import ConfigError
+from moe.plan.counts import params_sheet
 from moe.plan.experts import experts_sheet
 from moe.plan.hardware import load_hardware
 from moe.plan.layout import Layout, load_layout
 from moe.plan.memory import kv_bytes_per_token, serving_memory, stage_counts, training_memory
 from moe.plan.models import Model, load_shape
-from moe.plan.params import params_sheet
 from moe.plan.quantity import (
     ENVIRONMENT,
     Quantity,
@@ -35,9 +35,10 @@ from moe.plan.quantity import (
     quantity,
     unknown,
 )
+from moe.plan.serving import decode, ridge
 from moe.plan.shape import Shape, dense
-from moe.plan.speculate import DRAFTS
-from moe.plan.sweep import AXES
+from moe.plan.speculation import DRAFTS
+from moe.plan.sweeps import AXES
 from moe.plan.train import Efficiency, mfu, train_cost, train_flops
 
 CLAIMS_FILE = CONFIG_DIR / "article" / "claims.toml"

@@ -8,15 +8,16 @@ that each block saves for its backward pass.
 from pathlib import Path
 from typing import Literal
 
-from moe.config import Config, ConfigError, load_config
+from moe.config import Config, load_config
+from moe.errors import ConfigError
+from moe.plan.counts import flops_per_token, params
 from moe.plan.hardware import Hardware
-from moe.plan.params import flops_per_token, params
 from moe.plan.quantity import Quantity, Sheet, quantity
 
-# As kernels/cross_entropy.py: the elements of one chunk of logits.
+# As kernels/loss/chunked.py: the elements of one chunk of logits.
 CHUNK_ELEMENTS = 2**22
 Dtype = Literal["fp32", "bf16"]
-Checkpointing = Literal["none", "selective", "full"]  # moe/checkpointing.py
+Checkpointing = Literal["none", "selective", "full"]  # moe/recompute.py
 
 
 def device_memory(

@@ -7,7 +7,7 @@ Distinct experts touched: E (1 - (1 - k/E)^B) on average, never min(E, B k).
 
 import math
 
-from moe.config import ConfigError
+from moe.errors import ConfigError
 from moe.plan.quantity import Sheet
 
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moe.config import CONFIG_DIR, ConfigError
+from moe.config import CONFIG_DIR
+from moe.errors import ConfigError
 from moe.plan.quantity import Quantity, given
 
 HARDWARE_DIR = CONFIG_DIR / "hardware"

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from moe.config import ConfigError
+from moe.errors import ConfigError
 from moe.plan.shape import Attention, Layer, Mlp, Shape
 
 _MISSING: Any = object()

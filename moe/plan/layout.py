@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from moe.config import CONFIG_DIR, ConfigError
+from moe.config import CONFIG_DIR
+from moe.errors import ConfigError
 from moe.plan.hardware import element_bytes, read_table
 from moe.plan.quantity import Quantity, assumed, quantity
 from moe.plan.shape import Shape

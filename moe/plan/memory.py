@@ -7,11 +7,11 @@ ranks with ZeRO-1 (Rajbhandari et al. 2020, arXiv:1910.02054), those of routed e
 
 from dataclasses import dataclass, replace
 
-from moe.config import ConfigError
+from moe.errors import ConfigError
+from moe.plan.counts import attention_weights, mlp_weights, shared_weights
 from moe.plan.hardware import Hardware, element_bytes
 from moe.plan.layout import Layout
 from moe.plan.models import Model, load_shape
-from moe.plan.params import attention_weights, mlp_weights, shared_weights
 from moe.plan.quantity import Quantity, Sheet, assumed, larger, quantity
 from moe.plan.shape import Attention, Layer, Shape
 

@@ -3,7 +3,8 @@
 import difflib
 from pathlib import Path
 
-from moe.config import CONFIG_DIR, Config, ConfigError, load_config, shipped
+from moe.config import CONFIG_DIR, Config, load_config, shipped
+from moe.errors import ConfigError
 from moe.plan.hf_shapes import load_hf
 from moe.plan.shape import Shape, shape_of
 

@@ -9,15 +9,15 @@ best by the first, large ones by the second.
 import math
 from collections.abc import Iterator, Sequence
 
-from moe.config import ConfigError
+from moe.errors import ConfigError
+from moe.plan.counts import attention_weights, flops_per_token, mlp_weights, shared_weights
 from moe.plan.experts import touched
 from moe.plan.hardware import Hardware, element_bytes
 from moe.plan.layout import Layout
 from moe.plan.memory import kv_per_gpu, stage_counts
 from moe.plan.models import Model, load_shape
-from moe.plan.params import attention_weights, flops_per_token, mlp_weights, shared_weights
 from moe.plan.shape import Shape
-from moe.plan.sweep import Row
+from moe.plan.sweeps import Row
 
 STRATEGIES = ("1d-stationary", "2d-stationary", "gathered")
 

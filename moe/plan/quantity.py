@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from types import CodeType
 from typing import Any
 
-from moe.config import ConfigError
+from moe.errors import ConfigError
 
 Dims = tuple[tuple[str, int], ...]  # base unit -> exponent, sorted, without zeros
 

@@ -7,11 +7,12 @@ other; then the optimizer, on its share of the parameters with ZeRO-1; then the 
 is a floor, which nobody reaches; `SLOWER` times as long is what one measured step took.
 """
 
-from moe.config import Config, ConfigError, parse_tokens
+from moe.config import Config, parse_tokens
+from moe.errors import ConfigError
 from moe.plan.comm import training_traffic
+from moe.plan.counts import flops_per_token, params
 from moe.plan.hardware import Hardware
 from moe.plan.layout import Layout
-from moe.plan.params import flops_per_token, params
 from moe.plan.quantity import Quantity, Sheet, assumed, quantity
 from moe.plan.train import Efficiency
 from moe.plan.work import Work, step_work

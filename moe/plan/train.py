@@ -7,12 +7,12 @@ runs test them.
 
 from dataclasses import dataclass
 
-from moe.config import ConfigError
+from moe.errors import ConfigError
 from moe.plan.comm import training_traffic
+from moe.plan.counts import attention_flops, flops_per_token, mlp_weights
 from moe.plan.hardware import Hardware
 from moe.plan.layout import Layout
 from moe.plan.models import Model, load_shape
-from moe.plan.params import attention_flops, flops_per_token, mlp_weights
 from moe.plan.quantity import Quantity, Sheet, assumed, quantity
 
 

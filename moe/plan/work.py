@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moe.config import Config
-from moe.plan.params import params
+from moe.plan.counts import params
 
 What = Literal["forward", "backward", "train", "decode"]
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moe.profile.subject import Subject, SubjectError, Window, log_probabilities
+from moe.errors import SubjectError
+from moe.profile.subject import Subject, Window, log_probabilities
 from moe.profile.trace import Comparison, Trace, compare, record
 
 

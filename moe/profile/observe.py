@@ -13,6 +13,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from moe.errors import NotObservable
 from moe.experts import Router
 from moe.kernels import ops
 
@@ -25,10 +26,6 @@ class Pass(NamedTuple):
     logits_LTE: Tensor  # router logits, before any bias
     shape: tuple[int, int]  # B, S
     tokens_T: Tensor | None  # int64, where the model was called with ids
-
-
-class NotObservable(ValueError):
-    """The model has no router that is known here."""
 
 
 def routers(model: nn.Module) -> list[nn.Module]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from moe import figures
+from moe.io import figures
 from moe.profile.serving import StepLoad
 from moe.profile.statistics import RoutingProfile
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from moe.experts import MoE
+from moe.experts import Experts
 
 _SLICE = 2**24  # numbers of all experts that are converted at a time
 
@@ -34,7 +34,7 @@ class ClosestPair:
 def expert_weights(model: nn.Module) -> Iterator[tuple[Tensor, ...]]:
     """Each layer's expert matrices, [E, ...] each: ours, and those that transformers stacks."""
     for module in model.modules():
-        if isinstance(module, MoE):
+        if isinstance(module, Experts):
             yield module.w_in_EGFD, module.w_out_EDF
         elif type(module).__name__.endswith("Experts"):
             stacks = getattr(module, "gate_up_proj", None), getattr(module, "down_proj", None)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from moe.config import Config
-from moe.decode import DecodeStep
+from moe.generate import DecodeStep
 from moe.layers import KVCache
 from moe.model import Transformer
 from moe.plan import step_work
@@ -197,7 +197,7 @@ def _decode(model: Transformer, tokens_B: Tensor, context: int) -> Callable[[], 
 
     @torch.no_grad()
     def call() -> None:
-        cache.length = context
+        cache.lengths = [context] * len(tokens_B)
         step(tokens_B)
 
     return call
@@ -206,13 +206,13 @@ def _decode(model: Transformer, tokens_B: Tensor, context: int) -> Callable[[], 
 def _rows_are_copied(model: Transformer, tokens: int, dtype: torch.dtype) -> bool:
     """Whether the expert op copies its rows into order, rather than gather them inside the product."""
     moe: Any = model.blocks[0].moe
-    if moe.w_in_EGFD.device.type != "cuda":
+    if moe.experts.w_in_EGFD.device.type != "cuda":
         return True
-    from moe.kernels import expert_mlp
+    from moe.kernels.experts import triton_mlp
 
-    x_TD = torch.empty(tokens, model.cfg.d_model, dtype=dtype, device=moe.w_in_EGFD.device)
-    experts = expert_mlp.Experts(moe.w_in_EGFD.to(dtype), moe.w_out_EDF.to(dtype), None, None)
-    return expert_mlp.copies_rows(x_TD, experts, tokens * moe.router.top_k)
+    x_TD = torch.empty(tokens, model.cfg.d_model, dtype=dtype, device=moe.experts.w_in_EGFD.device)
+    experts = triton_mlp.Experts(moe.experts.w_in_EGFD.to(dtype), moe.experts.w_out_EDF.to(dtype), None, None)
+    return triton_mlp.copies_rows(x_TD, experts, tokens * moe.router.top_k)
 
 
 # ---------------------------------------------------------------------------------------------------------- measuring

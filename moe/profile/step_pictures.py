@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from moe import figures
+from moe.io import figures
 from moe.profile.step import Memory, StepProfile
 
 PHASES = {"forward": 0, "backward": 1, "recompute": 4, "update": 2, "": 5}  # -> colour

@@ -21,8 +21,9 @@ from torch import Tensor
 from moe import checkpoint as checkpoints
 from moe import hf
 from moe.data import TokenData, spaced_windows
+from moe.errors import NotObservable, SubjectError
 from moe.model import Transformer
-from moe.profile.observe import NotObservable, routers
+from moe.profile.observe import routers
 from moe.profile.statistics import RoutingProfile, routing
 from moe.profile.trace import record
 from moe.tokenizer import Tokenizer
@@ -31,10 +32,6 @@ TOKENIZER_FILE = checkpoints.TOKENIZER_FILE
 
 # (source, inputs int64 [S], targets int64 [S])
 Window = tuple[str, np.ndarray, np.ndarray]
-
-
-class SubjectError(ValueError):
-    """A model and a text that do not go together; the message names the file and the remedy."""
 
 
 @dataclass(frozen=True)

@@ -29,17 +29,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from moe.files import is_taken, write_whole
+from moe.errors import TraceError
+from moe.io.files import is_taken, write_whole
 from moe.profile import observe
 from moe.profile.observe import Pass
 
 INDEX_FILE = "trace.json"
 FORMAT, VERSION = "gpt4-moe routing trace", 1
 SHARD_TOKENS = 2**18
-
-
-class TraceError(ValueError):
-    """A trace that cannot be read, written or replayed; the message names the file and the remedy."""
 
 
 class Recorder:

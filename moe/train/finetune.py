@@ -6,8 +6,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from moe.checkpoint import load_config_of
-from moe.config import Config, ConfigError, TrainConfig
+from moe.config import Config, TrainConfig
 from moe.data import ConversationData
+from moe.errors import ConfigError
 from moe.train.start import open_stream
 
 SEQ_LEN = 512

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from moe import device as devices
 from moe.config import Config
 from moe.data import open_data
-from moe.train import device as devices
 from moe.train import predicted, start
 from moe.train.schedule import Schedule
 

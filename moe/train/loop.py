@@ -17,18 +17,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe import checkpoint, plan
-from moe.config import Config, ConfigError
+from moe import checkpoint, evaluate, plan
+from moe.config import Config
 from moe.data import Batch, TokenData, compression
-from moe.files import write_whole
-from moe.kernels.reference import IGNORE_INDEX
-from moe.model import Output
+from moe.errors import ConfigError, TrainError
+from moe.io.files import write_whole
+from moe.kernels.loss import IGNORE_INDEX
+from moe.lora import ADAPTER_FILE, LoraConfig, merged, save_adapter
+from moe.model import Counts, Output, losses, objective
 from moe.profile import Pass
-from moe.train import console, evaluate, pictures, predicted, start, state, traces
-from moe.train.lora import ADAPTER_FILE, LoraConfig, merged, save_adapter
+from moe.train import console, pictures, predicted, start, state, traces
 from moe.train.run import CONFIG_FILE, Run, open_run
 from moe.train.stop import Stop, StopRequested
-from moe.train.watch import TrainError
 
 SUMMARY_FILE = "summary.json"
 FINAL = "final"
@@ -142,26 +142,22 @@ def _train_step(run: Run, traced: bool) -> None:
     t = run.cfg.train
     count = run.schedule.batch(run.sample)
     batch = run.stream.batch(run.sample, count)
-    n_targets = int((batch.targets != IGNORE_INDEX).sum())
+    counts = Counts(int((batch.targets != IGNORE_INDEX).sum()), count, count * run.seq_len)
     scalars: dict[str, Tensor] = {}
     counts_LE = torch.zeros_like(run.meter.counts_LE)
     passes: list[Pass] = []
     for begin in range(0, count, run.micro_batch):
         rows = slice(begin, min(begin + run.micro_batch, count))
-        targets = batch.targets[rows]
-        # The share of the batch: of its targets for the cross-entropy, of its windows for the router's losses.
-        of_targets = int((targets != IGNORE_INDEX).sum()) / max(1, n_targets)
-        of_windows = len(targets) / count
         with torch.autocast(run.device.type, dtype=run.dtype, enabled=run.dtype != torch.float32):
             tokens_BS = _to(run.device, batch.inputs[rows])
-            out: Output = run.forward(tokens_BS, _to(run.device, targets), documents_BS=_documents(run, batch, rows))
-        assert out.loss is not None
-        loss = out.loss * of_windows + out.losses["lm"] * (of_targets - of_windows)
+            targets_BS = _to(run.device, batch.targets[rows])
+            out: Output = run.forward(tokens_BS, targets_BS, documents_BS=_documents(run, batch, rows))
+        assert out.sums is not None
+        loss = objective(run.cfg.router, out.sums, counts)
         loss.backward()
-        shares = {"lm": of_targets, "balance": of_windows, "z": of_windows}
-        scalars["loss"] = scalars.get("loss", 0) + loss.detach()
-        for name, value in out.losses.items():
-            scalars[name] = scalars.get(name, 0) + value.detach() * shares[name]
+        parts = {"loss": loss, **losses(out.sums, counts)}
+        for name, value in parts.items():
+            scalars[name] = scalars.get(name, 0) + value.detach()
         counts_LE += torch.stack([routing.counts_E for routing in out.routing])
         if traced:
             passes.append(traces.routing_of(out, tokens_BS))

@@ -6,11 +6,13 @@ import torch
 import torch.nn as nn
 
 from moe.config import TrainConfig
+from moe.model import kind_of
 from moe.train.muon import Muon
 
-# By the last part of a parameter's name. Muon is for the matrices inside a block; the router is a classifier over
+# Kinds of parameters (moe.model.kind_of). Muon is for the matrices inside a block; the router is a classifier over
 # experts, like the output layer, and stays with AdamW.
-MUON_MATRICES = ("wq", "wk", "wv", "wo", "w_in_EGFD", "w_out_EDF")
+MUON_KINDS = {"matrix", "residual matrix"}
+DECAYED = {*MUON_KINDS, "router", "head", "adapter"}
 
 
 class Optimizers:
@@ -52,20 +54,21 @@ def build(model: nn.Module, cfg: TrainConfig) -> Optimizers:
     """The optimizers of `cfg.optimizer` for the model's parameters; frozen ones (LoRA) are left out.
 
     Weight decay (decoupled, Loshchilov and Hutter 2019) pulls on matrices only: norms and the embedding go without.
+
+    Raises:
+        ValueError: a parameter of a kind that nobody has said how to update.
     """
     muon, decay, no_decay, embedding = [], [], [], []
     for name, parameter in model.named_parameters():
-        kind = name.removesuffix(".weight").rpartition(".")[2]
+        kind = kind_of(name)
         if not parameter.requires_grad:
             continue
-        if cfg.optimizer == "muon" and kind in MUON_MATRICES:
+        if cfg.optimizer == "muon" and kind in MUON_KINDS:
             muon.append(parameter)
         elif kind == "embedding":
             embedding.append(parameter)
-        elif parameter.ndim >= 2:
-            decay.append(parameter)
         else:
-            no_decay.append(parameter)
+            (decay if kind in DECAYED else no_decay).append(parameter)
     groups = [
         {"params": decay, "weight_decay": cfg.weight_decay},
         {"params": no_decay, "weight_decay": 0.0},

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from moe import figures
+from moe.io import figures
 from moe.train.metrics import stages
 
 PICTURES = "pictures"

@@ -66,7 +66,7 @@ def memory_peak(device: torch.device) -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-# Of a process that trains on a CPU: its heap, which keeps freed memory for reuse (moe/train/cpu.py), over its tensors.
+# Of a process that trains on a CPU: its heap, which keeps freed memory for reuse (moe/device.py), over its tensors.
 # Replicas of 16 to 23M parameters, 1,024 to 8,192 tokens at a time, took 1.19 to 1.34.
 HEAP = 1.25
 

@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from moe import plan
+from moe import device as devices
+from moe import evaluate, plan
 from moe.config import Config
 from moe.data import ConversationData, ConversationStream, Stream, TokenData, open_data
+from moe.device import tune_cpu
+from moe.lora import LoraConfig, adapters
 from moe.model import Transformer
 from moe.tokenizer import Tokenizer
-from moe.train import console, evaluate, predicted, start, state
-from moe.train import device as devices
-from moe.train.cpu import tune_cpu
-from moe.train.lora import LoraConfig, adapters
+from moe.train import console, predicted, start, state
 from moe.train.metrics import Meter, MetricsLog
 from moe.train.optimizer import Optimizers, build
 from moe.train.schedule import Schedule

@@ -2,7 +2,8 @@
 
 import math
 
-from moe.config import ConfigError, TrainConfig, parse_tokens
+from moe.config import TrainConfig, parse_tokens
+from moe.errors import ConfigError
 
 
 class Schedule:

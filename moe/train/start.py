@@ -6,13 +6,13 @@ from pathlib import Path
 import torch
 
 from moe import checkpoint
-from moe.config import Config, ConfigError
+from moe import lora as loras
+from moe.config import Config
 from moe.data import ConversationData, ConversationStream, Mixture, Stream, TokenData
+from moe.errors import ConfigError, TrainError
+from moe.lora import LoraConfig
 from moe.model import Transformer
-from moe.train import lora as loras
 from moe.train import state
-from moe.train.lora import LoraConfig
-from moe.train.watch import TrainError
 
 
 def enter(run_dir: Path, resume: str) -> Path | None:

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
-from moe.checkpoint import CheckpointError, cannot_write, check_vocabulary, write_files
-from moe.config import Config, ConfigError
-from moe.files import atomic_directory
+from moe.checkpoint import cannot_write, check_vocabulary, write_files
+from moe.config import Config
+from moe.errors import CheckpointError, ConfigError
+from moe.io.files import atomic_directory
 from moe.model import Transformer
 from moe.tokenizer import Tokenizer
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moe.files import atomic_directory
+from moe.io.files import atomic_directory
 from moe.model import Output
 from moe.profile import Pass, Recorder
 

@@ -4,10 +4,7 @@ import math
 from typing import Any
 
 from moe.config import RouterConfig, TrainConfig
-
-
-class TrainError(RuntimeError):
-    """A run that cannot go on; the message says why, what is left, and what to change."""
+from moe.errors import TrainError
 
 
 class Watch:

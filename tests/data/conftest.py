@@ -4,9 +4,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from small_corpus import write_corpus
 
 from moe.data import TokenData, prepare
+from tests.data.small_corpus import write_corpus
 
 
 @pytest.fixture(scope="session")

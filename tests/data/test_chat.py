@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe.data import DataError
 from moe.data.chat import ChatTemplate, check_messages
+from moe.errors import DataError
 from moe.tokenizer import IM_END, IM_START, Tokenizer, cl100k, train_bpe
 
 # ChatML as Hugging Face's documentation of chat templates gives it, with the response marked for its mask.

@@ -11,11 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe.data import ConversationData, ConversationStream, DataError, prepare_conversations
+from moe.data import ConversationData, ConversationStream, prepare_conversations
 from moe.data.conversations import Prepared, read_conversations
 from moe.data.instructions import small_talk, standard_library
 from moe.data.mixture import IGNORE
 from moe.data.packing import best_fit
+from moe.errors import DataError
 from moe.tokenizer import Tokenizer, train_bpe
 
 MARK = "<|endoftext|>"

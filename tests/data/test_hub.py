@@ -10,13 +10,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from small_corpus import WORDS, held_out_by_hand
 
-from moe.data import DataError, Document, Source, TokenData, parse_source, prepare, read
+from moe.data import Document, Source, TokenData, parse_source, prepare, read
 from moe.data import hub as hub_module
 from moe.data import prepare as prepare_function
 from moe.data.hub import HubDataset, parse_hub
+from moe.errors import DataError
 from moe.tokenizer import train_bpe
+from tests.data.small_corpus import WORDS, held_out_by_hand
 
 datasets = pytest.importorskip("datasets")
 

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe.data import DataError, Mixture, TokenData, permute, permute_many, validation_windows
+from moe.data import Mixture, TokenData, permute, permute_many, validation_windows
+from moe.errors import DataError
 
 KEYS = st.integers(0, 2**64 - 1)
 

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small_corpus import held_out_by_hand, write_corpus
 
-from moe.data import DataError, DataInfo, TokenData, compressed, compression, held_out_text, prepare
-from moe.tokenizer import Tokenizer, TokenizerError, cl100k, train_bpe
+from moe.data import DataInfo, TokenData, compressed, compression, held_out_text, prepare
+from moe.errors import DataError, TokenizerError
+from moe.tokenizer import Tokenizer, cl100k, train_bpe
+from tests.data.small_corpus import held_out_by_hand, write_corpus
 
 
 def raw_tokens(out: Path, stem: str, dtype: str = "<u2") -> list[int]:

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe.data import DataError, TokenData, TokenStream
+from moe.data import TokenData, TokenStream
 from moe.data.shards import token_dtype
+from moe.errors import DataError
 from moe.tokenizer import train_bpe
 
 

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from small_corpus import held_out_by_hand, write_corpus
 
-from moe.data import DataError, Report, Source, default_sources, is_held_out, parse_source, read
+from moe.data import Report, Source, default_sources, is_held_out, parse_source, read
 from moe.data import sources as sources_module
+from moe.errors import DataError
+from tests.data.small_corpus import held_out_by_hand, write_corpus
 
 
 def texts_of(path: Path, **settings) -> dict[str, str]:

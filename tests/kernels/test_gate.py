@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe.kernels import reference
+from moe.kernels.gate import reference
 from tests.conftest import rel
 
 

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from moe.kernels import ops
+from moe.kernels.experts import op
 from tests.conftest import rel, tiny_config
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
@@ -116,7 +117,7 @@ def test_compiled_and_checkpointed() -> None:
 def test_the_default_on_cuda_is_triton_and_the_model_trains_with_it() -> None:
     import moe
 
-    assert ops._choose(None, torch.empty(4, 8, device="cuda", dtype=torch.bfloat16), "swiglu", False) == "triton"
+    assert op._choose(None, torch.empty(4, 8, device="cuda", dtype=torch.bfloat16), "swiglu", False) == "triton"
     model = moe.Transformer(tiny_config(d_model=32)).cuda()
     tokens = torch.randint(61, (4, 33), device="cuda")
     optimizer, losses = torch.optim.AdamW(model.parameters(), lr=1e-2), []

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from moe.kernels import lora, ops, reference
+from moe.kernels import ops
+from moe.kernels.experts import lora, reference
 from tests.conftest import rel
 
 

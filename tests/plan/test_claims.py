@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from moe.config import Config, ConfigError
+from moe.config import Config
+from moe.errors import ConfigError
 from moe.plan.claims import CLAIMS_FILE, Claim, check_claims, load_claims
 
 CLAIMS = load_claims()

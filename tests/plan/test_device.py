@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from moe.config import ConfigError
+from moe.errors import ConfigError
 from moe.plan.device import device_memory, device_step_time
 from moe.plan.hardware import load_hardware
 
@@ -20,7 +20,7 @@ import json, resource, sys
 import torch
 from moe.config import load_config
 from moe.model import Transformer
-from moe.train.cpu import tune_cpu
+from moe.device import tune_cpu
 from moe.train.optimizer import build
 
 name, micro_batch, seq_len, tuned, *changes = sys.argv[1:]

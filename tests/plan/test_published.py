@@ -9,7 +9,7 @@ import warnings
 import pytest
 
 from moe import plan
-from moe.config import ConfigError
+from moe.errors import ConfigError
 from moe.plan.hf_shapes import shape_from_hf
 from moe.plan.models import PUBLISHED_DIR, published
 

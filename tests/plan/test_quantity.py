@@ -6,7 +6,7 @@ import hypothesis
 import pytest
 from hypothesis import strategies as st
 
-from moe.config import ConfigError
+from moe.errors import ConfigError
 from moe.plan.quantity import Sheet, UnitError, about, assumed, derive, explain, given, parse_unit, quantity, unknown
 
 UNITS = ("FLOP", "GB", "s", "USD", "token", "param", "FLOP/s", "FLOP/token", "GB/s", "USD/h", "x")

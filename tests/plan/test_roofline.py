@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 
 from moe import plan
-from moe.config import Config, ConfigError, load_config
+from moe.config import Config, load_config
+from moe.errors import ConfigError
 from moe.plan.hardware import Hardware, load_hardware
 from moe.plan.layout import Layout, load_layout
 from moe.plan.quantity import quantity

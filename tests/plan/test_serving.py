@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe.config import ConfigError
-from moe.plan.decode import decode, prefill, ridge, serving_price
+from moe.errors import ConfigError
 from moe.plan.experts import (
     busiest_mean,
     experts_sheet,
@@ -19,16 +18,17 @@ from moe.plan.experts import (
     load_quantile,
     touched,
 )
-from moe.plan.fit import ARTICLE, evaluate, fit, redesign
 from moe.plan.hardware import load_hardware
 from moe.plan.layout import Layout, load_layout
 from moe.plan.memory import kv_bytes_per_token, serving_memory
 from moe.plan.models import load_shape
 from moe.plan.partition import frontier
 from moe.plan.quantity import quantity
+from moe.plan.search import ARTICLE, evaluate, fit, redesign
+from moe.plan.serving import decode, prefill, ridge, serving_price
 from moe.plan.shape import dense
-from moe.plan.speculate import best_drafts, speculate
-from moe.plan.sweep import kv_room, sweep, to_csv
+from moe.plan.speculation import best_drafts, speculate
+from moe.plan.sweeps import kv_room, sweep, to_csv
 
 A40, A80, H100 = (load_hardware(name) for name in ("a100-40", "a100-80", "h100-sxm"))
 SERVE = load_layout("gpt4-serve")

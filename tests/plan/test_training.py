@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe import plan
-from moe.config import ConfigError
+from moe.errors import ConfigError
 from moe.plan.comm import training_traffic
 from moe.plan.hardware import hardware_names, load_hardware
 from moe.plan.layout import Layout, layout_from, load_layout

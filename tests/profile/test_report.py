@@ -17,12 +17,12 @@ import torch
 import moe
 from moe import profile
 from moe.model import Transformer
-from moe.profile import svg
-from moe.profile.markup import Section, tag
 from moe.profile.observe import Pass
-from moe.profile.report import Material, report
-from moe.profile.report_time import time_section
-from moe.profile.svg import Axis
+from moe.profile.report import svg
+from moe.profile.report.markup import Section, tag
+from moe.profile.report.page import Material, report
+from moe.profile.report.svg import Axis
+from moe.profile.report.time import time_section
 from tests.conftest import run_cli
 from tests.profile.conftest import two_sources
 
@@ -242,8 +242,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     cfg = moe.load_config("replica-tiny").scaled(d_model=192, n_layers=2, vocab_size=300, max_seq_len=64)
     model = moe.Transformer(cfg)
     with torch.no_grad():  # experts 3 and 9 of layer 1 become copies
-        model.blocks[1].moe.w_in_EGFD[9] = model.blocks[1].moe.w_in_EGFD[3]  # type: ignore[index, union-attr]
-        model.blocks[1].moe.w_out_EDF[9] = model.blocks[1].moe.w_out_EDF[3]  # type: ignore[index, union-attr]
+        model.blocks[1].moe.experts.w_in_EGFD[9] = model.blocks[1].moe.experts.w_in_EGFD[3]  # type: ignore[index, union-attr]
+        model.blocks[1].moe.experts.w_out_EDF[9] = model.blocks[1].moe.experts.w_out_EDF[3]  # type: ignore[index, union-attr]
     load = torch.full((2, 16), 1 / 16).tolist()
     records = [{"kind": "train", "step": 10 * i, "tokens": 1000 * i, "load": load} for i in range(1, 5)]
     for name in ("run/final", "run/checkpoints/step-000020", "elsewhere"):

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 import moe
+from moe.errors import NotObservable
 from moe.experts import Router
-from moe.profile import NotObservable, RoutingProfile, closest_pairs, expert_similarity, routing
+from moe.profile import RoutingProfile, closest_pairs, expert_similarity, routing
 from moe.profile.observe import Pass
 from tests.conftest import rel
 from tests.hf_models import MODELS, build
@@ -193,8 +194,8 @@ def test_duplicate_experts() -> None:
     assert rel(expert_similarity(weights, others), want) < 1e-6
     model: Any = moe.Transformer(moe.load_config("replica-tiny").scaled(d_model=192, n_layers=3))
     with torch.no_grad():
-        model.blocks[2].moe.w_in_EGFD[7] = 0.5 * model.blocks[2].moe.w_in_EGFD[2]
-        model.blocks[2].moe.w_out_EDF[7] = 0.5 * model.blocks[2].moe.w_out_EDF[2]
+        model.blocks[2].moe.experts.w_in_EGFD[7] = 0.5 * model.blocks[2].moe.experts.w_in_EGFD[2]
+        model.blocks[2].moe.experts.w_out_EDF[7] = 0.5 * model.blocks[2].moe.experts.w_out_EDF[2]
     first, second, third = closest_pairs(model)
     for pair in (first, second):
         assert 0.6 < pair.cosine / pair.by_chance < 1.5

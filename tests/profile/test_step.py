@@ -64,6 +64,7 @@ def test_every_part_of_a_training_step_is_seen(model: Transformer, tokens: torch
     want: dict[tuple[str, str], int] = {}
     for phase in ("forward", "backward"):
         want |= {(component, phase): n for component, n in (once | per_layer).items()}
+    want["router", "forward"] += 1  # its losses, of all layers together
     assert t.calls == want | {("optimizer", "update"): 1}
     # Each entering and each leaving looked at the clock, and so did the beginning and the end.
     assert t.total == 2 * sum(t.calls.values()) + 1

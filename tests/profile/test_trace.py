@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 import moe
-from moe.profile import Recorder, Trace, TraceError, compare, import_routed_experts, record, replay
+from moe.errors import TraceError
+from moe.profile import Recorder, Trace, compare, import_routed_experts, record, replay
 from moe.profile.observe import Pass
 from tests.hf_models import MODELS, build
 
@@ -71,7 +72,7 @@ def test_replay_follows_the_trace_and_not_the_router(tmp_path: Path) -> None:
     assert not torch.allclose(out.logits_BSV, before)
     assert all(set(r.ids_TK.flatten().tolist()) == {3, 5} for r in out.routing)
     out.logits_BSV.sum().backward()
-    gradient = model.blocks[0].moe.w_out_EDF.grad
+    gradient = model.blocks[0].moe.experts.w_out_EDF.grad
     assert {e for e in range(16) if gradient[e].abs().sum() > 0} == {3, 5}
 
 

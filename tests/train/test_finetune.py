@@ -10,14 +10,14 @@ import torch
 
 import moe
 from moe import Config, checkpoint
-from moe.config import ConfigError
 from moe.data import ConversationData, ConversationStream, prepare_conversations
 from moe.data.mixture import IGNORE
+from moe.errors import ConfigError
+from moe.lora import LoraConfig, load_adapter, merged
 from moe.model import Transformer
 from moe.tokenizer import train_bpe
 from moe.train import loop, train
 from moe.train.finetune import recipe
-from moe.train.lora import LoraConfig, load_adapter, merged
 
 ANIMALS = ("cat", "dog", "owl", "fox", "hen", "cow", "pig", "ant")
 SOUNDS = ("meow", "woof", "hoot", "yip", "cluck", "moo", "oink", "none")

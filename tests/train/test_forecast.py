@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from moe.config import ConfigError
-from moe.data import DataError, TokenData
+from moe.data import TokenData
+from moe.errors import ConfigError, DataError
 from moe.train import train
 from moe.train.forecast import forecast
 from tests.conftest import run_cli, start_cli

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import moe
-from moe.checkpoint import CheckpointError
-from moe.config import ConfigError, RouterConfig, TrainConfig
-from moe.data import DataError, TokenData, prepare
+from moe.config import RouterConfig, TrainConfig
+from moe.data import TokenData, prepare
+from moe.errors import CheckpointError, ConfigError, DataError, TrainError
 from moe.plan.calibrate import read_steps
-from moe.train import TrainError, loop, state, train
+from moe.train import loop, state, train
 from moe.train.metrics import read_metrics
 from moe.train.schedule import Schedule
 from moe.train.watch import Watch

@@ -58,7 +58,7 @@ def test_the_embedding_has_a_rate_of_its_own(cfg):
 
 def test_adamw_is_its_formula():
     torch.manual_seed(0)
-    layer = nn.Linear(5, 3, dtype=torch.float64)
+    layer = nn.ModuleDict({"wq": nn.Linear(5, 3, bias=False), "norm": nn.RMSNorm(3)}).double()
     weights = {name: p.detach().clone() for name, p in layer.named_parameters()}
     cfg = TrainConfig(lr=0.01, betas=(0.8, 0.9), weight_decay=0.3)
     optimizers = build(layer, cfg)
@@ -70,7 +70,7 @@ def test_adamw_is_its_formula():
             p.grad = g.clone()
             m[name] = 0.8 * m[name] + 0.2 * g
             v[name] = 0.9 * v[name] + 0.1 * g * g
-            decay = 0.3 if name == "weight" else 0.0
+            decay = 0.3 if name == "wq.weight" else 0.0
             step = (m[name] / (1 - 0.8**t)) / ((v[name] / (1 - 0.9**t)).sqrt() + 1e-8)
             weights[name] = weights[name] - 0.01 * scale * (decay * weights[name] + step)
         optimizers.set_lr(scale)

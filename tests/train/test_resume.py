@@ -9,8 +9,8 @@ import pytest
 
 import moe
 from moe.data import prepare_conversations
+from moe.evaluate import some_windows
 from moe.train import train
-from moe.train.evaluate import some_windows
 from tests.conftest import start_cli
 
 

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe.config import ConfigError, TrainConfig
+from moe.config import TrainConfig
+from moe.errors import ConfigError
 from moe.train.schedule import Schedule
 
 

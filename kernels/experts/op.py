@@ -1,0 +1,281 @@
+"""The routed expert MLP as a torch op: fakes, autograd, autocast, and the choice of an implementation.
+
+Shape suffixes as in reference.py.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from moe.kernels import tiles
+from moe.kernels.experts import grouped, reference
+
+ACTIVATIONS = {"swiglu": 2, "gelu": 1, "swiglu_oai": 2}  # name -> G, the number of F-wide input projections
+IMPLEMENTATIONS = ("reference", "grouped", "triton")
+
+
+def expert_mlp(
+    x_TD: Tensor,
+    w_in_EGFD: Tensor,
+    w_out_EDF: Tensor,
+    weights_TK: Tensor,
+    ids_TK: Tensor,
+    activation: str = "swiglu",
+    impl: str | None = None,
+    *,
+    b_in_EGF: Tensor | None = None,
+    b_out_ED: Tensor | None = None,
+    recompute: bool = False,
+) -> Tensor:
+    """The routed expert MLP: y[t] = sum over k of weights[t, k] * MLP_{ids[t, k]}(x[t]). Dropless.
+
+    Args:
+        x_TD: tokens, [T, D] floating point.
+        w_in_EGFD: [E, G, F, D], G = 1 for "gelu" and else 2: gate, then up. Any strides: a view of weights stored
+            transposed, or with gate and up in turns, is read where it is.
+        w_out_EDF: [E, D, F], any strides.
+        weights_TK: routing weights, [T, K] floating point, commonly float32.
+        ids_TK: chosen experts, [T, K] int64 in [0, E).
+        activation: "swiglu", silu(gate) * up; "gelu" in the tanh form; "swiglu_oai", gpt-oss's clamped form.
+        impl: "reference" (any device and dtype), "grouped" (CPU: any dtype; CUDA: bfloat16; no biases), "triton" (CUDA:
+            bfloat16, float16, float32; on CPU in Triton's interpreter), or None for the fastest that is eligible.
+        b_in_EGF, b_out_ED: biases of the two products.
+        recompute: keep x alone for the backward, which then computes the pre-activations again, to the same bits
+            ("reference" always does).
+
+    Returns:
+        y_TD in the dtype of x (under autocast: in autocast's dtype).
+
+    Raises:
+        ValueError: shapes, dtypes or `impl` that do not fit; the message says which and why.
+    """
+    if torch.is_autocast_enabled(x_TD.device.type):
+        dtype = torch.get_autocast_dtype(x_TD.device.type)
+        x_TD, w_in_EGFD, w_out_EDF = x_TD.to(dtype), w_in_EGFD.to(dtype), w_out_EDF.to(dtype)
+        b_in_EGF, b_out_ED = (None if b is None else b.to(dtype) for b in (b_in_EGF, b_out_ED))
+    _check_expert_mlp(x_TD, w_in_EGFD, w_out_EDF, weights_TK, ids_TK, activation, b_in_EGF, b_out_ED)
+    inputs = (x_TD, w_in_EGFD, w_out_EDF, weights_TK, ids_TK)
+    impl = _choose(impl, x_TD, activation, b_in_EGF is not None or b_out_ED is not None)
+    return _expert_mlp(*inputs, b_in_EGF, b_out_ED, activation, impl, recompute)[0]
+
+
+def expert_mlp_inference(
+    x_TD: Tensor, w_in_EGFD: Tensor, w_out_EDF: Tensor, weights_TK: Tensor, ids_TK: Tensor, activation: str
+) -> Tensor:
+    """`expert_mlp` for a decoding loop that has seen its arguments fit: without checks, autograd and autocast.
+
+    On CPU also without torch's dispatcher, whose cost shows when single tokens are decoded.
+    """
+    inputs = (x_TD, w_in_EGFD, w_out_EDF, weights_TK, ids_TK)
+    impl = _choose(None, x_TD, activation, biases=False)
+    if x_TD.device.type != "cpu" or impl != "grouped":
+        return _expert_mlp(*inputs, None, None, activation, impl, False)[0]
+    if ids_TK.shape == (1, 2):
+        return grouped.one_token_top2(*inputs, activation)
+    return _forward_grouped(*inputs, activation)[0]
+
+
+def expert_mlp_forward(
+    x_TD: Tensor, w_in_EGFD: Tensor, w_out_EDF: Tensor, weights_TK: Tensor, ids_TK: Tensor, activation: str
+) -> tuple[Tensor, tuple[Tensor, ...], str]:
+    """`expert_mlp` without autograd, for ops around it: y, what `expert_mlp_gradients` reads, and the implementation.
+
+    Raises as `expert_mlp` does.
+    """
+    _check_expert_mlp(x_TD, w_in_EGFD, w_out_EDF, weights_TK, ids_TK, activation, None, None)
+    impl = _choose(None, x_TD, activation, biases=False)
+    y, *saved = _expert_mlp(x_TD, w_in_EGFD, w_out_EDF, weights_TK, ids_TK, None, None, activation, impl, False)
+    return y, tuple(saved), impl
+
+
+def expert_mlp_gradients(
+    dy_TD: Tensor,
+    x_TD: Tensor,
+    w_in_EGFD: Tensor,
+    w_out_EDF: Tensor,
+    weights_TK: Tensor,
+    ids_TK: Tensor,
+    saved: Sequence[Tensor],
+    activation: str,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of x, w_in, w_out and weights; `saved` and `impl` as `expert_mlp_forward` gave them."""
+    inputs = (dy_TD, x_TD, w_in_EGFD, w_out_EDF, weights_TK, ids_TK)
+    dx, dw_in, dw_out, dweights, _, _ = _expert_mlp_backward(*inputs, *saved, None, None, activation, impl)
+    return dx, dw_in, dw_out, dweights
+
+
+def _choose(impl: str | None, x_TD: Tensor, activation: str, biases: bool) -> str:
+    if impl is None:
+        if tiles.why_not_triton(x_TD) is None and x_TD.device.type != "cpu":
+            return "triton"
+        return "reference" if _why_not_grouped(x_TD, activation, biases) else "grouped"
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl = {impl!r}: must be one of {', '.join(IMPLEMENTATIONS)}, or None for the fastest")
+    reason = None
+    if impl == "grouped":
+        reason = _why_not_grouped(x_TD, activation, biases)
+    elif impl == "triton":
+        reason = tiles.why_not_triton(x_TD)
+    if reason:
+        raise ValueError(f'impl = "{impl}": {reason}; use "reference"')
+    return impl
+
+
+def _why_not_grouped(x_TD: Tensor, activation: str, biases: bool) -> str | None:
+    if biases:
+        return "it takes no biases"
+    if activation == "swiglu_oai":
+        return "it does not know swiglu_oai"
+    if x_TD.device.type != "cpu" and x_TD.dtype != torch.bfloat16:
+        return f"on {x_TD.device.type} it needs bfloat16, not {x_TD.dtype}"
+    return None
+
+
+def _check_expert_mlp(
+    x: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    weights: Tensor,
+    ids: Tensor,
+    activation: str,
+    b_in: Tensor | None,
+    b_out: Tensor | None,
+) -> None:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation = {activation!r}: must be one of {', '.join(ACTIVATIONS)}")
+    if x.ndim != 2 or w_in.ndim != 4 or w_out.ndim != 3 or ids.ndim != 2 or weights.shape != ids.shape:
+        raise ValueError(
+            "expert_mlp wants x [T, D], w_in [E, G, F, D], w_out [E, D, F], weights and ids [T, K]; got "
+            f"{', '.join(str(list(t.shape)) for t in (x, w_in, w_out, weights, ids))}"
+        )
+    n_experts, n_gates, n_hidden, width = w_in.shape
+    if n_gates != ACTIVATIONS[activation]:
+        raise ValueError(f"w_in has G = {n_gates}, but {activation} needs G = {ACTIVATIONS[activation]}")
+    if x.shape[1] != width or w_out.shape != (n_experts, width, n_hidden) or len(ids) != len(x):
+        raise ValueError(
+            f"shapes do not fit together: x {list(x.shape)}, w_in {list(w_in.shape)}, w_out {list(w_out.shape)}, "
+            f"ids {list(ids.shape)}"
+        )
+    for name, bias, shape in (("b_in", b_in, w_in.shape[:3]), ("b_out", b_out, w_out.shape[:2])):
+        if bias is not None and (bias.shape != shape or bias.dtype != x.dtype):
+            raise ValueError(f"{name} must be {list(shape)} {x.dtype}; got {list(bias.shape)} {bias.dtype}")
+    if not x.dtype == w_in.dtype == w_out.dtype:
+        raise ValueError(f"x, w_in and w_out must have one dtype; got {x.dtype}, {w_in.dtype}, {w_out.dtype}")
+    if ids.dtype != torch.int64:
+        raise ValueError(f"ids must be int64; got {ids.dtype}")
+
+
+@torch.library.custom_op("gpt4_moe::expert_mlp", mutates_args=())
+def _expert_mlp(
+    x: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    weights: Tensor,
+    ids: Tensor,
+    b_in: Tensor | None,
+    b_out: Tensor | None,
+    activation: str,
+    impl: str,
+    recompute: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns y and what the backward reads: pre-activations, sorted order, where the experts' rows end or begin."""
+    if impl == "reference":
+        y = reference.expert_mlp(x, w_in, w_out, weights, ids, activation, b_in, b_out)
+        return y, x.new_empty(0), ids.new_empty(0), ids.new_empty(0, dtype=torch.int32)
+    if impl == "grouped":
+        y, h, order, ends = _forward_grouped(x, w_in, w_out, weights, ids, activation)
+        return y, h.new_empty(0) if recompute else h, order, ends
+    from moe.kernels.experts import triton_mlp as fused
+
+    return fused.forward(x, fused.Experts(w_in, w_out, b_in, b_out), weights, ids, activation, not recompute)
+
+
+def _forward_grouped(
+    x: Tensor, w_in: Tensor, w_out: Tensor, weights: Tensor, ids: Tensor, activation: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    forward = grouped.grouped_mm_forward if _takes_grouped_mm(x, w_in, w_out) else grouped.loop_forward
+    return forward(x, w_in, w_out, weights, ids, activation)
+
+
+def _takes_grouped_mm(x: Tensor, w_in: Tensor, w_out: Tensor) -> bool:
+    """Whether torch's grouped product takes the operands: not float64, and rows that begin at multiples of 16 bytes.
+
+    On CPU it then is the faster body at every size (benchmarks/expert_cpu.py).
+    """
+    dtypes = (torch.bfloat16, torch.float32) if x.device.type == "cpu" else (torch.bfloat16,)
+    rows = (x.shape[1], w_in.shape[2], w_out.shape[2])
+    return x.dtype in dtypes and all(n * x.element_size() % 16 == 0 for n in rows)
+
+
+@_expert_mlp.register_fake
+def _(x, w_in, w_out, weights, ids, b_in, b_out, activation, impl, recompute):
+    # new_empty(shape), here and below: results are contiguous whatever the layout of the inputs, and fakes must say so.
+    y, n_rows = x.new_empty(x.shape), ids.numel()
+    if impl == "reference":
+        return y, x.new_empty(0), ids.new_empty(0), ids.new_empty(0, dtype=torch.int32)
+    if impl == "grouped":
+        h = x.new_empty(0) if recompute else x.new_empty(n_rows, *w_in.shape[1:3])
+        return y, h, ids.new_empty(n_rows), ids.new_empty(len(w_in), dtype=torch.int32)
+    h = x.new_empty(0 if recompute else n_rows, w_in.shape[1] * w_in.shape[2])
+    return y, h, ids.new_empty(2, n_rows, dtype=torch.int32), ids.new_empty(len(w_in) + 1, dtype=torch.int32)
+
+
+@torch.library.custom_op("gpt4_moe::expert_mlp_backward", mutates_args=())
+def _expert_mlp_backward(
+    dy: Tensor,
+    x: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    weights: Tensor,
+    ids: Tensor,
+    h: Tensor,
+    order: Tensor,
+    ends: Tensor,
+    b_in: Tensor | None,
+    b_out: Tensor | None,
+    activation: str,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of x, w_in, w_out, weights, b_in, b_out; empty for a bias that is not there."""
+    if impl == "grouped":
+        grouped_mm = _takes_grouped_mm(x, w_in, w_out)
+        backward = grouped.grouped_mm_backward if grouped_mm else grouped.loop_backward
+        found = (*backward(dy.contiguous(), x, w_in, w_out, weights, h, order, ends, activation), None, None)
+    elif impl == "reference":
+        found = reference.expert_mlp_backward(dy, x, w_in, w_out, weights, ids, activation, b_in, b_out)
+    else:
+        from moe.kernels.experts import triton_mlp as fused
+
+        found = fused.backward(dy, x, fused.Experts(w_in, w_out, b_in, b_out), weights, h, order, ends, activation)
+    dx, dw_in, dw_out, dweights, db_in, db_out = found
+    none = x.new_empty(0)
+    return dx, dw_in, dw_out, dweights, none if db_in is None else db_in, none.clone() if db_out is None else db_out
+
+
+@_expert_mlp_backward.register_fake
+def _(dy, x, w_in, w_out, weights, ids, h, order, ends, b_in, b_out, activation, impl):
+    biases = (x.new_empty(0 if b is None else b.shape) for b in (b_in, b_out))
+    return *(t.new_empty(t.shape) for t in (x, w_in, w_out, weights)), *biases
+
+
+def _expert_mlp_setup(ctx, inputs, output) -> None:
+    *tensors, ctx.activation, ctx.impl, _ = inputs
+    # Only y has a gradient: without this, autograd would fill zeros of the size of the pre-activations.
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, *output[1:])
+
+
+def _expert_mlp_autograd(ctx, dy: Tensor | None, *_unused: None):
+    if dy is None:
+        return (None,) * 10
+    x, w_in, w_out, weights, ids, b_in, b_out, *saved = ctx.saved_tensors
+    *gradients, db_in, db_out = _expert_mlp_backward(
+        dy, x, w_in, w_out, weights, ids, *saved, b_in, b_out, ctx.activation, ctx.impl
+    )
+    biases = (None if b is None else db for b, db in ((b_in, db_in), (b_out, db_out)))
+    return *gradients, None, *biases, None, None, None
+
+
+_expert_mlp.register_autograd(_expert_mlp_autograd, setup_context=_expert_mlp_setup)

@@ -1,0 +1,482 @@
+"""The grouped products of the expert MLP in Triton, with plain pointers: any stride, any width, every GPU.
+
+Weights come with all their strides, so [gate; up] halves, interleaved pairs and transposed matrices are read where
+they are. Rows are gathered in the product itself. Every kernel computes one [BM, BN] tile of one expert's rows in
+float32 and rounds once, when it stores.
+
+Shape suffixes as in triton_routes.py; J = G*F pre-activations of a row.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moe.kernels.experts.triton_routes import Routes
+from moe.kernels.tiles import Tile, Tiles
+
+
+class Experts(NamedTuple):
+    """The experts' weights, in any strides; biases are contiguous, or None."""
+
+    w_in_EGFD: Tensor
+    w_out_EDF: Tensor
+    b_in_EGF: Tensor | None = None
+    b_out_ED: Tensor | None = None
+
+
+@triton.jit
+def swizzle(program, num_m, num_n, GROUP_M: tl.constexpr):
+    """The (row tile, column tile) of a program: GROUP_M row tiles walk the columns together and share the weights."""
+    per_group = GROUP_M * num_n
+    first = program // per_group * GROUP_M
+    size = tl.minimum(num_m - first, GROUP_M)
+    inner = program % per_group
+    return first + inner % size, inner // size
+
+
+@triton.jit
+def walk(program, e, num_n, tile_row, offsets, BM: tl.constexpr, GROUP_M: tl.constexpr):
+    """Of a program of expert `e`: column tile, first row, and the expert's first row and number of rows.
+
+    Programs go expert after expert, and within one as `swizzle` orders them: experts share no weights, so a group of
+    row tiles does not span two.
+    """
+    tile = program // num_n  # not the program's own row tile, but one of the same expert
+    first = tl.load(offsets + e)
+    size = tl.load(offsets + e + 1) - first
+    tiles_before = tile - (tl.load(tile_row + tile) - first) // BM
+    pm, pn = swizzle(program - tiles_before * num_n, tl.cdiv(size, BM), num_n, GROUP_M)
+    return pn, first + pm * BM, first, size
+
+
+@triton.jit
+def sigmoid(x):
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+# The names of ops.ACTIVATIONS, as the kernels know them.
+SWIGLU = tl.constexpr(0)
+GELU = tl.constexpr(1)
+SWIGLU_OAI = tl.constexpr(2)
+ACTIVATION_CODES = {"swiglu": SWIGLU.value, "gelu": GELU.value, "swiglu_oai": SWIGLU_OAI.value}
+
+
+@triton.jit
+def activate(g, u, ACT: tl.constexpr):
+    """act(gate, up); GELU, which has no gate, takes its input as `g`."""
+    if ACT == SWIGLU:
+        y = g * sigmoid(g) * u
+    elif ACT == GELU:
+        # tanh form: 1/2 (1 + tanh(z)) = sigmoid(2 z).
+        y = g * sigmoid(1.5957691216057308 * (g + 0.044715 * g * g * g))
+    else:
+        # gpt-oss: both clamped at 7, sigmoid slope 1.702, up + 1.
+        g = tl.minimum(g, 7.0)
+        u = tl.minimum(tl.maximum(u, -7.0), 7.0)
+        y = g * sigmoid(1.702 * g) * (u + 1.0)
+    return y
+
+
+@triton.jit
+def activate_backward(g, u, ACT: tl.constexpr):
+    """act, d act / d gate, d act / d up."""
+    if ACT == SWIGLU:
+        s = sigmoid(g)
+        y = g * s * u
+        dg = s * u * (1.0 + g * (1.0 - s))
+        du = g * s
+    elif ACT == GELU:
+        s = sigmoid(1.5957691216057308 * (g + 0.044715 * g * g * g))
+        y = g * s
+        dg = s + g * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * g * g)
+        du = g
+    else:
+        open_g = g <= 7.0
+        open_u = (u >= -7.0) & (u <= 7.0)
+        g = tl.minimum(g, 7.0)
+        u = tl.minimum(tl.maximum(u, -7.0), 7.0)
+        s = sigmoid(1.702 * g)
+        y = g * s * (u + 1.0)
+        dg = tl.where(open_g, s * (u + 1.0) * (1.0 + 1.702 * g * (1.0 - s)), 0.0)
+        du = tl.where(open_u, g * s, 0.0)
+    return y, dg, du
+
+
+@triton.jit
+def _product(
+    acc, a_rows, a_mask, a_columns, a_step, w_columns, w_mask, stride_wk, depth,
+    BK: tl.constexpr, EVEN_K: tl.constexpr, K_FIRST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """acc + a @ w over `depth`. K_FIRST: w is contiguous along k.
+
+    `a_rows` [BM] and `w_columns` [BN] point at k = 0; `a_columns` [BK] are the offsets of the first step in a row of
+    a, and each step is `a_step` further.
+    """
+    k = tl.arange(0, BK)
+    a_at = a_rows[:, None] + a_columns[None, :]
+    if K_FIRST:
+        w_at = w_columns[:, None] + (k.to(tl.int64) * stride_wk)[None, :]
+    else:
+        w_at = w_columns[None, :] + (k.to(tl.int64) * stride_wk)[:, None]
+    for start in range(0, depth, BK):
+        a_live = a_mask[:, None]
+        if not EVEN_K:
+            inside = start + k < depth
+            a_live = a_live & inside[None, :]
+        a = tl.load(a_at, mask=a_live, other=0.0)
+        if K_FIRST:
+            w_live = w_mask[:, None]
+            if not EVEN_K:
+                w_live = w_live & inside[None, :]
+            w = tl.load(w_at, mask=w_live, other=0.0).T
+        else:
+            w_live = w_mask[None, :]
+            if not EVEN_K:
+                w_live = w_live & inside[:, None]
+            w = tl.load(w_at, mask=w_live, other=0.0)
+        acc = tl.dot(a, w, acc, input_precision=PRECISION)
+        a_at += a_step
+        w_at += BK * stride_wk
+    return acc
+
+
+@triton.jit
+def up_kernel(
+    x, w, bias, h, act, order, tile_expert, tile_row, offsets, D, F,
+    stride_x, stride_we, stride_wg, stride_wf, stride_wd,
+    K: tl.constexpr, G: tl.constexpr, ACT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    STORE_H: tl.constexpr, STORE_ACT: tl.constexpr, PAIRS: tl.constexpr, EVEN_K: tl.constexpr, K_FIRST: tl.constexpr,
+    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """h = x[token] @ w_in.T + bias (stored on request), act = activation(h).
+
+    The columns of a tile alternate gate, up, gate, up: one accumulator holds both, and a split parts them. PAIRS: so
+    do the weights in memory.
+    """
+    BH: tl.constexpr = BN // G
+    num_n = tl.cdiv(F, BH)
+    e = tl.load(tile_expert + tl.program_id(0) // num_n)
+    if e < 0:
+        return
+    pn, row, first, size = walk(tl.program_id(0), e, num_n, tile_row, offsets, BM, GROUP_M)
+    rows = row + tl.arange(0, BM)
+    live = rows < first + size
+    token = tl.load(order + rows, mask=live, other=0) // K
+    column = pn * BN + tl.arange(0, BN)
+    f = column // G
+    g = column % G
+    if PAIRS:
+        w_columns = w + e.to(tl.int64) * stride_we + column.to(tl.int64) * stride_wg
+    else:
+        w_columns = w + e.to(tl.int64) * stride_we + f.to(tl.int64) * stride_wf + g.to(tl.int64) * stride_wg
+    acc = tl.zeros((BM, BN), dtype=tl.float32)
+    acc = _product(
+        acc, x + token.to(tl.int64) * stride_x, live, tl.arange(0, BK), BK, w_columns, f < F, stride_wd, D,
+        BK, EVEN_K, K_FIRST, PRECISION,
+    )  # fmt: skip
+    if HAS_BIAS:
+        acc += tl.load(bias + e * (G * F) + g * F + f, mask=f < F, other=0.0).to(tl.float32)[None, :]
+    f = pn * BH + tl.arange(0, BH)
+    inside = live[:, None] & (f < F)[None, :]
+    h_at = h + rows[:, None].to(tl.int64) * (G * F) + f[None, :]
+    if G == 2:
+        gate, up = tl.split(acc.reshape(BM, BH, 2))
+        if STORE_H:
+            tl.store(h_at, gate.to(h.dtype.element_ty), mask=inside)
+            tl.store(h_at + F, up.to(h.dtype.element_ty), mask=inside)
+        y = activate(gate, up, ACT)
+    else:
+        if STORE_H:
+            tl.store(h_at, acc.to(h.dtype.element_ty), mask=inside)
+        y = activate(acc, acc, ACT)
+    if STORE_ACT:
+        tl.store(act + rows[:, None].to(tl.int64) * F + f[None, :], y.to(act.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def down_kernel(
+    a, w, bias, y, tile_expert, tile_row, offsets, N, depth,
+    stride_a, stride_we, stride_wn, stride_wk,
+    PAIRS: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr, K_FIRST: tl.constexpr,
+    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """y = a @ w + bias: the down-projection, and the gradient of x from that of h.
+
+    PAIRS: w has gate and up in turns along k, while a has all gates, then all ups.
+    """
+    num_n = tl.cdiv(N, BN)
+    e = tl.load(tile_expert + tl.program_id(0) // num_n)
+    if e < 0:
+        return
+    pn, row, first, size = walk(tl.program_id(0), e, num_n, tile_row, offsets, BM, GROUP_M)
+    rows = row + tl.arange(0, BM)
+    live = rows < first + size
+    n = pn * BN + tl.arange(0, BN)
+    a_columns = tl.arange(0, BK)
+    a_step = BK
+    if PAIRS:
+        a_columns = (a_columns % 2) * (depth // 2) + a_columns // 2
+        a_step = BK // 2
+    w_columns = w + e.to(tl.int64) * stride_we + n.to(tl.int64) * stride_wn
+    acc = tl.zeros((BM, BN), dtype=tl.float32)
+    acc = _product(
+        acc, a + rows.to(tl.int64) * stride_a, live, a_columns, a_step, w_columns, n < N, stride_wk, depth,
+        BK, EVEN_K, K_FIRST, PRECISION,
+    )  # fmt: skip
+    if HAS_BIAS:
+        acc += tl.load(bias + e * N + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    at = rows[:, None].to(tl.int64) * N + n[None, :]
+    tl.store(y + at, acc.to(y.dtype.element_ty), mask=live[:, None] & (n < N)[None, :])
+
+
+@triton.jit
+def _epilogue(da, h, dh, act, rows, live, weight, first, F, G: tl.constexpr, ACT: tl.constexpr, BN: tl.constexpr):
+    """From da, the gradient of the unweighted activation: stores dh and weight * act; returns <da, act> per row."""
+    f = first + tl.arange(0, BN)
+    inside = live[:, None] & (f < F)[None, :]
+    at = rows[:, None].to(tl.int64) * (G * F) + f[None, :]
+    gate = tl.load(h + at, mask=inside, other=0.0).to(tl.float32)
+    up = gate
+    if G == 2:
+        up = tl.load(h + at + F, mask=inside, other=0.0).to(tl.float32)
+    y, dgate, dup = activate_backward(gate, up, ACT)
+    part = tl.sum(tl.where(inside, da * y, 0.0), axis=1)
+    tl.store(
+        act + rows[:, None].to(tl.int64) * F + f[None, :], (weight[:, None] * y).to(act.dtype.element_ty), mask=inside
+    )
+    da = da * weight[:, None]
+    tl.store(dh + at, (da * dgate).to(dh.dtype.element_ty), mask=inside)
+    if G == 2:
+        tl.store(dh + at + F, (da * dup).to(dh.dtype.element_ty), mask=inside)
+    return part
+
+
+@triton.jit
+def _epilogue_in_halves(
+    da, h, dh, act, rows, live, weight, first, F,
+    G: tl.constexpr, ACT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    BH: tl.constexpr = BN // 2
+    left, right = tl.split(da.reshape(BM, 2, BH).permute(0, 2, 1))
+    part = _epilogue(left, h, dh, act, rows, live, weight, first, F, G, ACT, BH)
+    return part + _epilogue(right, h, dh, act, rows, live, weight, first + BH, F, G, ACT, BH)
+
+
+@triton.jit
+def down_backward_epilogue(
+    da, h, dh, act, rows, live, weight, first, F,
+    G: tl.constexpr, ACT: tl.constexpr, SPLIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """`_epilogue` of a tile [BM, BN] in SPLIT pieces (1, 2 or 4), which need fewer registers."""
+    if SPLIT == 1:
+        part = _epilogue(da, h, dh, act, rows, live, weight, first, F, G, ACT, BN)
+    elif SPLIT == 2:
+        part = _epilogue_in_halves(da, h, dh, act, rows, live, weight, first, F, G, ACT, BM, BN)
+    else:
+        BH: tl.constexpr = BN // 2
+        left, right = tl.split(da.reshape(BM, 2, BH).permute(0, 2, 1))
+        part = _epilogue_in_halves(left, h, dh, act, rows, live, weight, first, F, G, ACT, BM, BH)
+        part += _epilogue_in_halves(right, h, dh, act, rows, live, weight, first + BH, F, G, ACT, BM, BH)
+    return part
+
+
+@triton.jit
+def down_backward_kernel(
+    dy, w, h, weights, dh, act, dweights, order, tile_expert, tile_row, offsets, R, D, F,
+    stride_dy, stride_we, stride_wd, stride_wf,
+    K: tl.constexpr, G: tl.constexpr, ACT: tl.constexpr, EVEN_K: tl.constexpr, K_FIRST: tl.constexpr,
+    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr,
+    SPLIT: tl.constexpr,
+):  # fmt: skip
+    """da = dy[token] @ w_out; then dh, weight * act(h), and this column tile's share of the weights' gradient.
+
+    The gradient of a routing weight is <dy, y> = <da, act(h)>, so y is never needed again.
+    """
+    num_n = tl.cdiv(F, BN)
+    e = tl.load(tile_expert + tl.program_id(0) // num_n)
+    if e < 0:
+        return
+    pn, row, first, size = walk(tl.program_id(0), e, num_n, tile_row, offsets, BM, GROUP_M)
+    rows = row + tl.arange(0, BM)
+    live = rows < first + size
+    flat = tl.load(order + rows, mask=live, other=0)
+    n = pn * BN + tl.arange(0, BN)
+    w_columns = w + e.to(tl.int64) * stride_we + n.to(tl.int64) * stride_wf
+    acc = tl.zeros((BM, BN), dtype=tl.float32)
+    acc = _product(
+        acc, dy + (flat // K).to(tl.int64) * stride_dy, live, tl.arange(0, BK), BK, w_columns, n < F, stride_wd, D,
+        BK, EVEN_K, K_FIRST, PRECISION,
+    )  # fmt: skip
+    weight = tl.load(weights + flat, mask=live, other=0.0).to(tl.float32)
+    part = down_backward_epilogue(acc, h, dh, act, rows, live, weight, pn * BN, F, G, ACT, SPLIT, BM, BN)
+    tl.store(dweights + pn.to(tl.int64) * R + flat, part, mask=live)
+
+
+@triton.jit
+def weight_gradient_kernel(
+    a, b, dw, order, offsets, N, C,
+    stride_a, stride_b,
+    K: tl.constexpr, GATHER_A: tl.constexpr, GATHER_B: tl.constexpr, PRECISION: tl.constexpr,
+    BN: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """dw[e] = a.T @ b over the rows of expert e, [N, C]; zeros where it has none. GATHER: read by token."""
+    num_n = tl.cdiv(N, BN)
+    num_c = tl.cdiv(C, BC)
+    e = tl.program_id(0) // (num_n * num_c)
+    pn, pc = swizzle(tl.program_id(0) % (num_n * num_c), num_n, num_c, GROUP_M)
+    n = pn * BN + tl.arange(0, BN)
+    c = pc * BC + tl.arange(0, BC)
+    r = tl.arange(0, BR)
+    end = tl.load(offsets + e + 1)
+    acc = tl.zeros((BN, BC), dtype=tl.float32)
+    for start in range(tl.load(offsets + e), end, BR):
+        rows = start + r
+        live = rows < end
+        row_a = rows
+        row_b = rows
+        if GATHER_A or GATHER_B:
+            token = tl.load(order + rows, mask=live, other=0) // K
+            if GATHER_A:
+                row_a = token
+            if GATHER_B:
+                row_b = token
+        a_at = a + row_a[:, None].to(tl.int64) * stride_a + n[None, :]
+        b_at = b + row_b[:, None].to(tl.int64) * stride_b + c[None, :]
+        a_tile = tl.load(a_at, mask=live[:, None] & (n < N)[None, :], other=0.0)
+        b_tile = tl.load(b_at, mask=live[:, None] & (c < C)[None, :], other=0.0)
+        acc = tl.dot(a_tile.T, b_tile, acc, input_precision=PRECISION)
+    at = e.to(tl.int64) * N * C + n[:, None].to(tl.int64) * C + c[None, :]
+    tl.store(dw + at, acc.to(dw.dtype.element_ty), mask=(n < N)[:, None] & (c < C)[None, :])
+
+
+# ------------------------------------------------------------------------------------------------------- the launches
+
+
+def rows(x_TD: Tensor, routes: Routes, top_k: int) -> Tensor:
+    """What the products read tokens from: here x itself, gathered as it is read."""
+    return x_TD if x_TD.stride(1) == 1 and x_TD.stride(0) >= x_TD.shape[1] else x_TD.contiguous()
+
+
+def up(
+    x_TD: Tensor,
+    experts: Experts,
+    routes: Routes,
+    top_k: int,
+    activation: str,
+    sizes: Tiles,
+    store_h: bool,
+    store_act: bool,
+) -> tuple[Tensor, Tensor]:
+    """Pre-activations h_RJ and activations [R, F]; empty where not to be stored."""
+    (_, G, F, D), R = experts.w_in_EGFD.shape, len(routes.order_R)
+    w, pairs = _gate_layout(experts.w_in_EGFD)
+    tile, M = sizes.up, len(routes.tile_row_M)
+    h_RJ, act_RF = x_TD.new_empty(R if store_h else 0, G * F), x_TD.new_empty(R if store_act else 0, F)
+    if M:
+        up_kernel[(M * triton.cdiv(F, tile.columns // G),)](
+            x_TD, w, experts.b_in_EGF, h_RJ, act_RF, routes.order_R, routes.tile_expert_M, routes.tile_row_M,
+            routes.offsets, D, F, x_TD.stride(0), *w.stride(),
+            K=top_k, G=G, ACT=ACTIVATION_CODES[activation], HAS_BIAS=experts.b_in_EGF is not None,
+            STORE_H=store_h, STORE_ACT=store_act, PAIRS=pairs, EVEN_K=D % tile.depth == 0,
+            K_FIRST=w.stride(3) <= min(w.stride(1), w.stride(2)), PRECISION=_precision(), BM=sizes.rows,
+            BN=tile.columns, BK=tile.depth, GROUP_M=tile.group, num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+    return h_RJ, act_RF
+
+
+def down(act_RF: Tensor, experts: Experts, routes: Routes, sizes: Tiles) -> Tensor:
+    """The experts' outputs, [R, D], not yet weighted."""
+    w = experts.w_out_EDF
+    return _rows_by_weights(act_RF, w, w.stride(1), w.stride(2), False, experts.b_out_ED, routes, sizes, sizes.down)
+
+
+def dx(dh_RJ: Tensor, experts: Experts, routes: Routes, sizes: Tiles) -> Tensor:
+    """The gradient of x before the rows of a token are summed, [R, D]."""
+    w, pairs = _gate_layout(experts.w_in_EGFD)
+    stride_j = w.stride(1) if pairs else w.stride(2)
+    return _rows_by_weights(dh_RJ, w, w.stride(3), stride_j, pairs, None, routes, sizes, sizes.dx)
+
+
+def _rows_by_weights(
+    a: Tensor,
+    w: Tensor,
+    stride_n: int,
+    stride_k: int,
+    pairs: bool,
+    bias: Tensor | None,
+    routes: Routes,
+    sizes: Tiles,
+    tile: Tile,
+) -> Tensor:
+    """a [R, depth] @ each expert's [depth, N] + bias -> [R, N]."""
+    (R, depth), M = a.shape, len(routes.tile_row_M)
+    N = w[0].numel() // depth
+    y_RN = a.new_empty(R, N)
+    if M:
+        down_kernel[(M * triton.cdiv(N, tile.columns),)](
+            a, w, bias, y_RN, routes.tile_expert_M, routes.tile_row_M, routes.offsets, N, depth,
+            a.stride(0), w.stride(0), stride_n, stride_k,
+            PAIRS=pairs, HAS_BIAS=bias is not None, EVEN_K=depth % tile.depth == 0, K_FIRST=stride_k <= stride_n,
+            PRECISION=_precision(), BM=sizes.rows, BN=tile.columns, BK=tile.depth, GROUP_M=tile.group,
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+    return y_RN
+
+
+def _gate_layout(w_EGFD: Tensor) -> tuple[Tensor, bool]:
+    """The weights, copied if their layout is none of two, and whether it is pairs of gate and up, not halves."""
+    _, G, F, _ = w_EGFD.shape
+    if G == 2 and F > 1 and w_EGFD.stride(2) == 2 * w_EGFD.stride(1):
+        return w_EGFD, True
+    if G == 1 or w_EGFD.stride(1) == F * w_EGFD.stride(2):
+        return w_EGFD, False
+    return w_EGFD.contiguous(), False
+
+
+def down_backward(
+    dy_TD: Tensor,
+    experts: Experts,
+    weights_TK: Tensor,
+    h_RJ: Tensor,
+    routes: Routes,
+    activation: str,
+    sizes: Tiles,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dh_RJ, routing weight * act(h) [R, F], and the routing weights' gradient, float32 [T, K]."""
+    w, (_, D, F), R = experts.w_out_EDF, experts.w_out_EDF.shape, len(routes.order_R)
+    tile, M, G = sizes.down_backward, len(routes.tile_row_M), experts.w_in_EGFD.shape[1]
+    dh_RJ, act_RF = torch.empty_like(h_RJ), h_RJ.new_empty(R, F)
+    parts_NR = h_RJ.new_empty(triton.cdiv(F, tile.columns), R, dtype=torch.float32)
+    if M:
+        down_backward_kernel[(M * len(parts_NR),)](
+            dy_TD, w, h_RJ, weights_TK, dh_RJ, act_RF, parts_NR, routes.order_R, routes.tile_expert_M,
+            routes.tile_row_M, routes.offsets, R, D, F, dy_TD.stride(0), *w.stride(),
+            K=weights_TK.shape[1], G=G, ACT=ACTIVATION_CODES[activation], EVEN_K=D % tile.depth == 0,
+            K_FIRST=w.stride(1) < w.stride(2), PRECISION=_precision(), BM=sizes.rows,
+            BN=tile.columns, BK=tile.depth, GROUP_M=tile.group, SPLIT=tile.split,
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+    return dh_RJ, act_RF, parts_NR.sum(0).view_as(weights_TK)
+
+
+def weight_gradient(
+    a: Tensor, b: Tensor, routes: Routes, top_k: int, n_experts: int, sizes: Tiles, gathered: str
+) -> Tensor:
+    """a.T @ b over each expert's rows -> [E, columns of a, columns of b]. `gathered`: which of the two `rows` made."""
+    N, C, tile = a.shape[1], b.shape[1], sizes.dw
+    dw = a.new_empty(n_experts, N, C)
+    weight_gradient_kernel[(n_experts * triton.cdiv(N, tile.rows) * triton.cdiv(C, tile.columns),)](
+        a, b, dw, routes.order_R, routes.offsets, N, C, a.stride(0), b.stride(0),
+        K=top_k, GATHER_A=gathered == "a", GATHER_B=gathered == "b", PRECISION=_precision(),
+        BN=tile.rows, BC=tile.columns, BR=tile.depth, GROUP_M=tile.group,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return dw
+
+
+def _precision() -> str:
+    """Float32 products are exact unless the caller allows TF32, as in torch."""
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"

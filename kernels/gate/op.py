@@ -1,0 +1,90 @@
+"""The top-k gate as a torch op: fake, autograd, and the choice of an implementation.
+
+Shape suffixes as in reference.py.
+"""
+
+import torch
+from torch import Tensor
+
+from moe.kernels import tiles
+from moe.kernels.gate import reference
+
+
+def topk_gate(
+    logits_TE: Tensor,
+    top_k: int,
+    bias_E: Tensor | None = None,
+    impl: str | None = None,
+    *,
+    given_TK: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Choose `top_k` experts per token and weigh them by a softmax over the chosen logits.
+
+    Args:
+        logits_TE: [T, E] floating point.
+        bias_E: added to the softmax scores for choosing only.
+        impl: "reference", "triton" (float32 on CUDA, or the interpreter: one launch), or None for the fastest.
+        given_TK: a choice made before, int64 [T, K], its experts different in each row; it is weighed, to the last bit
+            as if it had been chosen here.
+
+    Returns:
+        weights_TK in the dtype of the logits, each row summing to 1, and ids_TK int64, in falling order of score; ties
+        go to the lower expert.
+
+    Raises:
+        ValueError: `impl` cannot run here, or `given_TK` does not fit; the message says why.
+    """
+    if given_TK is not None and (given_TK.shape != (len(logits_TE), top_k) or given_TK.dtype != torch.int64):
+        raise ValueError(
+            f"given_TK must be int64 [{len(logits_TE)}, {top_k}]; got {given_TK.dtype} {list(given_TK.shape)}"
+        )
+    reason = tiles.why_not_triton(logits_TE)
+    if reason is None and logits_TE.dtype != torch.float32:
+        reason = f"the gate needs float32, not {logits_TE.dtype}"
+    if impl == "triton" and reason:
+        raise ValueError(f'impl = "triton": {reason}; use "reference"')
+    if impl == "triton" or (impl is None and reason is None and logits_TE.device.type != "cpu"):
+        return _topk_gate(logits_TE, bias_E, given_TK, top_k)
+    return reference.topk_gate(logits_TE, top_k, bias_E, given_TK)
+
+
+@torch.library.custom_op("gpt4_moe::topk_gate", mutates_args=())
+def _topk_gate(logits: Tensor, bias: Tensor | None, given: Tensor | None, top_k: int) -> tuple[Tensor, Tensor]:
+    from moe.kernels.gate import triton_gate
+
+    weights, ids, _ = triton_gate.gate(logits, top_k, bias, given)
+    return weights, ids
+
+
+@_topk_gate.register_fake
+def _(logits, bias, given, top_k):
+    shape = len(logits), top_k
+    return logits.new_empty(shape), logits.new_empty(shape, dtype=torch.int64)
+
+
+@torch.library.custom_op("gpt4_moe::topk_gate_backward", mutates_args=())
+def _topk_gate_backward(dweights: Tensor, weights: Tensor, ids: Tensor, n_experts: int) -> Tensor:
+    from moe.kernels.gate import triton_gate
+
+    return triton_gate.gate_backward(dweights, weights, ids, n_experts)
+
+
+@_topk_gate_backward.register_fake
+def _(dweights, weights, ids, n_experts):
+    return weights.new_empty(len(weights), n_experts)
+
+
+def _topk_gate_setup(ctx, inputs, output) -> None:
+    ctx.n_experts = inputs[0].shape[1]
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _topk_gate_autograd(ctx, dweights: Tensor | None, _ids: None):
+    if dweights is None:
+        return (None,) * 4
+    return _topk_gate_backward(dweights, *ctx.saved_tensors, ctx.n_experts), None, None, None
+
+
+_topk_gate.register_autograd(_topk_gate_autograd, setup_context=_topk_gate_setup)

@@ -1,0 +1,5 @@
+"""`python -m moe` is `moe`."""
+
+from moe.cli.main import main
+
+main()

@@ -1,0 +1,474 @@
+"""`moe plan`: what a model costs to train and to serve, on the command line.
+
+As in main.py, commands import what they need when they run; with --json they load neither torch nor rich.
+"""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction, arg
+
+from moe.cli.plan_check import calibrate, check, report
+from moe.cli.show import SHOW, Output, show_rows, show_sheet
+
+if TYPE_CHECKING:
+    from moe.plan.layout import Layout
+    from moe.plan.quantity import Sheet
+    from moe.plan.shape import Shape
+
+plan_app = tyro.extras.SubcommandApp()
+plan_app.command(check)
+plan_app.command(calibrate)
+plan_app.command(report)
+
+Settings = Annotated[UseAppendAction[tuple[tuple[str, ...], ...]], arg(name="set", metavar="KEY=VALUE ...")]
+
+
+Model = Annotated[str, arg(metavar="MODEL", help="A shipped name, a .toml, or a Hugging Face config.json.")]
+
+
+@plan_app.command
+def params(
+    model: Positional[Model] = "gpt4-8k", /, *, hf: Path | None = None, context: int = 0, show: Output = SHOW
+) -> int:
+    """Parameters, and FLOPs of a token.
+
+    Args:
+        hf: A Hugging Face config.json, or the directory that holds one, instead of a model's name.
+        context: Tokens of context for the FLOPs; 0 leaves attention's scores out, the convention 2 N.
+    """
+    from moe import plan
+    from moe.errors import ConfigError
+    from moe.plan.hf_shapes import load_hf
+
+    if context < 0:
+        raise ConfigError(f"context = {context}: must be 0 or more")
+    shape = load_hf(hf) if hf is not None else plan.load_shape(model)
+    counts = plan.params(shape)
+    names = ("total", "active", "attention", "expert", "experts", "shared", "dense", "router", "norms")
+    contract = {name: getattr(counts, name) for name in (*names, "embedding", "head")}
+    sheet = plan.params_sheet(shape, context)
+    return show_sheet(f"{shape.name}: {shape.n_layers} layers, {shape.d_model} wide", sheet, show, contract)
+
+
+@plan_app.command
+def train(
+    model: Positional[Model] = "gpt4-8k",
+    /,
+    *,
+    layout: str = "gpt4-train",
+    set_: Settings = (),
+    hardware: str | None = None,
+    tokens: str | None = None,
+    mfu: float | None = None,
+    floor: FlagCreatePairsOff[bool] = False,
+    gemm: float = 0.735,
+    bus: str = "80 GB/s",
+    imbalance: float = 1.0,
+    duty: float = 1.0,
+    show: Output = SHOW,
+) -> int:
+    """Steps, days and dollars of a training run: predicted, or at a given utilisation.
+
+    Args:
+        layout: A shipped layout or a TOML file.
+        set_: Settings of the layout to change, such as interleave=4 recompute=selective.
+        hardware: A shipped name or a TOML file. Default: the layout's.
+        tokens: Of the whole run. Default: the article's "13 Ttoken"; with --floor those of the configuration.
+        mfu: Take this utilisation instead of predicting one.
+        floor: Of one of our configurations under data parallelism, its batch ramp included: the least time of every
+            component, and what a step took over it. For models too small for the constants of large ones.
+        gemm: Share of peak that matrix products reach.
+        bus: Bandwidth of tensor-parallel all-reduces.
+        imbalance: Load of the busiest group of experts over the mean.
+        duty: Share of the time that the run really runs.
+    """
+    from moe.errors import ConfigError
+    from moe.plan import load_shape
+    from moe.plan.hardware import load_hardware
+    from moe.plan.quantity import given
+    from moe.plan.train import Efficiency, predict_run, train_cost
+
+    shape, where = load_shape(model), _layout(layout, set_)
+    hw = load_hardware(hardware or where.hardware)
+    amount = given(tokens or "13 Ttoken", "token", "tokens")
+    if floor:
+        from moe.config import load_config
+        from moe.plan.roofline import predict_small_run
+
+        if mfu is not None:
+            raise ConfigError("--mfu takes a utilisation, --floor predicts one: give one of them")
+        efficiency = Efficiency(gemm=gemm)
+        sheet = predict_small_run(
+            load_config(model), where, hw, tokens=amount if tokens else None, efficiency=efficiency
+        )
+    elif mfu is not None:
+        sheet = train_cost(shape, hw, tokens=amount, gpus=where.gpus, mfu=mfu, duty=duty)
+    else:
+        given(bus, "GB/s", "bus")
+        efficiency = Efficiency(gemm=gemm, bus=bus, expert_imbalance=imbalance)
+        sheet = predict_run(shape, where, hw, amount, efficiency, duty)
+    return show_sheet(f"{shape.name} on {where.gpus:,} x {hw.name}", sheet, show)
+
+
+@plan_app.command
+def memory(
+    model: Positional[Model] = "gpt4-8k",
+    /,
+    *,
+    layout: str = "gpt4-train",
+    set_: Settings = (),
+    hardware: str | None = None,
+    serve: FlagCreatePairsOff[bool] = False,
+    cards: FlagCreatePairsOff[bool] = False,
+    device: FlagCreatePairsOff[bool] = False,
+    context: int = 8192,
+    optimizer: str = "adamw",
+    show: Output = SHOW,
+) -> int:
+    """Memory of a GPU, in training by stage, in serving, or of moe train on one device.
+
+    Args:
+        layout: A shipped layout or a TOML file.
+        set_: Settings of the layout to change.
+        hardware: A shipped name or a TOML file. Default: the layout's.
+        serve: Weights and KV cache, and how many sequences fit.
+        cards: The same for one, 8 and all key/value heads, at 8k and 32k, on every card.
+        device: What moe train takes for this configuration on one device.
+        context: Tokens of a sequence, with --serve.
+        optimizer: adamw, muon or sgd.
+    """
+    from moe.plan import load_shape
+    from moe.plan.hardware import load_hardware
+    from moe.plan.memory import serving_memory, training_memory
+
+    if device:
+        from moe.plan.device import device_memory
+
+        return show_sheet(f"{model}: moe train on one device", device_memory(model), show)
+    serve = serve or cards
+    shape, where = load_shape(model), _layout("gpt4-serve" if serve and layout == "gpt4-train" else layout, set_)
+    if cards:
+        from moe.plan.sweeps import kv_room
+
+        title = f"{shape.name}, {where.name} on {where.gpus:,} GPUs: KV cache, and sequences in flight"
+        return show_rows(title, kv_room(shape, where, [hardware] if hardware else None), show)
+    hw = load_hardware(hardware or where.hardware)
+    title = f"{shape.name}, {where.name} on {where.gpus:,} x {hw.name}"
+    if serve:
+        return show_sheet(title, serving_memory(shape, where, hw, context), show)
+    return show_sheet(title, training_memory(shape, where, hw, optimizer), show)
+
+
+@plan_app.command
+def comm(
+    model: Positional[Model] = "gpt4-8k",
+    /,
+    *,
+    layout: str = "gpt4-train",
+    set_: Settings = (),
+    hardware: str | None = None,
+    show: Output = SHOW,
+) -> int:
+    """What a training step sends over each link.
+
+    Args:
+        layout: A shipped layout or a TOML file.
+        set_: Settings of the layout to change.
+        hardware: A shipped name or a TOML file. Default: the layout's.
+    """
+    from moe.plan import load_shape
+    from moe.plan.comm import training_traffic
+    from moe.plan.hardware import load_hardware
+
+    shape, where = load_shape(model), _layout(layout, set_)
+    hw = load_hardware(hardware or where.hardware)
+    return show_sheet(f"{shape.name}: a GPU's traffic in one step", training_traffic(shape, where, hw), show)
+
+
+@plan_app.command
+def decode(
+    model: Positional[Model] = "gpt4-8k",
+    /,
+    *,
+    layout: str = "gpt4-serve",
+    set_: Settings = (),
+    hardware: str | None = None,
+    batch: int = 1,
+    context: int = 8192,
+    prompt: int = 0,
+    utilisation: float | None = None,
+    reclaimed: float = 0.0,
+    lifetime: str | None = None,
+    floor: FlagCreatePairsOff[bool] = False,
+    show: Output = SHOW,
+) -> int:
+    """One decoding step: latency, throughput, utilisation, price.
+
+    Args:
+        layout: A shipped layout or a TOML file.
+        set_: Settings of the layout to change, such as weights=fp8.
+        hardware: A shipped name or a TOML file. Default: the layout's.
+        batch: Sequences that share one pass; a pipeline has that many in each stage.
+        context: Tokens that each sequence has.
+        prompt: Also the pass over prompts of this many tokens.
+        utilisation: Share of the hours that the cluster serves; also prices with that, of prompt and output tokens.
+        reclaimed: Share of the idle hours that other work pays for.
+        lifetime: Tokens served over the model's life, as "1000 Ttoken"; also against the cost of training.
+        floor: Memory and compute alone, nothing of links.
+    """
+    from moe.errors import ConfigError
+    from moe.plan import decode as one_step
+    from moe.plan import load_shape, prefill
+    from moe.plan.hardware import load_hardware
+
+    if utilisation is None and (lifetime is not None or reclaimed):
+        raise ConfigError("--lifetime and --reclaimed need --utilisation: the share of the hours that it serves")
+    shape, where = load_shape(model), _layout(layout, set_)
+    hw = load_hardware(hardware or where.hardware)
+    sheet = one_step(shape, where, hw, batch=batch, context=context, collectives=not floor)
+    if prompt or utilisation is not None:
+        sheet.update(prefill(shape, where, hw, batch=1, prompt=prompt or context))
+    if utilisation is not None:
+        sheet.update(_prices(shape, sheet, utilisation, reclaimed, lifetime))
+    return show_sheet(f"{shape.name}, {where.name} on {where.gpus:,} x {hw.name}", sheet, show)
+
+
+@plan_app.command
+def experts(
+    model: Positional[Model] = "gpt4-8k", /, *, batch: int = 256, pictures: Path | None = None, show: Output = SHOW
+) -> int:
+    """How many experts a batch touches, and how many tokens each gets.
+
+    Args:
+        batch: Tokens of one pass.
+        pictures: Draw it into this directory.
+    """
+    from moe.plan import load_shape
+    from moe.plan.experts import experts_sheet
+
+    shape = load_shape(model)
+    sheet = experts_sheet(shape.n_experts, shape.top_k, batch)
+    if pictures is not None:
+        from moe.plan.pictures import draw_experts
+
+        print(f"picture: {draw_experts(shape.n_experts, shape.top_k, pictures)}", file=sys.stderr)
+    return show_sheet(f"{shape.name}: top {shape.top_k} of {shape.n_experts}, {batch:,} tokens a pass", sheet, show)
+
+
+@plan_app.command
+def speculate(
+    model: Positional[Model] = "gpt4-8k",
+    /,
+    *,
+    layout: str = "gpt4-serve",
+    set_: Settings = (),
+    hardware: str | None = None,
+    batch: int = 32,
+    acceptance: float = 0.8,
+    drafts: int = 4,
+    draft_cost: float = 0.05,
+    context: int = 0,
+    show: Output = SHOW,
+) -> int:
+    """What speculative decoding gains, with the experts that verification touches.
+
+    Args:
+        layout: A shipped layout or a TOML file.
+        set_: Settings of the layout to change.
+        hardware: A shipped name or a TOML file. Default: the layout's.
+        batch: Sequences of a pass.
+        acceptance: Probability that a draft is accepted.
+        drafts: Tokens drafted for each sequence and pass.
+        draft_cost: Of one draft token, in passes of the large model.
+        context: Tokens that each sequence has.
+    """
+    from moe.plan import load_shape
+    from moe.plan.hardware import load_hardware
+    from moe.plan.speculation import speculate
+
+    shape, where = load_shape(model), _layout(layout, set_)
+    hw = load_hardware(hardware or where.hardware)
+    made = speculate(
+        shape, where, hw, batch=batch, acceptance=acceptance, drafts=drafts, draft_cost=draft_cost, context=context
+    )
+    return show_sheet(f"{shape.name}: {drafts} drafts, {batch:,} sequences", made, show)
+
+
+@plan_app.command
+def sweep(
+    model: Positional[Model] = "gpt4-8k",
+    /,
+    *,
+    layout: tuple[str, ...] = ("gpt4-serve",),
+    set_: Settings = (),
+    hardware: tuple[str, ...] = ("a100-40",),
+    batch: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024),
+    context: tuple[int, ...] = (8192,),
+    weights: tuple[str, ...] = ("bf16",),
+    partitions: FlagCreatePairsOff[bool] = False,
+    chips: tuple[int, ...] = (8, 16, 32, 64, 128),
+    pictures: Path | None = None,
+    show: Output = SHOW,
+) -> int:
+    """Latency, throughput and utilisation over batch, context, precision and hardware.
+
+    Args:
+        layout: Shipped layouts or TOML files.
+        set_: Settings of the layouts to change.
+        hardware: Shipped names or TOML files.
+        batch: Sequences that share one pass.
+        context: Tokens that each sequence has.
+        weights: Their precision.
+        partitions: Instead of layouts, the ways to divide a layer over --chips: the frontier of latency and cost.
+        chips: Of one replica, with --partitions.
+        pictures: Draw it into this directory.
+    """
+    from moe.plan import load_shape
+    from moe.plan.hardware import load_hardware
+    from moe.plan.partition import frontier
+    from moe.plan.sweeps import sweep
+
+    shape = load_shape(model)
+    if partitions:
+        hw = load_hardware(hardware[0])
+        rows = frontier(shape, hw, chips=chips, batches=batch, context=context[0], weights=weights[0])
+    else:
+        layouts = [_layout(name, set_) for name in layout]
+        rows = sweep(shape, layouts, hardware, batches=batch, contexts=context, weights=weights)
+    if pictures is not None:
+        from moe.plan.pictures import draw_frontier, draw_sweep
+
+        print(f"picture: {(draw_frontier if partitions else draw_sweep)(rows, pictures)}", file=sys.stderr)
+    shown = [row for row in rows if row["best"]] if partitions else rows
+    return show_rows(f"{shape.name}: {'frontier' if partitions else 'serving'}", rows, show, shown)
+
+
+@plan_app.command
+def fit(
+    *,
+    target: Annotated[UseAppendAction[tuple[tuple[str, ...], ...]], arg(metavar="NAME=NUMBER ...")] = (),
+    layers: int = 120,
+    experts: int = 16,
+    top_k: int = 2,
+    kv_heads: int = 1,
+    vocab_size: int = 100_352,
+    show: Output = SHOW,
+) -> int:
+    """The shape that has claimed totals.
+
+    Args:
+        target: total, expert, attention, active, forward, dense; such as total=1.8e12. Default: the article's.
+        layers: Of the shape. experts, top_k, kv_heads, vocab_size: as well.
+    """
+    from moe.errors import ConfigError
+    from moe.plan.search import fit
+
+    targets: dict[str, float] = {}
+    for text in (t for group in target for t in group):
+        name, _, value = text.partition("=")
+        try:
+            targets[name] = float(value)
+        except ValueError:
+            raise ConfigError(f"--target {text!r}: must be name=number, such as total=1.8e12") from None
+    found = fit(
+        targets or None, layers=layers, n_experts=experts, top_k=top_k, n_kv_heads=kv_heads, vocab_size=vocab_size
+    )
+    rows = [
+        {
+            "d_model": f.shape.d_model,
+            "heads": f.shape.main.attention.n_heads,
+            "d_ff": f.shape.main.mlp.d_ff,
+            "largest deviation": f.error,
+            **f.totals,
+        }
+        for f in found
+    ]
+    return show_rows(f"{layers} layers, top {top_k} of {experts}", rows, show)
+
+
+@plan_app.command
+def redesign(
+    model: Positional[Model] = "gpt4-8k",
+    /,
+    *,
+    hardware: str = "a100-80",
+    gpus: int = 128,
+    per_user: float = 8.33,
+    context: int = 8192,
+    weights: str = "bf16",
+    show: Output = SHOW,
+) -> int:
+    """The layouts that serve a model best on given GPUs, beside the article's.
+
+    Args:
+        hardware: A shipped name or a TOML file.
+        gpus: To serve on.
+        per_user: Tokens/s that every user is to get.
+        context: Tokens that each sequence has.
+        weights: Their precision.
+    """
+    from moe.plan import load_shape
+    from moe.plan.hardware import load_hardware
+    from moe.plan.layout import load_layout
+    from moe.plan.search import evaluate, redesign
+
+    shape, hw = load_shape(model), load_hardware(hardware)
+    found = redesign(shape, hw, gpus=gpus, per_user=per_user, context=context, weights=weights)[:10]
+    if gpus == 128 and shape.n_layers == 120:
+        article = load_layout("gpt4-serve").replace(weights=weights, name="the article's tp8 pp16")
+        found.append(evaluate(shape, article, hw, 256, context))
+    rows = [
+        {
+            "layout": d.layout.name, "batch": d.batch, "in flight": d.batch * d.layout.pp,
+            "tokens/s a user": d.per_user, "tokens/s": d.throughput, "USD per 1k": d.usd_per_1k,
+            "GB a GPU": d.memory / 1e9, "fits": d.memory <= hw.memory.value,
+        }
+        for d in found
+    ]  # fmt: skip
+    return show_rows(f"{shape.name} on {gpus} x {hw.name}, {per_user:g} tokens/s a user", rows, show)
+
+
+# ---------------------------------------------------------------------------------------------------------- helpers
+
+
+def _layout(name: str, groups: tuple[tuple[str, ...], ...]) -> "Layout":
+    import tomllib
+
+    from moe.errors import ConfigError
+    from moe.plan.layout import layout_from, load_layout
+
+    table: dict[str, Any] = {}
+    for text in (t for group in groups for t in group):
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {text!r}: must be key=value, such as tp=8")
+        try:
+            table[key] = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            table[key] = value  # a bare word, as in recompute=full
+    return layout_from(table, base=load_layout(name))
+
+
+def _prices(shape: "Shape", sheet: "Sheet", utilisation: float, reclaimed: float, lifetime: str | None) -> "Sheet":
+    from moe.plan.hardware import load_hardware
+    from moe.plan.layout import load_layout
+    from moe.plan.quantity import given, quantity
+    from moe.plan.serving import serving_price
+    from moe.plan.train import predict_run
+
+    training = lifetime_tokens = None
+    if lifetime is not None:
+        layout = load_layout("gpt4-train")
+        trained = predict_run(shape, layout, load_hardware(layout.hardware), quantity("13 Ttoken"))
+        training, lifetime_tokens = trained["train.cost"], given(lifetime, "token", "lifetime")
+    return serving_price(
+        output=sheet["decode.cost"],
+        prompt=sheet["prefill.cost"],
+        utilisation=utilisation,
+        reclaimed=reclaimed,
+        training=training,
+        lifetime_tokens=lifetime_tokens,
+    )

@@ -1,0 +1,144 @@
+"""What commands show: text as it comes, tables, JSON and CSV, and one result of the planner explained.
+
+rich is imported on use, so that --json does not wait for it.
+"""
+
+import json
+import sys
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, arg
+
+if TYPE_CHECKING:
+    from moe.plan.quantity import Sheet
+    from moe.profile.tables import Table
+
+
+def write(text: str) -> None:
+    """Writes to stdout at once."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def printable(text: str) -> str:
+    """Text for a terminal: a model may write escape sequences. What goes to a file or a pipe is left as it is."""
+    if not sys.stdout.isatty():
+        return text
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+
+
+# ------------------------------------------------------------------------------------------------------------- tables
+
+
+def draw_table(title: str, columns: list[str], rows: list[list[str]], words: Collection[str] = ()) -> None:
+    """Prints a table under its title; columns named in `words` are set left, the others right."""
+    from rich.console import Console
+    from rich.table import Table as Drawn
+    from rich.text import Text
+
+    drawn = Drawn()
+    for name in columns:
+        drawn.add_column(name, justify="left" if name in words else "right")
+    for row in rows:
+        drawn.add_row(*(Text(cell) for cell in row))
+    # A pipe has no width to fit.
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+    console.print(Text(title), soft_wrap=True)
+    console.print(drawn)
+
+
+def print_table(table: "Table") -> None:
+    """Prints a table of a profile."""
+    draw_table(table.title, table.columns, table.rows, table.words)
+
+
+# ---------------------------------------------------------------------------------------------------- planner's sheets
+
+WORDS = {  # columns of words; the others hold numbers
+    *("", "note", "claim", "computed", "id", "verdict", "layout", "hardware", "strategy", "attention", "weights"),
+}
+
+
+@dataclass(frozen=True)
+class Show:
+    """How results are shown."""
+
+    json: Annotated[FlagCreatePairsOff[bool], arg(help="Print JSON.")] = False
+    csv: Annotated[Path | None, arg(help="Write the results to this CSV file.")] = None
+    explain: Annotated[str | None, arg(help="Print a result's formula, with the numbers.", metavar="KEY")] = None
+
+
+Output = Annotated[Show, OmitArgPrefixes, arg(name="")]
+SHOW = Show()
+
+
+def show_sheet(title: str, sheet: "Sheet", show: Show, contract: dict[str, Any] | None = None) -> int:
+    """A sheet as a table, JSON or CSV, or one result explained."""
+    if show.explain is not None:
+        print(sheet.explain(show.explain))
+    elif show.json:
+        quantities = {key: q.as_dict() for key, q in sheet.items()}
+        print_json({**contract, "quantities": quantities} if contract is not None else quantities)
+    else:
+        rows = [[key, str(q), q.note] for key, q in sheet.items() if not _inner_stage(key, sheet)]
+        draw_table(title, ["", "value", "note"], rows, WORDS)
+        if len(rows) < len(sheet):
+            print("stages between the second and the last are left out; --json and --csv have them")
+        assumptions = sorted({a for q in sheet.values() for a in q.assumptions})
+        if assumptions:
+            print(f"assumes: {', '.join(assumptions)}")
+    if show.csv is not None:
+        lines: list[dict[str, Any]] = []
+        for key, q in sheet.items():
+            d = q.as_dict()
+            low, high = d.get("interval", (d["value"], d["value"]))
+            lines.append({"key": key, "value": d["value"], "unit": d["unit"], "lo": low, "hi": high})
+        write_csv(lines, show.csv)
+    return 0
+
+
+def _inner_stage(key: str, sheet: "Sheet") -> bool:
+    """Whether a result is that of a pipeline stage between the second and the last: most of these are alike."""
+    stage = key.partition(".")[0].removeprefix("stage")
+    return stage.isdigit() and int(stage) > 1 and any(other.startswith(f"stage{int(stage) + 1}.") for other in sheet)
+
+
+def show_rows(
+    title: str, rows: Sequence[Mapping[str, Any]], show: Show, shown: Sequence[Mapping[str, Any]] | None = None
+) -> int:
+    """Rows as a table (of those `shown`, where they are given), JSON or CSV."""
+    from moe.plan.quantity import number
+
+    if show.json:
+        print_json(list(rows))
+    else:
+        listed = rows if shown is None else shown
+        cells = [
+            [number(v) if isinstance(v, int | float) and not isinstance(v, bool) else _word(v) for v in row.values()]
+            for row in listed
+        ]
+        draw_table(title, list(rows[0]) if rows else [], cells, WORDS)
+    write_csv(rows, show.csv)
+    return 0
+
+
+def _word(value: object) -> str:
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
+
+
+def print_json(content: Any) -> None:
+    """Print JSON; what is not finite is refused."""
+    print(json.dumps(content, indent=1, allow_nan=False))
+
+
+def write_csv(rows: Sequence[Mapping[str, Any]], path: Path | None) -> None:
+    """Write rows of the same columns as CSV, where a path is given."""
+    if path is None:
+        return
+    from moe.plan.sweeps import to_csv
+
+    path.write_text(to_csv([dict(row) for row in rows]), encoding="utf-8")
+    print(f"csv: {path}", file=sys.stderr)

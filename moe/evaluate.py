@@ -1,0 +1,223 @@
+"""How good the model is: bits per byte on held-out text, and samples to read.
+
+Bits per byte divides the bits of all scored tokens, end-of-text included, by the bytes of the text they stand for, so
+that tokenizers, and general compressors, can be compared. Shape suffixes: B windows, S sequence.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import groupby, islice
+from pathlib import Path
+from typing import Protocol, cast
+
+import numpy as np
+import torch
+
+from moe.data import (
+    ChatTemplate,
+    ConversationData,
+    TokenData,
+    TokenStream,
+    document_ids,
+    spaced_windows,
+    validation_windows,
+)
+from moe.errors import DataError
+from moe.generate import stream
+from moe.kernels.loss import IGNORE_INDEX
+from moe.model import Transformer
+from moe.tokenizer import Tokenizer
+
+# (source, inputs int64 [S], targets int64 [S], scored bool [S])
+Window = tuple[str, np.ndarray, np.ndarray, np.ndarray]
+
+# One in the form of the plays, one in that of the code, and the beginning of any document.
+PROMPTS = ("**ROMEO**  \n", "def read(path):\n", "")
+# Small talk, and a function that no library has word for word.
+REQUESTS = (
+    "What is AI?",
+    "Write the Python function read_lines.\n\nRead a text file and return its lines as a list, without line endings.",
+)
+
+
+class HeldOut(Protocol):
+    """Text to score: what is needed of `TokenData`."""
+
+    sources: tuple[str, ...]
+    eot_id: int
+
+    def tokens(self, source: str, split: str) -> TokenStream | np.ndarray: ...
+
+
+class Texts:
+    """Raw texts as held-out data, each a source of its own; a text ends with end-of-text, as documents do.
+
+    Args:
+        tokenizer: the model's.
+        texts: by name.
+
+    Raises:
+        DataError: an empty text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, texts: Mapping[str, str]) -> None:
+        for name, text in texts.items():
+            if not text:
+                raise DataError(f"{name} is empty: there is nothing to score; leave it out")
+        self.sources = tuple(texts)
+        self.eot_id = tokenizer.eot_id
+        self.path = Path()
+        self._ids = {name: np.array([*tokenizer.encode(text), self.eot_id]) for name, text in texts.items()}
+
+    def tokens(self, source: str, split: str) -> np.ndarray:
+        """The ids of one text, int64; all of it is held out."""
+        return self._ids[source] if split == "val" else self._ids[source][:0]
+
+
+@dataclass(frozen=True)
+class Score:
+    """What held-out tokens cost under the model."""
+
+    bits: float
+    tokens: int
+    bytes: int
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Bits divided by bytes."""
+        return self.bits / self.bytes
+
+    @property
+    def perplexity(self) -> float:
+        """Of a token: 2 to the bits per token."""
+        return 2 ** (self.bits / self.tokens)
+
+    def __add__(self, other: "Score") -> "Score":
+        return Score(self.bits + other.bits, self.tokens + other.tokens, self.bytes + other.bytes)
+
+
+def byte_lengths(tokenizer: Tokenizer) -> np.ndarray:
+    """The bytes of text that each id stands for, int64 [V]; special tokens stand for none."""
+    special = set(tokenizer.special.values())
+    lengths = [0 if i in special else _length(tokenizer, i) for i in range(tokenizer.vocab_size)]
+    return np.array(lengths, dtype=np.int64)
+
+
+def _length(tokenizer: Tokenizer, token_id: int) -> int:
+    try:
+        return len(tokenizer.token_bytes(token_id))
+    except ValueError:  # an id that the vocabulary leaves unused never occurs
+        return 0
+
+
+def all_windows(data: HeldOut | ConversationData, seq_len: int) -> Iterator[Window]:
+    """Every held-out token once, with at least half a window of context from the second window on.
+
+    Of conversations: every held-out response.
+    """
+    if isinstance(data, ConversationData):
+        yield from data.held_out_windows(seq_len)
+        return
+    for source in _held_out(data):
+        stride = max(1, seq_len // 2)
+        for inputs, targets, scored in validation_windows(cast(TokenData, data), source, seq_len, stride):
+            yield source, inputs, targets, scored
+
+
+def some_windows(data: HeldOut | ConversationData, seq_len: int, n_tokens: int) -> Iterator[Window]:
+    """About `n_tokens` held-out tokens: separate windows, evenly spaced, as many of a source as its share of the text.
+
+    Every source has at least one. The windows are the same each time. Conversations have a window each.
+    """
+    if isinstance(data, ConversationData):
+        yield from data.held_out_windows(seq_len, n_tokens)
+        return
+    streams = {source: data.tokens(source, "val") for source in _held_out(data)}
+    for source, inputs, targets in spaced_windows(streams, dict.fromkeys(streams, data.eot_id), seq_len, n_tokens):
+        yield source, inputs, targets, np.ones(len(targets), dtype=bool)
+
+
+def _held_out(data: HeldOut) -> list[str]:
+    return [source for source in data.sources if len(data.tokens(source, "val"))]
+
+
+def count_scored(data: HeldOut | ConversationData) -> int:
+    """Tokens that `all_windows` scores (of conversations a few less, where some are longer than a window)."""
+    if isinstance(data, ConversationData):
+        return sum(data.n_tokens(source, "val") for source in data.sources)
+    return sum(len(data.tokens(source, "val")) for source in data.sources)
+
+
+@torch.no_grad()
+def evaluate(
+    model: Transformer,
+    windows: Iterable[Window],
+    lengths: np.ndarray,
+    *,
+    batch: int,
+    dtype: torch.dtype = torch.float32,
+    mask_by: int | None = None,
+    progress: Callable[[int], None] = lambda scored: None,
+) -> dict[str, Score]:
+    """The score of each source, in order.
+
+    Args:
+        windows: of one source after the other.
+        lengths: `byte_lengths` of the tokenizer.
+        batch: windows at a time.
+        dtype: of the matrix products (autocast).
+        mask_by: the end-of-text id, for a model whose attention was kept inside documents.
+        progress: called with the number of tokens scored so far.
+    """
+    device = model.embedding.weight.device
+    scores: dict[str, Score] = {}
+    done = 0
+    for (source, _), group in groupby(windows, key=lambda w: (w[0], len(w[1]))):
+        while chunk := list(islice(group, batch)):
+            inputs_BS, targets_BS, scored_BS = (np.stack(part) for part in list(zip(*chunk, strict=True))[1:])
+            masked_BS = torch.from_numpy(np.where(scored_BS, targets_BS, IGNORE_INDEX)).to(device)
+            documents_BS = None
+            if mask_by is not None:
+                documents_BS = torch.from_numpy(document_ids(inputs_BS, mask_by))
+            with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+                tokens_BS = torch.from_numpy(inputs_BS).to(device)
+                mean = model(tokens_BS, masked_BS, documents_BS=documents_BS).losses["lm"]
+            tokens = int(scored_BS.sum())
+            part = Score(mean.item() * tokens / math.log(2), tokens, int(lengths[targets_BS[scored_BS]].sum()))
+            scores[source] = scores[source] + part if source in scores else part
+            done += tokens
+            progress(done)
+    return scores
+
+
+def total(scores: dict[str, Score]) -> Score:
+    """All sources together."""
+    return sum(scores.values(), Score(0.0, 0, 0))
+
+
+def draw_samples(
+    model: Transformer, tokenizer: Tokenizer, *, n_tokens: int = 160, chat: bool = False
+) -> list[dict[str, str]]:
+    """What the model writes after each of `PROMPTS`, as {"prompt", "text"}; the same each time.
+
+    The sample ends with the document. With `chat` it answers `REQUESTS`, and ends with its turn.
+    """
+    template = ChatTemplate(tokenizer)
+    samples = []
+    for prompt in REQUESTS if chat else PROMPTS:
+        if chat:
+            ids, end_id = template.prompt([{"role": "user", "content": prompt}]), template.end_id
+        else:
+            ids, end_id = tokenizer.encode(prompt) or [tokenizer.eot_id], tokenizer.eot_id
+        ids = ids[: model.cfg.max_seq_len]
+        new: list[int] = []
+        prompt_1S = torch.tensor([ids], device=model.embedding.weight.device)
+        for next_1 in stream(model, prompt_1S, n_tokens, temperature=0.8, top_p=0.95):
+            if int(next_1) == end_id:
+                break
+            new.append(int(next_1))
+        # A model may have more ids than its tokenizer; nothing ever trained them, but the first steps may draw one.
+        text = tokenizer.decode([i for i in new if i < tokenizer.vocab_size])
+        samples.append({"prompt": f"{prompt}\n\n" if chat else prompt, "text": text})
+    return samples

@@ -1,0 +1,1 @@
+"""One short file per family of Hugging Face models: names, configuration, weights."""

@@ -1,0 +1,232 @@
+"""Safetensors files, one or many: written in shards under Hugging Face's index, read one tensor at a time.
+
+Our checkpoints and Hugging Face's keep their tensors alike, so both are read and written here. The format is a length
+(8 bytes), a JSON header of that length, and the tensors' bytes; it is written out here, instead of by the library, to
+stream: at no time is more than one tensor converted, moved to the CPU or copied.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from moe.errors import CheckpointError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+MAX_SHARD_BYTES = 5 * 10**9
+
+_FORMAT_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies on disk, and what it is there."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+# ---------------------------------------------------------------------------------------------------------- writing
+
+
+def write_tensors(
+    directory: Path,
+    tensors: Mapping[str, Tensor],
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Writes `model.safetensors` into `directory`, or shards and their index where it would be above `max_shard_bytes`.
+
+    Args:
+        tensors: by name, on any device; views of one another are fine. A shard holds consecutive ones.
+        dtype: floating-point tensors are written as this; None keeps each one's own.
+        max_shard_bytes: of tensors in one file; a single larger tensor has a file of its own.
+
+    Raises:
+        CheckpointError: a tensor without data (on the meta device), a dtype that the format lacks.
+        OSError: the disk is full, or the directory cannot be written.
+    """
+    dtypes = {name: dtype if dtype and t.is_floating_point() else t.dtype for name, t in tensors.items()}
+    sizes = {name: t.numel() * dtypes[name].itemsize for name, t in tensors.items()}
+    for name, tensor in tensors.items():
+        if tensor.is_meta:
+            raise CheckpointError(f"{name} is on the meta device, so there is nothing to save: give it weights first")
+        if dtypes[name] not in _FORMAT_NAMES:
+            raise CheckpointError(f"{name} has dtype {dtypes[name]}, which is not saved: convert it first")
+    shards = _split(sizes, max_shard_bytes)
+    if len(shards) == 1:
+        _write_file(directory / SINGLE_FILE, {name: tensors[name] for name in shards[0]}, dtypes)
+        return
+    file_of: dict[str, str] = {}
+    for i, names in enumerate(shards, 1):
+        file = f"model-{i:05}-of-{len(shards):05}.safetensors"
+        _write_file(directory / file, {name: tensors[name] for name in names}, dtypes)
+        file_of.update(dict.fromkeys(names, file))
+    index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": file_of}
+    (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _split(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
+    """Names in order, cut before each one that would take its shard above the limit."""
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if shards[-1] and filled + size > limit:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    return shards
+
+
+def _write_file(path: Path, tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]) -> None:
+    if sys.byteorder != "little":
+        raise CheckpointError("safetensors files are little-endian and this machine is not: save on another one")
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers reads no file without it
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.numel() * dtypes[name].itemsize
+        entry = {"dtype": _FORMAT_NAMES[dtypes[name]], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        header[name] = entry
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the data starts aligned
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, tensor in tensors.items():
+            plain = tensor.detach().to("cpu", dtypes[name]).contiguous()
+            file.write(plain.reshape(-1).view(torch.uint8).numpy().data)
+
+
+# ---------------------------------------------------------------------------------------------------------- reading
+
+
+def list_tensors(directory: str | os.PathLike[str]) -> dict[str, StoredTensor]:
+    """What `model.safetensors`, or the files that the index names, hold: read from their headers, not their data.
+
+    Raises:
+        CheckpointError: no directory, no such files, one that the index names is missing or cut short, not safetensors.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        problem = "is not a directory" if directory.exists() else "no such directory"
+        raise CheckpointError(f"{directory}: {problem}; give the directory that a checkpoint was saved to")
+    index_file, single = directory / INDEX_FILE, directory / SINGLE_FILE
+    if not index_file.is_file():
+        if not single.is_file():
+            raise CheckpointError(f"{directory} has neither {SINGLE_FILE} nor {INDEX_FILE}: not a checkpoint")
+        return _list_file(single)
+    file_of = _read_index(index_file)
+    found: dict[str, StoredTensor] = {}
+    for file in sorted(set(file_of.values())):
+        found |= _list_file(directory / file)
+    lost = [name for name in file_of if name not in found]
+    if lost:
+        raise CheckpointError(f"{index_file} names tensors that its files do not hold: {some(lost)}; copy it again")
+    return found
+
+
+def copy_tensors(stored: Mapping[str, StoredTensor], targets: Mapping[str, Tensor]) -> None:
+    """Copies stored tensors into `targets` of the same keys and shapes, one at a time, converting dtype and device.
+
+    The files are memory-mapped; targets may be views, such as one expert of a stack.
+
+    Raises:
+        CheckpointError: a file cannot be read.
+    """
+    by_file: dict[Path, list[str]] = {}
+    for key in targets:
+        by_file.setdefault(stored[key].file, []).append(key)
+    for file, keys in by_file.items():
+        with _opened(file) as source, torch.no_grad():
+            for key in keys:
+                targets[key].copy_(source.get_tensor(stored[key].name))
+
+
+def check_tensors(
+    directory: str | os.PathLike[str],
+    stored: Mapping[str, StoredTensor | Tensor],
+    shapes: Mapping[str, tuple[int, ...]],
+    hint: str = "",
+) -> None:
+    """Compares names and shapes on disk with the expected ones.
+
+    Raises:
+        CheckpointError: some differ; the message names a few, with both shapes.
+    """
+    missing = [name for name in shapes if name not in stored]
+    unexpected = [name for name in stored if name not in shapes]
+    if missing or unexpected:
+        parts = [f"{len(missing)} tensors are missing ({some(missing)})"] if missing else []
+        parts += [f"{len(unexpected)} are not part of the model ({some(unexpected)})"] if unexpected else []
+        raise CheckpointError(f"{directory}: {', '.join(parts)}{hint}")
+    wrong = [
+        f"{name} is {list(stored[name].shape)}, the configuration makes it {list(shape)}"
+        for name, shape in shapes.items()
+        if tuple(stored[name].shape) != tuple(shape)
+    ]
+    if wrong:
+        raise CheckpointError(f"{directory}: {len(wrong)} tensors have another shape: {some(wrong, '; ')}")
+
+
+def some(items: list[str], separator: str = ", ", limit: int = 3) -> str:
+    """The first few of a list, for an error message."""
+    return separator.join(items[:limit]) + (f"{separator}..." if len(items) > limit else "")
+
+
+def _list_file(path: Path) -> dict[str, StoredTensor]:
+    with _opened(path) as source:
+        slices = {name: source.get_slice(name) for name in source.keys()}  # noqa: SIM118
+    dtypes = {text: dtype for dtype, text in _FORMAT_NAMES.items()}
+    for name, found in slices.items():
+        if found.get_dtype() not in dtypes:
+            raise CheckpointError(
+                f"{path}: {name} is stored as {found.get_dtype()}, known are {', '.join(dtypes)}; "
+                "quantised weights have to be converted to one of these first"
+            )
+    return {name: StoredTensor(path, name, tuple(s.get_shape()), dtypes[s.get_dtype()]) for name, s in slices.items()}
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt", device="cpu") as source:
+            yield source
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing: copy the checkpoint again, with all its files") from None
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is not a whole safetensors file ({error}): cut short, or another kind") from None
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    try:
+        file_of = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        # Plain names only: an index must not lead out of its directory.
+        ok = bool(file_of) and all(isinstance(f, str) and Path(f).name == f for f in file_of.values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        ok = False
+    if not ok:
+        raise CheckpointError(
+            f"{path} is not a safetensors index (weight_map: tensor name to file name): copy it again"
+        )
+    return file_of

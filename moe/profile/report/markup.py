@@ -1,0 +1,84 @@
+"""HTML of the report: markup that cannot be forgotten to escape, tables, figures, and the page around the sections.
+
+The page holds everything itself (style, script, pictures), and forbids the browser to fetch anything.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from string import Template
+
+from moe.profile.tables import Table
+
+_PAGE = Path(__file__).with_name("page.html")
+
+
+class Html(str):
+    """Markup. Any other string is text, which `html` escapes."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the report: its title, a sentence on what is seen, then pictures and tables."""
+
+    title: str
+    says: str
+    body: Sequence[Html]
+
+
+def html(content: str) -> Html:
+    """Markup as it is, text escaped."""
+    return content if isinstance(content, Html) else Html(escape(content))
+
+
+def tag(name: str, *content: str, **attributes: str) -> Html:
+    """An element; `class_` and `aria_label` are the attributes class and aria-label."""
+    given = "".join(f' {key.strip("_").replace("_", "-")}="{escape(value)}"' for key, value in attributes.items())
+    return Html(f"<{name}{given}>{''.join(map(html, content))}</{name}>")
+
+
+def table(t: Table) -> Html:
+    """A table in a box of its own that scrolls where the page is narrower."""
+    sides = ["w" if name in t.words else "n" for name in t.columns]
+    head = tag("tr", *(tag("th", name, class_=side, scope="col") for name, side in zip(t.columns, sides, strict=True)))
+    rows = [tag("tr", *(tag("td", c, class_=side) for c, side in zip(r, sides, strict=True))) for r in t.rows]
+    whole = tag("table", tag("caption", t.title), tag("thead", head), tag("tbody", *rows))
+    # Reachable by keyboard, as it may have to be scrolled.
+    return tag("div", whole, class_="scroll", tabindex="0", role="region", aria_label=t.title)
+
+
+def folded(title: str, *content: Html, is_open: bool = False) -> Html:
+    """What opens on a click."""
+    opening = Html("<details open>" if is_open else "<details>")
+    return Html(f"{opening}{tag('summary', title)}{''.join(content)}</details>")
+
+
+def figure(title: str, subtitle: str, picture: Html) -> Html:
+    """A picture under its title."""
+    caption = tag("figcaption", tag("b", title), " ", tag("span", subtitle))
+    return tag("figure", caption, tag("div", picture, class_="scroll"))
+
+
+def panels(figures: Iterable[Html]) -> Html:
+    """Figures side by side, as many as fit; four stand two by two."""
+    shown = list(figures)
+    return tag("div", *shown, class_="panels four" if len(shown) == 4 else "panels")
+
+
+def key(entries: Iterable[tuple[str, str]]) -> Html:
+    """What colours mean: (class, text)."""
+    return tag("p", *(tag("span", tag("i", class_=name), text) for name, text in entries), class_="key")
+
+
+def page(title: str, subtitle: str, sections: Sequence[Section]) -> str:
+    """The whole document."""
+    numbered = [(f"s{i}", section) for i, section in enumerate(sections, 1)]
+    links = [tag("a", section.title, href=f"#{anchor}") for anchor, section in numbered]
+    parts = [
+        tag("section", tag("h2", s.title), tag("p", s.says, class_="says"), *s.body, id=anchor)
+        for anchor, s in numbered
+    ]
+    return Template(_PAGE.read_text(encoding="utf-8")).substitute(
+        title=html(title), subtitle=html(subtitle), links="".join(links), sections="\n".join(parts)
+    )

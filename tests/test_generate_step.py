@@ -1,0 +1,118 @@
+"""The lean step of generation against the modules it goes around."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from moe.config import ExpertsConfig, RopeConfig, RouterConfig
+from moe.generate import DecodeStep, stream
+from moe.layers import KVCache
+from tests.conftest import rel, tiny_config
+from tests.test_model import lively
+
+
+def tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(61, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def both_ways(model: Any, batch: int, steps: int = 5) -> float:
+    """The largest relative difference of logits and caches over some steps after a prompt of 7 tokens."""
+    dtype = model.embedding.weight.dtype
+    caches = [KVCache(model.cfg, batch, 7 + steps, dtype, "cpu") for _ in range(2)]
+    for cache in caches:
+        model(tokens(batch, 7), cache=cache)
+    lean, differences = DecodeStep(model, caches[0]), []
+    for position in range(7, 7 + steps):
+        new = tokens(batch, 1, seed=position)
+        got = lean(new[:, 0])
+        expected = model(new, cache=caches[1]).logits_BSV[:, 0]
+        assert got.dtype == expected.dtype
+        differences.append(rel(got, expected))
+    for a, b in zip(caches[0].layers, caches[1].layers, strict=True):
+        differences += [rel(a.k_BNPC, b.k_BNPC), rel(a.v_BNPC, b.v_BNPC)]
+    assert caches[0].length == caches[1].length
+    return max(differences)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"n_kv_heads": 2},
+        {"n_kv_heads": 4},
+        {"tie_embeddings": True},
+        {"experts": ExpertsConfig(n_experts=5, top_k=1, d_ff=20)},
+        {"experts": ExpertsConfig(n_experts=5, top_k=3, d_ff=20, activation="gelu")},
+        {"experts": ExpertsConfig(n_experts=5, top_k=2, d_ff=20, activation="gelu")},
+        {"router": RouterConfig(bias_update_rate=0.5)},
+    ],
+    ids=str,
+)
+def test_same_logits_and_cache_as_the_modules(changes: dict[str, Any], batch: int) -> None:
+    for dtype, tolerance in ((torch.float64, 1e-13), (torch.float32, 2e-6)):
+        model: Any = lively(tiny_config(**changes), dtype)
+        for block in model.blocks:
+            if block.moe.router.bias_E is not None:
+                block.moe.router.bias_E.copy_(torch.tensor([0.9, -0.4, 0.1, -0.2, 0.5]))
+        assert DecodeStep.fits(model)
+        assert both_ways(model, batch) < tolerance
+
+
+def test_same_logits_with_scaled_positions() -> None:
+    cfg = tiny_config()
+    rope = RopeConfig(scaling="yarn", factor=4.0, original_max_seq_len=10)
+    attention = cfg.attention.__class__(n_heads=4, n_kv_heads=1, head_dim=10, rope=rope)
+    assert both_ways(lively(tiny_config(attention=attention)), 2) < 1e-13
+
+
+def test_bfloat16_stays_bfloat16() -> None:
+    """The two round at different places; they agree as far as bfloat16 goes."""
+    assert both_ways(lively(tiny_config(), torch.bfloat16), 1, steps=1) < 0.03
+
+
+class _Twice(nn.Module):
+    """A module of the user's own in the place of a Linear."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * self.inner(x)
+
+
+def test_hooked_and_replaced_modules_are_called() -> None:
+    model: Any = lively(tiny_config(), torch.float32)
+    calls: list[int] = []
+    hook = model.blocks[1].moe.router.register_forward_hook(lambda *_: calls.append(1))
+    assert not DecodeStep.fits(model)
+    list(stream(model, tokens(1, 4), 6, temperature=0))
+    assert len(calls) == 6
+    hook.remove()
+    assert DecodeStep.fits(model)
+
+    plain = model.generate(tokens(1, 4), 6, temperature=0)
+    model.head = _Twice(model.head)
+    assert not DecodeStep.fits(model)
+    assert torch.equal(model.generate(tokens(1, 4), 6, temperature=0), plain)  # twice the logits, the same argmax
+
+
+def test_weights_changed_between_two_generations_are_seen() -> None:
+    model: Any = lively(tiny_config(), torch.float32)
+    before = model.generate(tokens(2, 4), 8, temperature=0)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attention.wq.weight.neg_()
+            block.attention_norm.weight.mul_(3)
+    after = model.generate(tokens(2, 4), 8, temperature=0)
+    cache = KVCache(model.cfg, 2, 12, torch.float32, "cpu")
+    with torch.no_grad():
+        by_modules = [tokens(2, 4)]
+        for _ in range(8):
+            by_modules.append(model(by_modules[-1], cache=cache).logits_BSV[:, -1:].argmax(-1))
+    assert torch.equal(after, torch.cat(by_modules, 1))
+    assert not torch.equal(after, before)
