@@ -1,12 +1,13 @@
 """Checkpoints: a directory of safetensors, `config.toml` and, if there is one, `tokenizer.json`.
 
-Weights lie in `model.safetensors`, or in shards under an index (see `moe.io.tensorfiles`). A checkpoint is written under a
-temporary name and renamed, so that a directory is whole or absent. The optimizer's state is not part of it.
+Weights lie in `model.safetensors`, or in shards under an index (see `moe.io.tensorfiles`). A checkpoint is written
+under a temporary name and renamed, so that a directory is whole or absent. The optimizer's state is not part of it.
 """
 
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.nn as nn
@@ -21,14 +22,27 @@ from moe.io.tensorfiles import (
     check_tensors,
     copy_tensors,
     list_tensors,
+    read_metadata,
     some,
     write_tensors,
 )
 from moe.model import Transformer
 from moe.tokenizer import Tokenizer
 
+T = TypeVar("T")
+
 CONFIG_FILE = "config.toml"
 TOKENIZER_FILE = "tokenizer.json"
+# What the tensors are called and how they lie, in the header of each file. Files without a version are of version 1.
+VERSION_KEY, VERSION = "gpt4_moe_version", 2
+# Names of older versions, by their ends, and what they are called now.
+RENAMED = {
+    f".moe.{leaf}": f".moe.experts.{leaf}"
+    for leaf in (
+        *("w_in_EGFD", "w_out_EDF"),
+        *("lora_a_in_ELD", "lora_b_in_EGFL", "lora_a_out_ELF", "lora_b_out_EDL"),
+    )
+}
 
 
 # ----------------------------------------------------------------------------------------------------------- saving
@@ -73,7 +87,8 @@ def write_files(
 
     For writers of more than a model, under `moe.io.files.atomic_directory`. Raises as `write_tensors` does.
     """
-    write_tensors(directory, stored_state(model), max_shard_bytes=max_shard_bytes)
+    metadata = {VERSION_KEY: str(VERSION)}
+    write_tensors(directory, stored_state(model), max_shard_bytes=max_shard_bytes, metadata=metadata)
     (directory / CONFIG_FILE).write_text(model.cfg.to_toml(), encoding="utf-8")
     if tokenizer is not None:
         tokenizer.save(directory / TOKENIZER_FILE)
@@ -163,7 +178,9 @@ def load_weights(
     dtype: torch.dtype | None = None,
 ) -> None:
     """Gives `model` (usually on the meta device) new parameters and buffers from a checkpoint's tensors; as `load`."""
-    stored = list_tensors(directory)
+    stored = with_current_names(list_tensors(directory))
+    for file in {tensor.file for tensor in stored.values()}:
+        check_version(file, read_metadata(file).get(VERSION_KEY, "1"))
     state = stored_state(model)
     hint = ""
     if any(n.startswith("model.layers.") for n in stored):
@@ -179,6 +196,24 @@ def load_weights(
     }
     copy_tensors(stored, targets)
     put_tensors(model, targets)
+
+
+def with_current_names(tensors: Mapping[str, T]) -> dict[str, T]:
+    """Tensors of a checkpoint of any version under the names that they have now."""
+    found = {}
+    for name, tensor in tensors.items():
+        old = next((end for end in RENAMED if name.endswith(end)), "")
+        found[name.removesuffix(old) + RENAMED.get(old, "")] = tensor
+    return found
+
+
+def check_version(file: Path, version: object) -> None:
+    """Raises CheckpointError where a file is of a version that is newer than this program."""
+    if not (str(version).isdecimal() and int(str(version)) <= VERSION):
+        raise CheckpointError(
+            f"{file} is a checkpoint of version {version}, and this program knows versions up to {VERSION}: "
+            "use the gpt4-moe that wrote it, or a newer one"
+        )
 
 
 def load_config_of(directory: str | os.PathLike[str]) -> Config:

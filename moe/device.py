@@ -1,6 +1,7 @@
 """Where and in which precision to compute, how much the device can do, and what makes a process on a CPU faster."""
 
 import ctypes
+import os
 import platform
 import sys
 import time
@@ -35,12 +36,19 @@ def pick_dtype(cfg: TrainConfig, device: torch.device) -> torch.dtype:
     """What matrix products compute in; weights and optimizer stay float32.
 
     "auto": bfloat16 on CUDA, and on CPUs with instructions for it (amx_bf16, avx512_bf16), where it is faster than
-    float32; without them it is several times slower.
+    float32; without them it is several times slower. GPT4_MOE_CPU_BF16 = 1 or 0 in the environment says what the CPU
+    has, for results that do not depend on the machine.
     """
     if cfg.dtype != "auto":
         return torch.bfloat16 if cfg.dtype == "bf16" else torch.float32
-    fast = device.type == "cuda" or not {"amx_bf16", "avx512_bf16"}.isdisjoint(_cpu_flags())
-    return torch.bfloat16 if fast else torch.float32
+    return torch.bfloat16 if device.type == "cuda" or _cpu_has_bf16() else torch.float32
+
+
+def _cpu_has_bf16() -> bool:
+    said = os.environ.get("GPT4_MOE_CPU_BF16", "")
+    if said not in ("", "0", "1"):
+        raise ConfigError(f"GPT4_MOE_CPU_BF16 = {said!r} in the environment: must be 1 or 0, or not be set")
+    return said == "1" if said else not {"amx_bf16", "avx512_bf16"}.isdisjoint(_cpu_flags())
 
 
 def _cpu_flags() -> set[str]:

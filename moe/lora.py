@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from moe.checkpoint import cannot_write, put_tensors, stored_state
+from moe.checkpoint import cannot_write, put_tensors, stored_state, with_current_names
 from moe.errors import CheckpointError, ConfigError
 from moe.experts import Experts
 from moe.io.files import write_whole
@@ -201,7 +201,7 @@ def load_adapter(model: Transformer, file: str | os.PathLike[str]) -> LoraConfig
     try:
         with safe_open(file, framework="pt", device="cpu") as source:
             metadata = source.metadata() or {}
-            tensors = {name: source.get_tensor(name) for name in source.keys()}  # noqa: SIM118
+            tensors = with_current_names({name: source.get_tensor(name) for name in source.keys()})  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file} is not a whole safetensors file ({error}): copy it again") from None
     if metadata.get("format") != FORMAT:

@@ -312,6 +312,37 @@ def test_file_size_limit_leaves_what_was_there(saved: Path) -> None:
     assert_whole(saved, moe.Transformer(TINY))
 
 
+def as_version_1(directory: Path) -> None:
+    """Rewrites a checkpoint as the first version had it: the experts' weights were the MoE's own, and no version."""
+    for file in directory.glob("model*.safetensors"):
+        old = {name.replace(".moe.experts.", ".moe."): tensor for name, tensor in load_file(file).items()}
+        save_file(old, file, {"format": "pt"})
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        index.write_text(index.read_text().replace(".moe.experts.", ".moe."))
+
+
+@pytest.mark.parametrize("shard_bytes", [10**9, 4000])
+def test_checkpoints_of_the_first_version_are_read(tmp_path: Path, shard_bytes: int) -> None:
+    model = moe.Transformer(TINY, seed=3)
+    moe.save(model, tmp_path / "old", max_shard_bytes=shard_bytes)
+    as_version_1(tmp_path / "old")
+    assert_same(moe.load(tmp_path / "old"), model)
+    (file, *_) = sorted((tmp_path / "old").glob("model*.safetensors"))
+    stored = tensorfiles.list_tensors(tmp_path / "old")
+    assert any(".moe.w_in_EGFD" in name for name in stored)
+    assert tensorfiles.read_metadata(file).get(checkpoint.VERSION_KEY) is None
+
+
+@pytest.mark.parametrize("version", ["3", "two"])
+def test_a_newer_version_is_an_error(saved: Path, version: str) -> None:
+    file = saved / "model.safetensors"
+    assert tensorfiles.read_metadata(file) == {"format": "pt", checkpoint.VERSION_KEY: "2"}
+    save_file(load_file(file), file, {"format": "pt", checkpoint.VERSION_KEY: version})
+    with pytest.raises(CheckpointError, match=f"is a checkpoint of version {version}, .* up to 2: use the gpt4-moe"):
+        moe.load(saved)
+
+
 def test_killed_writers_leave_a_whole_directory(tmp_path: Path) -> None:
     script = """if True:
         import itertools, sys

@@ -1,10 +1,13 @@
 """LoRA on a whole model: against peft, merged against unmerged, what stays frozen, and adapters on disk."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import moe
@@ -169,6 +172,21 @@ def test_adapters_load_on_top_of_their_base(model: Transformer, tmp_path: Path) 
     coarse = moe.load(tmp_path / "base", dtype=torch.bfloat16)
     lora.load_adapter(coarse, tmp_path / "adapter.safetensors")
     assert rel(coarse(tokens(5)).logits_BSV, model(tokens(5)).logits_BSV) < 5e-2
+
+
+def test_adapters_of_the_first_version_are_read(model: Transformer, tmp_path: Path) -> None:
+    """The adapters of the experts were once those of the MoE."""
+    base, file = copy.deepcopy(model), tmp_path / "adapter.safetensors"
+    trained(model, LoraConfig(rank=2))
+    lora.save_adapter(model, LoraConfig(rank=2), file)
+    with safe_open(file, framework="pt") as source:
+        metadata = source.metadata()
+    old = {name.replace(".moe.experts.", ".moe."): tensor for name, tensor in load_file(file).items()}
+    assert any(".moe.lora_a_in_ELD" in name for name in old)
+    save_file(old, file, metadata)
+    lora.load_adapter(base, file)
+    for name, adapter in lora.adapters(model).items():
+        assert torch.equal(adapter, lora.adapters(base)[name])
 
 
 def test_adapters_of_another_model_are_refused(model: Transformer, tmp_path: Path) -> None:

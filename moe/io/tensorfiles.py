@@ -55,6 +55,7 @@ def write_tensors(
     *,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Writes `model.safetensors` into `directory`, or shards and their index where it would be above `max_shard_bytes`.
 
@@ -62,6 +63,7 @@ def write_tensors(
         tensors: by name, on any device; views of one another are fine. A shard holds consecutive ones.
         dtype: floating-point tensors are written as this; None keeps each one's own.
         max_shard_bytes: of tensors in one file; a single larger tensor has a file of its own.
+        metadata: words for the header of each file.
 
     Raises:
         CheckpointError: a tensor without data (on the meta device), a dtype that the format lacks.
@@ -76,12 +78,12 @@ def write_tensors(
             raise CheckpointError(f"{name} has dtype {dtypes[name]}, which is not saved: convert it first")
     shards = _split(sizes, max_shard_bytes)
     if len(shards) == 1:
-        _write_file(directory / SINGLE_FILE, {name: tensors[name] for name in shards[0]}, dtypes)
+        _write_file(directory / SINGLE_FILE, {name: tensors[name] for name in shards[0]}, dtypes, metadata or {})
         return
     file_of: dict[str, str] = {}
     for i, names in enumerate(shards, 1):
         file = f"model-{i:05}-of-{len(shards):05}.safetensors"
-        _write_file(directory / file, {name: tensors[name] for name in names}, dtypes)
+        _write_file(directory / file, {name: tensors[name] for name in names}, dtypes, metadata or {})
         file_of.update(dict.fromkeys(names, file))
     index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": file_of}
     (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
@@ -100,10 +102,13 @@ def _split(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
     return shards
 
 
-def _write_file(path: Path, tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]) -> None:
+def _write_file(
+    path: Path, tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype], metadata: Mapping[str, str]
+) -> None:
     if sys.byteorder != "little":
         raise CheckpointError("safetensors files are little-endian and this machine is not: save on another one")
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers reads no file without it
+    # transformers reads no file without "format".
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     end = 0
     for name, tensor in tensors.items():
         start, end = end, end + tensor.numel() * dtypes[name].itemsize
@@ -144,6 +149,16 @@ def list_tensors(directory: str | os.PathLike[str]) -> dict[str, StoredTensor]:
     if lost:
         raise CheckpointError(f"{index_file} names tensors that its files do not hold: {some(lost)}; copy it again")
     return found
+
+
+def read_metadata(file: Path) -> dict[str, str]:
+    """The words in the header of a safetensors file.
+
+    Raises:
+        CheckpointError: no such file, or not a safetensors file.
+    """
+    with _opened(file) as source:
+        return source.metadata() or {}
 
 
 def copy_tensors(stored: Mapping[str, StoredTensor], targets: Mapping[str, Tensor]) -> None:

@@ -21,6 +21,7 @@ from moe.tokenizer import Tokenizer
 
 CHECKPOINTS = "checkpoints"
 TRAINING_FILE = "training.pt"
+VERSION = 2  # of training.pt: the order of the optimizer's state is that of the parameters
 KEEP = 2
 # What may change between a run and its resumption: none of these changes the model that comes out.
 HARMLESS = (
@@ -46,7 +47,7 @@ def save(run_dir: Path, step: int, model: Transformer, tokenizer: Tokenizer, tra
         with atomic_directory(place) as temporary:
             write_files(model, temporary, tokenizer=tokenizer)
             with (temporary / TRAINING_FILE).open("wb") as file:
-                _dump(training, file)
+                _dump({"version": VERSION, **training}, file)
     except OSError as error:
         raise CheckpointError(cannot_write(place, error)) from error
     for old in _complete(run_dir)[:-KEEP]:
@@ -83,15 +84,23 @@ def load_training(checkpoint: Path) -> dict[str, Any]:
     """The `training` that `save` was given, on the CPU.
 
     Raises:
-        CheckpointError: the file cannot be read.
+        CheckpointError: the file cannot be read, or is of another version.
     """
     try:
-        return torch.load(checkpoint / TRAINING_FILE, map_location="cpu", weights_only=True)
+        training = torch.load(checkpoint / TRAINING_FILE, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a damaged file
         reason = str(error).splitlines()[0]
         raise CheckpointError(
             f"{checkpoint / TRAINING_FILE} cannot be read ({reason}): delete {checkpoint} to resume from an older one"
         ) from error
+    version = training.get("version", 1)
+    if version != VERSION:
+        age = "an older" if version < VERSION else "a newer"
+        raise CheckpointError(
+            f"{checkpoint / TRAINING_FILE} is of version {version}, of {age} gpt4-moe, and this one knows {VERSION}: "
+            f"resume with that one, or begin a new run with these weights (--from {checkpoint})"
+        )
+    return training
 
 
 def check_same_config(saved: str, cfg: Config, run_dir: Path) -> None:

@@ -236,6 +236,18 @@ def test_a_damaged_checkpoint_says_how_to_go_on(cfg, data_dir, tmp_path, monkeyp
         train(cfg, data_dir, run)
 
 
+@pytest.mark.parametrize(("version", "age"), [(None, "an older"), (1, "an older"), (99, "a newer")])
+def test_a_checkpoint_of_another_version_says_how_to_go_on(cfg, data_dir, tmp_path, monkeypatch, version, age):
+    run = tmp_path / "run"
+    stopped_run(cfg, data_dir, run, monkeypatch)
+    file = run / "checkpoints" / "step-000004" / "training.pt"
+    training = torch.load(file, weights_only=True)
+    training.pop("version") if version is None else training.update(version=version)
+    torch.save(training, file)
+    with pytest.raises(CheckpointError, match=f"of {age} gpt4-moe, .* \\(--from .*step-000004\\)"):
+        train(cfg, data_dir, run)
+
+
 def test_a_directory_with_other_things_is_left_alone(cfg, data_dir, tmp_path):
     (tmp_path / "thesis.txt").write_text("x")
     with pytest.raises(TrainError, match="not a run"):
