@@ -224,7 +224,9 @@ with torch.device("meta"):
 
 
 def test_import_moe_is_light() -> None:
-    code = "import sys, moe, moe.plan; heavy = {'torch', 'numpy', 'rich', 'tyro'} & set(sys.modules); assert not heavy, heavy"
+    code = (
+        "import sys, moe.plan; heavy = {'torch', 'numpy', 'rich', 'tyro'} & set(sys.modules); assert not heavy, heavy"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 

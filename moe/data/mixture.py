@@ -169,6 +169,65 @@ class Mixture:
                 "data, seq_len, seed, epochs or document_mask changed; restore them, or start a new run"
             )
 
+    def batch(self, start: int, count: int) -> Batch:
+        """Windows start .. start + count - 1."""
+        ...
+
+
+class Mixture:
+    """The endless stream of training windows over the sources of prepared data.
+
+    Args:
+        data: the opened data.
+        seq_len: tokens of input per window; a window holds one more, for the last target.
+        seed: of the order. Equal seeds on equal data give equal streams.
+        epochs: how many times one pass visits the windows of a source: whole numbers, 1 where it is not named, 0 leaves
+            it out. {"text": 2, "code": 4} weighs code's windows twice as much as text's.
+        documents: whether batches say which document each position is in.
+
+    Raises:
+        DataError: a source unknown or not a whole number of times; no training token in those that take part.
+    """
+
+    def __init__(
+        self,
+        data: TokenData,
+        seq_len: int,
+        seed: int,
+        epochs: Mapping[str, int | float] | None = None,
+        *,
+        documents: bool = False,
+    ) -> None:
+        if seq_len < 1:
+            raise DataError(f"seq_len is {seq_len}, expected 1 or more")
+        self.data, self.seq_len, self.seed, self.documents = data, seq_len, seed, documents
+        self.epochs = whole_epochs(data.sources, epochs or {})
+        self.windows = {name: -(-len(data.tokens(name, "train")) // seq_len) for name in data.sources}
+        self._names = [name for name in data.sources if self.epochs[name] * self.windows[name]]
+        if not self._names:
+            sizes = ", ".join(f"{name} {len(data.tokens(name, 'train')):,}" for name in data.sources)
+            raise DataError(f"no source that takes part has a training token (tokens: {sizes}): give it more text")
+        self._ends = np.cumsum([self.epochs[name] * self.windows[name] for name in self._names])
+
+    @property
+    def windows_per_epoch(self) -> int:
+        """Windows in one pass of the mixture: the sum over sources of epochs x windows."""
+        return int(self._ends[-1])
+
+    @property
+    def fingerprint(self) -> str:
+        """The sha256 (hex) of all that decides the order: with k it is the whole state, for a resume to check."""
+        state = [self.data.fingerprint, self.seq_len, self.seed, sorted(self.epochs.items()), self.documents, _ORDER]
+        return hashlib.sha256(json.dumps(state).encode()).hexdigest()
+
+    def check_resume(self, fingerprint: str) -> None:
+        """Raises DataError where a saved `fingerprint` is not this mixture's."""
+        if fingerprint != self.fingerprint:
+            raise DataError(
+                f"the saved run read another stream (fingerprint {fingerprint[:12]}, now {self.fingerprint[:12]}): "
+                "data, seq_len, seed, epochs or document_mask changed; restore them, or start a new run"
+            )
+
     def locate(self, k: int) -> tuple[str, int, int]:
         """(source, pass of the mixture from 0, window in the source) of sample k."""
         where, windows = self._locate(np.array([k]))

@@ -172,11 +172,6 @@ class Layout:
 _SETTINGS = tuple(f.name for f in dataclasses.fields(Layout))
 
 
-def layout_names() -> list[str]:
-    """The names that `load_layout` accepts."""
-    return sorted(path.stem for path in LAYOUT_DIR.glob("*.toml"))
-
-
 def load_layout(name_or_path: str | Path) -> Layout:
     """Read a shipped layout by name ("gpt4-train") or a TOML file by path.
 

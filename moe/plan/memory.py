@@ -192,24 +192,6 @@ def _activations(
     )  # fmt: skip
 
 
-def megatron_activations(
-    *, seq_len: int, micro_batch: int, d_model: int, n_heads: int, n_layers: int, tp: int, sequence_parallel: bool,
-    selective: bool,
-) -> Quantity:  # fmt: skip
-    """Activation memory of the first pipeline stage of a dense GELU decoder with dropout and without flash attention.
-
-    Korthikanti et al. 2022 (arXiv:2205.05198), table 2: per layer s b h (10 + 24/t + 5 a s/(h t)); with sequence
-    parallelism (34 + 5 a s/h)/t; selective recomputation drops the last term.
-    """
-    sheet = Sheet()
-    first = "34 / t" if sequence_parallel else "10 + 24 / t"
-    scores = "" if selective else " + 5 * a * s / (h * t)"
-    return sheet.derive(
-        "activations", "GiB", f"byte * layers * s * b * h * ({first}{scores})",
-        layers=n_layers, s=seq_len, b=micro_batch, h=d_model, t=tp, **({} if selective else {"a": n_heads}),
-    )  # fmt: skip
-
-
 # ----------------------------------------------------------------------------------------------------------- serving
 
 
