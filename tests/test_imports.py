@@ -17,6 +17,7 @@ RANK = {
     "moe.errors": 0,
     "moe.config": 0,
     "moe.plan": 1,
+    "moe.io.toml": 0,
     "moe.io": 2,
     "moe.kernels": 2,
     "moe.plan.pictures": 3,
@@ -47,7 +48,8 @@ MODEL_RANK = RANK["moe.model"]
 # What these may import, besides the standard library and themselves.
 ONLY = {
     "moe.errors": set(),
-    "moe.config": {"moe.errors"},
+    "moe.io.toml": {"moe.errors"},
+    "moe.config": {"moe.errors", "moe.io.toml"},
     "moe.io.files": set(),
     "moe.kernels": {"torch", "triton"},
     "moe.plan": {"moe.config", "moe.errors"},

@@ -205,7 +205,7 @@ def _decode(model: Transformer, tokens_B: Tensor, context: int) -> Callable[[], 
 
 def _rows_are_copied(model: Transformer, tokens: int, dtype: torch.dtype) -> bool:
     """Whether the expert op copies its rows into order, rather than gather them inside the product."""
-    moe: Any = model.blocks[0].moe
+    moe: Any = model.blocks[-1].moe
     if moe.experts.w_in_EGFD.device.type != "cuda":
         return True
     from moe.kernels.experts import triton_mlp
