@@ -7,11 +7,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moe import hf
+    from moe import data, hf, plan, profile, train
     from moe.checkpoint import load, load_tokenizer, save
     from moe.config import Config, load_config
     from moe.errors import ConfigError, MoeError
     from moe.model import Transformer
+
+    class kernels:
+        """A folder without __init__.py, which a type checker would call empty."""
+
+        from moe.kernels import ops
 
 __version__ = "0.1.0"
 
@@ -25,18 +30,36 @@ _HOME = {
     "load": "moe.checkpoint",
     "load_tokenizer": "moe.checkpoint",
 }
-_MODULES = {"data", "hf", "plan", "profile", "train"}
 
-__all__ = ["Config", "ConfigError", "MoeError", "Transformer", "hf", "load", "load_config", "load_tokenizer", "save"]
+__all__ = [
+    "Config",
+    "ConfigError",
+    "MoeError",
+    "Transformer",
+    "data",
+    "hf",
+    "kernels",
+    "load",
+    "load_config",
+    "load_tokenizer",
+    "plan",
+    "profile",
+    "save",
+    "train",
+]
 
 
-def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(importlib.import_module(_HOME[name]), name)
-    if name in _MODULES:
-        return importlib.import_module(f"moe.{name}")
-    raise AttributeError(f"module 'moe' has no attribute {name!r}")
+if not TYPE_CHECKING:  # a type checker that saw it would take any name for Any
+
+    def __getattr__(name: str) -> Any:
+        if name in _HOME:
+            return getattr(importlib.import_module(_HOME[name]), name)
+        if name == "kernels":
+            importlib.import_module("moe.kernels.ops")  # which sets moe.kernels.ops
+        if name in __all__:
+            return importlib.import_module(f"moe.{name}")
+        raise AttributeError(f"module 'moe' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__, *_MODULES])
+    return __all__

@@ -55,6 +55,7 @@ def test_wheel_holds_every_module_and_configuration_once(archives: dict[str, Pat
             kind = wheel.getinfo(name).external_attr >> 16 & 0o170000
             assert kind in (0, 0o100000), f"{name} is not a plain file"
         assert wheel.read("moe/kernels/ops.py") == (ROOT / "kernels/ops.py").read_bytes()
+        assert "moe/py.typed" in names, "type checkers take the package's annotations only with this"
 
 
 def test_wheel_holds_nothing_else(archives: dict[str, Path]) -> None:

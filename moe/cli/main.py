@@ -255,14 +255,31 @@ def _fail(error: BaseException) -> None:
     Console(stderr=True, highlight=False).print(Text("error: ", style="red") + Text(message), soft_wrap=True)
 
 
+def _version() -> str:
+    """The line of `moe --version`: what a report of a bug needs. Loads nothing."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    from moe import __version__
+
+    parts = [f"gpt4-moe {__version__}", f"Python {sys.version.partition(' ')[0]}"]
+    for package in ("torch", "triton"):
+        with contextlib.suppress(PackageNotFoundError):
+            parts.append(f"{package} {version(package)}")
+    return ", ".join(parts)
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """Runs one command and exits with its status."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
+    if (sys.argv[1:] if args is None else args)[:1] == ["--version"]:
+        print(_version())
+        sys.exit(0)
     try:
         status = app.cli(
             prog="moe",
-            description="gpt4-moe: train and run small replicas of the mixture-of-experts GPT-4.",
+            description="gpt4-moe: train and run small replicas of the mixture-of-experts GPT-4. "
+            "moe --version names its version.",
             args=args,
         )
     except KeyboardInterrupt:

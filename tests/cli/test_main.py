@@ -114,11 +114,12 @@ def test_wrong_usage_has_status_2(capsys):
     assert run_cli("trian") == 2
 
 
-def test_help_loads_no_torch():
-    code = "import sys\nimport moe.cli.main\ntry:\n    moe.cli.main.main(['--help'])\nexcept SystemExit:\n    pass\n"
+@pytest.mark.parametrize(("option", "shown"), [("--help", "generate"), ("--version", f"gpt4-moe {moe.__version__}, ")])
+def test_help_and_version_load_no_torch(option, shown):
+    code = f"import sys\nimport moe.cli.main\ntry:\n    moe.cli.main.main(['{option}'])\nexcept SystemExit:\n    pass\n"
     code += "sys.exit('torch' in sys.modules)"
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert "generate" in done.stdout
+    assert shown in done.stdout
     assert "\x1b" not in done.stdout
