@@ -51,7 +51,7 @@ ONLY = {
     "moe.io.files": set(),
     "moe.kernels": {"torch", "triton"},
     "moe.plan": {"moe.config", "moe.errors"},
-    "moe.plan.pictures": {"moe.config", "moe.errors", "moe.plan", "moe.io.figures", "matplotlib"},
+    "moe.plan.pictures": {"moe.config", "moe.errors", "moe.plan", "moe.io.figures", "moe.io.page", "matplotlib"},
     "moe.serve.scheduler": {"moe.config", "moe.errors"},
     "moe.serve.blocks": {"moe.config", "moe.errors"},
 }
