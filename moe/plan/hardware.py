@@ -57,16 +57,21 @@ def hardware_names() -> list[str]:
     return sorted(path.stem for path in HARDWARE_DIR.glob("*.toml"))
 
 
-# Shipped hardware by words of the name that a device gives itself (torch.cuda.get_device_name). The first whose words
-# are all there counts.
-DEVICES = {"H200": "h200", "H100 PCIe": "h100-pcie", "H100": "h100-sxm", "A100": "a100-80"}
+# Shipped hardware by words of the name that a device gives itself, as torch.cuda.get_device_name does. The first whose
+# words are all there counts.
+DEVICES = {
+    "B200": "b200",
+    "H200": "h200",
+    "H100 PCIe": "h100-pcie",
+    "H100": "h100-sxm",
+    "A100 40GB": "a100-40",
+    "A100": "a100-80",
+    "MI300X": "mi300x",
+}
 
 
-def device_hardware(device_name: str) -> "Hardware | None":
-    """What a device is that calls itself "NVIDIA H100 80GB HBM3" or the like; None where no shipped file is of it.
-
-    Of the A100 the file is that with 80 GB: both have the same peaks.
-    """
+def device_hardware(device_name: str) -> Hardware | None:
+    """The hardware of a device that calls itself "NVIDIA H100 80GB HBM3" or the like; None where no file is of it."""
     for words, name in DEVICES.items():
         if all(word in device_name for word in words.split()):
             return load_hardware(name)

@@ -50,6 +50,9 @@ def test_loads_against_every_possible_routing(experts: int, top_k: int, tokens: 
     for x in range(tokens + 1):
         assert load_probability(experts, top_k, tokens, x) == pytest.approx(sum(load[0] == x for load in loads) / n)
     mean = tokens * top_k / experts
+    for level in (0.01, 0.05, 0.3, 0.5, 0.95, 0.999, 1.0):
+        least = next(x for x in range(tokens + 1) if sum(load[0] <= x for load in loads) / n >= level - 1e-9)
+        assert load_quantile(experts, top_k, tokens, level) == least
     covariance = sum((load[0] - mean) * (load[1] - mean) for load in loads) / n
     assert load_covariance(experts, top_k, tokens) == pytest.approx(covariance, abs=1e-12)
 
