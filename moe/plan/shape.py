@@ -51,6 +51,10 @@ class Attention:
         """Elements that the KV cache holds per token and layer."""
         return self.kv_rank + self.rope_dim if self.kv_rank else self.n_kv_heads * (self.head_dim + self.v_dim)
 
+    def seen(self, context: int) -> int:
+        """Positions that the last token of `context` sees."""
+        return min(context, self.window) if self.window else context
+
 
 @dataclass(frozen=True)
 class Mlp:

@@ -201,7 +201,7 @@ def _log(run: Run) -> None:
     per_step = (run.tokens - run.marked_tokens) / max(1, steps)
     run.marked_tokens = run.tokens
     load = run.meter.load()
-    flops = 3 * plan.flops_per_token(run.cfg, run.seq_len)  # the backward pass takes twice the forward's
+    flops = plan.TRAINING * plan.flops_per_token(run.cfg, run.seq_len)
     record = {
         "kind": "train",
         "step": run.step,

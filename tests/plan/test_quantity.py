@@ -95,3 +95,16 @@ def test_no_such_unit() -> None:
     with pytest.raises(UnitError, match="'furlong'"):
         parse_unit("furlong/s")
     assert explain(quantity(1)) == "value = 1"
+
+
+def test_what_json_says_of_a_quantity() -> None:
+    exact = derive("n", "GB", "2 * x", "twice", x=quantity("3 GB"))
+    assert exact.as_dict() == {
+        "value": 6.0, "unit": "GB", "formula": "2 * x", "inputs": {"x": "3 GB"}, "note": "twice",
+    }  # fmt: skip
+    rounded = about(3, "GB", 1)
+    assert rounded.as_dict() == {"value": 3.0, "unit": "GB", "interval": [2.5, 3.5]}
+    guess = assumed(unknown(1, 4, "how many", "GB"), "a guess").as_dict()
+    assert (guess["value"], guess["interval"]) == (2.0, [1.0, 4.0])
+    assert (guess["assumes"], guess["unknown"]) == (["a guess"], ["how many"])
+    assert quantity(math.inf, "GB").as_dict()["value"] == "inf"
