@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
         from moe.kernels import ops
 
+
 __version__ = "0.1.0"
 
 _HOME = {
