@@ -225,15 +225,14 @@ def test_ways_to_divide_by_hand(n: int, attention: str, strategy: str) -> None:
 
 def test_what_does_not_fit_or_divide_has_no_row() -> None:
     assert shape_bytes(plan.load_shape("mixtral-8x7b"), 2) == 2 * 46_702_792_704
-    rows = frontier("mixtral-8x7b", H100, chips=(1, 8), batches=(4, 4096), context=32768)
+    rows: list[Any] = frontier("mixtral-8x7b", H100, chips=(1, 8), batches=(4, 4096), context=32768)
     assert {r["chips"] for r in rows} == {8}  # 93 GB on one card of 80
     assert {r["batch"] for r in rows} == {4}  # 4096 x 4 GB of cache
     assert {r["attention"] for r in rows} == {"heads"}  # 4 sequences do not divide over 8
     best = [r for r in rows if r["best"]]
     for r in rows:
         beaten = any(
-            o["latency_ms"] <= r["latency_ms"] and o["usd_per_1k"] <= r["usd_per_1k"] and o is not r
-            for o in best  # type: ignore[operator]
+            o["latency_ms"] <= r["latency_ms"] and o["usd_per_1k"] <= r["usd_per_1k"] and o is not r for o in best
         )
         assert r["best"] != beaten
 
