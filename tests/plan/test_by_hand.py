@@ -9,6 +9,7 @@ import pytest
 
 from moe import plan
 from moe.config import load_config
+from moe.errors import ConfigError
 from moe.plan.calibrate import Step, calibrate
 from moe.plan.comm import training_traffic
 from moe.plan.device import device_memory, device_step_time, device_step_work
@@ -360,3 +361,7 @@ def test_calibration_falls_back_on_what_alone_fits() -> None:
     assert moved.error(held_out=False) == pytest.approx(0, abs=1e-6)
     computed = calibrate([step(1e12, 1e9, 1.0), step(2e12, 1e9, 2.0), step(3e12, 1e9, 3.0), step(1e12, 3e9, 1.0)])
     assert computed.rate == pytest.approx(1e12, rel=1e-6)
+    pair = [step(1e12, 1e9, 1.0), step(2e12, 1e9, 1.5)]
+    assert calibrate(pair).steps == pair
+    with pytest.raises(ConfigError, match="1 measured steps: at least 2"):
+        calibrate(pair[:1])
