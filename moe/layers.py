@@ -57,12 +57,23 @@ def untouched(module: nn.Module, kind: type[nn.Module], *, called: bool = False)
     sharded = called and any(base.__name__ == "FSDPModule" for base in type(module).__mro__)
     if type(module) is not kind and not (sharded and kind in type(module).__mro__):
         return False
-    if any(callable(getattr(kind, name, None)) for name in module.__dict__) or _global_hooks():
+    if _replaces_a_method(module, kind) or _global_hooks():
         return False
     for hooks in (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks):
         if any(not (called and _indifferent(hook)) for hook in hooks.values()):
             return False
     return sharded or all(type(p) is nn.Parameter for p in module.parameters(recurse=False))
+
+
+# What every module has, `forward` among it.
+_METHODS = tuple(name for name in dir(nn.Module) if callable(getattr(nn.Module, name)))
+
+
+def _replaces_a_method(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether something in the instance takes the place of a method of its class."""
+    if torch.compiler.is_compiling():  # Dynamo of torch 2.11 looks names up in an instance, but cannot go through it
+        return any([name in module.__dict__ for name in _METHODS])
+    return any(callable(getattr(kind, name, None)) for name in module.__dict__)
 
 
 def _indifferent(hook: Any) -> bool:
@@ -128,7 +139,10 @@ class _CpuRMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         scale = _inverse_rms(x, eps)
         ctx.save_for_backward(x, weight, scale)
-        return (x * scale).mul_(weight)
+        scaled = x * scale
+        if torch.compiler.is_compiling():  # Dynamo of torch 2.11 loses the gradients of what was changed in place
+            return scaled * weight
+        return scaled.mul_(weight)
 
     @staticmethod
     @once_differentiable

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from moe.plan.quantity import Sheet
     from moe.plan.shape import Shape
 
+ARTICLE_TOKENS = "13 Ttoken"  # of the article's training run
+
 plan_app = tyro.extras.SubcommandApp()
 plan_app.command(check)
 plan_app.command(calibrate)
@@ -81,7 +83,7 @@ def train(
     from moe.plan.train import Efficiency, predict_run, train_cost
 
     shape, (where, hw) = load_shape(model), on.read()
-    amount = given(tokens or "13 Ttoken", "token", "tokens")
+    amount = given(tokens or ARTICLE_TOKENS, "token", "tokens")
     if floor:
         from moe.config import load_config
         from moe.plan.roofline import predict_small_run
@@ -395,7 +397,7 @@ def _prices(shape: "Shape", sheet: "Sheet", utilisation: float, reclaimed: float
     training = lifetime_tokens = None
     if lifetime is not None:
         layout = load_layout("gpt4-train")
-        trained = predict_run(shape, layout, load_hardware(layout.hardware), quantity("13 Ttoken"))
+        trained = predict_run(shape, layout, load_hardware(layout.hardware), quantity(ARTICLE_TOKENS))
         training, lifetime_tokens = trained["train.cost"], given(lifetime, "token", "lifetime")
     return serving_price(
         output=sheet["decode.cost"],

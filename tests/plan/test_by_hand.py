@@ -9,6 +9,7 @@ import pytest
 
 from moe import plan
 from moe.config import load_config
+from moe.errors import ConfigError
 from moe.plan.calibrate import Step, calibrate
 from moe.plan.comm import training_traffic
 from moe.plan.device import device_memory, device_step_time, device_step_work
@@ -30,11 +31,11 @@ D, F, Q, KV, LAYERS, K, E, V = 4096, 14336, 4096, 1024, 32, 2, 8, 32000
 
 @pytest.mark.parametrize("recompute", ["full", "none"])
 @pytest.mark.parametrize("sequence_parallel", [True, False])
-def test_traffic_of_mixtral(recompute: str, sequence_parallel: bool) -> None:
+def test_traffic_of_mixtral(recompute: Any, sequence_parallel: bool) -> None:
     layout = Layout(
         tp=2, pp=4, dp=8, ep=4, expert_tp=2, interleave=2, seq_len=1024, batch_tokens=8 * 1024 * 16,
         recompute=recompute, sequence_parallel=sequence_parallel, gradients="fp32",
-    )  # type: ignore[arg-type]  # fmt: skip
+    )  # fmt: skip
     found = training_traffic("mixtral-8x7b", layout, H100)
     passes = 3 if recompute == "full" else 2  # forward, backward, and forward again
     layers, micro_batches = 8, 16
@@ -63,6 +64,23 @@ def test_links_of_a_node_end_at_its_size() -> None:
         layout = Layout(dp=gpus, seq_len=64, batch_tokens=64 * gpus)
         found = training_traffic(dense("any", 512, 2), layout, H100)
         assert found["comm.data.time"].to("s") == pytest.approx(found["comm.data"].to("B") / link)
+
+
+def test_a_context_divided_over_two_gpus() -> None:
+    """Each has half of a sequence's tokens, and a copy of the weights whose gradients are summed with the other's."""
+    common: dict[str, Any] = {"tp": 2, "seq_len": 1024, "batch_tokens": 4096, "recompute": "none"}
+    whole, halved = Layout(**common), Layout(cp=2, **common)
+    assert (whole.gpus, halved.gpus) == (2, 4)
+    shape = dense("any", 512, 4)
+    one, two = (training_traffic(shape, layout, H100) for layout in (whole, halved))
+    assert two["comm.tensor"].value == one["comm.tensor"].value / 2
+    assert (one["comm.data"].value, two["comm.data"].value > 0) == (0, True)
+    one, two = (plan.predict_step(shape, layout, H100)["step.stage.flops"].value for layout in (whole, halved))
+    assert two == one / 2
+    one, two = (plan.training_memory(shape, layout, H100) for layout in (whole, halved))
+    assert two["stage0.activations"].value == one["stage0.activations"].value / 2
+    assert two["stage0.optimizer"].value == one["stage0.optimizer"].value / 2
+    assert two["stage0.weights"].value == one["stage0.weights"].value
 
 
 # ------------------------------------------------------------------------------------------------------- one device
@@ -225,15 +243,14 @@ def test_ways_to_divide_by_hand(n: int, attention: str, strategy: str) -> None:
 
 def test_what_does_not_fit_or_divide_has_no_row() -> None:
     assert shape_bytes(plan.load_shape("mixtral-8x7b"), 2) == 2 * 46_702_792_704
-    rows = frontier("mixtral-8x7b", H100, chips=(1, 8), batches=(4, 4096), context=32768)
+    rows: list[Any] = frontier("mixtral-8x7b", H100, chips=(1, 8), batches=(4, 4096), context=32768)
     assert {r["chips"] for r in rows} == {8}  # 93 GB on one card of 80
     assert {r["batch"] for r in rows} == {4}  # 4096 x 4 GB of cache
     assert {r["attention"] for r in rows} == {"heads"}  # 4 sequences do not divide over 8
     best = [r for r in rows if r["best"]]
     for r in rows:
         beaten = any(
-            o["latency_ms"] <= r["latency_ms"] and o["usd_per_1k"] <= r["usd_per_1k"] and o is not r
-            for o in best  # type: ignore[operator]
+            o["latency_ms"] <= r["latency_ms"] and o["usd_per_1k"] <= r["usd_per_1k"] and o is not r for o in best
         )
         assert r["best"] != beaten
 
@@ -283,6 +300,30 @@ def test_a_window_bounds_scores_and_cache() -> None:
     assert kv_per_gpu(shape, range(2), Layout(tp=2), 5) == 2 * 2 * 2 * 16 * 2 * 5 / 2
 
 
+def test_shared_experts_serve_every_token() -> None:
+    d, f, wide = 32, 24, 40
+    mlp = Mlp(f, n_experts=8, top_k=2, shared_d_ff=wide, shared_gate=True)
+    shape = Shape("any", d, 10, 100, (Layer(Attention(4, 2, 16), mlp, norms=0),) * 2)
+    attention = 2 * d * 64 + 2 * d * 32
+    each = 2 * (attention + 8 * d + 2 * 3 * d * f + 3 * d * wide + d) + 10 * d
+    assert plan.flops_per_token(shape) == 2 * each
+    assert plan.dense_flops_per_token(shape) == 2 * (each + 2 * 6 * 3 * d * f)
+    assert plan.params(shape).active["output"] == each
+    found = plan.decode(shape, Layout(tp=2), H100, batch=4, context=0)
+    assert found["decode.flops"].to("FLOP") == 4 * 2 * (each + 2 * 8 * d)  # both GPUs route
+    assert found["decode.weights"].to("B") == pytest.approx(
+        2 * (each + 2 * 8 * d + 2 * (8 * (1 - (3 / 4) ** 4) - 2) * 3 * d * f)
+    )
+    saved = 2 * (4 * d + 2 * 64 + 2 * 32 + 2 * 2 * f + 2 * wide)
+    memory = plan.training_memory(shape, Layout(recompute="none", seq_len=16), H100)
+    assert memory["stage0.activations.token"].to("B/token") == 2 * saved
+    halves = plan.training_memory(shape, Layout(tp=2, recompute="none", seq_len=16, sequence_parallel=False), H100)
+    assert halves["stage0.activations.token"].to("B/token") == 2 * (saved + 2 * 4 * d) / 2
+    recomputed = plan.training_memory(shape, Layout(tp=2, seq_len=16), H100)
+    assert recomputed["stage0.activations.token"].to("B/token") == 2 * 2 * d / 2
+    assert recomputed["stage0.activations.working"].to("B/token") == saved / 2
+
+
 def test_values_of_another_width_than_keys() -> None:
     attention = Attention(4, 2, 16, v_head_dim=24)
     shape = Shape("any", 32, 10, 100, (Layer(attention, Mlp(64), norms=0),))
@@ -320,3 +361,7 @@ def test_calibration_falls_back_on_what_alone_fits() -> None:
     assert moved.error(held_out=False) == pytest.approx(0, abs=1e-6)
     computed = calibrate([step(1e12, 1e9, 1.0), step(2e12, 1e9, 2.0), step(3e12, 1e9, 3.0), step(1e12, 3e9, 1.0)])
     assert computed.rate == pytest.approx(1e12, rel=1e-6)
+    pair = [step(1e12, 1e9, 1.0), step(2e12, 1e9, 1.5)]
+    assert calibrate(pair).steps == pair
+    with pytest.raises(ConfigError, match="1 measured steps: at least 2"):
+        calibrate(pair[:1])

@@ -95,6 +95,11 @@ def test_biases_and_norms_of_attention(config: dict, biases: int, norms: int) ->
     assert (attention.biases, attention.norms) == (biases, norms)
 
 
+def test_biases_of_a_dense_mlp() -> None:
+    """gate, up and down: intermediate_size twice, hidden_size once."""
+    assert shape_from_hf(SMALL | {"model_type": "llama", "mlp_bias": True}).main.mlp.biases == 96 + 96 + 64
+
+
 def test_gpt2_has_its_published_124_million() -> None:
     """124,439,808 is the sum over the checkpoint of openai-community/gpt2."""
     content = {"model_type": "gpt2", "n_embd": 768, "n_head": 12, "n_layer": 12, "vocab_size": 50257}

@@ -252,6 +252,11 @@ def test_the_search_finds_our_shape() -> None:
     best, second = fit(ARTICLE)[:2]
     assert (best.shape.d_model, best.shape.main.attention.n_heads, best.shape.main.mlp.d_ff) == (10752, 168, 28672)
     assert best.error < 0.02 < second.error
+    assert len(fit(ARTICLE)) == 10
+    assert [f.shape for f in fit(ARTICLE, results=2)] == [best.shape, second.shape]
+    # GELU experts of 4 d, with the same query widths: 2 d f in place of 3 d f.
+    gelu = fit({"expert": 120 * 2 * 10752 * 43008}, gated=False)[0]
+    assert (gelu.shape.d_model, gelu.error) == (10752, 0)
 
 
 def test_an_expert_on_each_node_serves_at_reading_speed_near_the_article_s_price() -> None:
@@ -293,6 +298,13 @@ def test_prices_of_a_day_and_of_a_life() -> None:
     )  # fmt: skip
     assert life["serving.lifetime"].to("USD") == pytest.approx(100e12 * (0.75 * 0.0005 + 0.25 * 0.004) / 1000)
     assert life["serving.over_training"].value == pytest.approx(137.5e6 / 60e6)
+
+
+def test_a_life_needs_both_its_cost_and_its_tokens() -> None:
+    cost = quantity("0.004 USD/ktoken")
+    for one in ({"training": quantity("60 MUSD")}, {"lifetime_tokens": quantity("1 Ttoken")}):
+        found = serving_price(output=cost, prompt=cost, utilisation=1.0, **one)  # type: ignore[arg-type]
+        assert not {"serving.lifetime", "serving.over_training"} & found.keys()
 
 
 def test_a_sweep_has_every_combination_and_goes_through_csv() -> None:

@@ -157,9 +157,10 @@ def test_bubbles_and_micro_batches_in_flight() -> None:
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        ({"tp": 5}, "tp = 5: does not divide 168 query heads"),
-        ({"pp": 7}, "pp = 7: 120 layers do not divide"),
-        ({"ep": 3, "dp": 3, "tp": 8}, "ep = 3: does not divide 16 experts"),
+        ({"tp": 5}, "tp = 5: does not divide 168 query heads; the nearest that does is 4"),
+        ({"pp": 7}, "pp = 7: 120 layers do not divide.*, or pp = 6"),
+        ({"pp": 7, "interleave": 20}, "give stage_layers, or pp = 6"),
+        ({"ep": 3, "dp": 3, "tp": 8}, "ep = 3: does not divide 16 experts; the nearest that does is 2"),
         ({"ep": 16}, r"ep = 16: ep x expert_tp = 16 must divide the 1 GPUs"),
         ({"tpp": 8}, "unknown key 'tpp'; did you mean 'tp'"),
         ({"tp": -8}, "tp = -8: must be at least 1"),
