@@ -1,9 +1,9 @@
 """Which way of computing the expert MLP is fastest on this CPU, from one token to thousands?
 
 Float32, forward and forward + backward, in turns: the op as the model trains with it and, forward, as it decodes with
-it; the op's `reference`; and the two bodies behind `grouped` without the op and autograd around them, the product of
-torch (which the op takes) and the loop over experts (its stand-in for dtypes and widths torch refuses). Prints medians
-in ms and each one's time relative to the op's. Run: python benchmarks/expert_cpu.py [--rounds 15] [--json FILE]
+it; the body behind `grouped` (which the op takes here) without the op and autograd around it; and `reference`, which
+serves the dtypes and widths that torch's grouped product refuses. Prints medians in ms and each one's time relative to
+the op's. Run: python benchmarks/expert_cpu.py [--rounds 15] [--json FILE]
 """
 
 import argparse
@@ -45,17 +45,13 @@ def contestants(d_model: int, d_ff: int, tokens: int) -> dict[str, Calls]:
 
         return lambda: ops.expert_mlp(*inputs, ids, "swiglu", impl), both
 
-    def body(forward: Callable, backward: Callable) -> Calls:
-        def both() -> None:
-            backward(dy, *inputs, *forward(*inputs, ids, "swiglu")[1:], "swiglu")
-
-        return lambda: forward(*inputs, ids, "swiglu"), both
+    def body() -> None:
+        grouped.backward(dy, *inputs, *grouped.forward(*inputs, ids, "swiglu")[1:], "swiglu")
 
     return {
         "op": through_op(None),
         "op, decoding": (lambda: ops.expert_mlp_inference(*inputs, ids, "swiglu"), None),
-        "grouped_mm": body(grouped.grouped_mm_forward, grouped.grouped_mm_backward),
-        "loop": body(grouped.loop_forward, grouped.loop_backward),
+        "grouped": (lambda: grouped.forward(*inputs, ids, "swiglu"), body),
         "reference": through_op("reference"),
     }
 

@@ -12,6 +12,7 @@ from moe.kernels.experts.op import (
     expert_mlp_gradients,
     expert_mlp_inference,
 )
+from moe.kernels.experts.reference import activate
 from moe.kernels.gate.op import topk_gate
 from moe.kernels.loss import IGNORE_INDEX
 from moe.kernels.loss.op import linear_cross_entropy
@@ -22,6 +23,7 @@ __all__ = [
     "HAS_TRITON",
     "IGNORE_INDEX",
     "IMPLEMENTATIONS",
+    "activate",
     "expert_mlp",
     "expert_mlp_forward",
     "expert_mlp_gradients",

@@ -36,7 +36,7 @@ TOKENIZER_FILE = "tokenizer.json"
 # What the tensors are called and how they lie, in the header of each file. Files without a version are of version 1.
 VERSION_KEY, VERSION = "gpt4_moe_version", 2
 # Names of older versions, by their ends, and what they are called now.
-RENAMED = {
+RENAMED = {".moe_norm.weight": ".mlp_norm.weight"} | {
     f".moe.{leaf}": f".moe.experts.{leaf}"
     for leaf in (
         *("w_in_EGFD", "w_out_EDF"),

@@ -6,30 +6,24 @@ and what would be right. Imports the standard library only.
 """
 
 import dataclasses
-import difflib
 import math
 import os
 import re
 import tomllib
-import typing
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from moe.errors import ConfigError
+from moe.io.toml import did_you_mean, from_table, parse_value, require, to_lines
 
 CONFIG_DIR = Path(__file__).parent / "configs"
 
 
-def _require(ok: bool, name: str, value: object, rule: str) -> None:
-    if not ok:
-        raise ConfigError(f"{name} = {value!r}: {rule}")
-
-
 def _positive(section: str, owner: object, *names: str) -> None:
     for name in names:
-        _require(getattr(owner, name) > 0, section + name, getattr(owner, name), "must be greater than 0")
+        require(getattr(owner, name) > 0, section + name, getattr(owner, name), "must be greater than 0")
 
 
 # --------------------------------------------------------------------------------------------------------- sections
@@ -53,7 +47,7 @@ class RopeConfig:
 
     def __post_init__(self) -> None:
         _positive("attention.rope.", self, "theta", "factor", "original_max_seq_len", "beta_fast", "beta_slow")
-        _require(
+        require(
             self.scaling != "none" or self.factor == 1.0,
             "attention.rope.factor",
             self.factor,
@@ -75,13 +69,13 @@ class AttentionConfig:
 
     def __post_init__(self) -> None:
         _positive("attention.", self, "n_heads", "n_kv_heads", "head_dim")
-        _require(
+        require(
             self.head_dim % 2 == 0,
             "attention.head_dim",
             self.head_dim,
             f"rotary embedding turns pairs, so it must be even; the nearest is {self.head_dim + 1}",
         )
-        _require(
+        require(
             self.n_heads % self.n_kv_heads == 0,
             "attention.n_kv_heads",
             self.n_kv_heads,
@@ -100,7 +94,7 @@ class RouterConfig:
 
     def __post_init__(self) -> None:
         for name in ("balance_loss", "z_loss", "bias_update_rate"):
-            _require(
+            require(
                 getattr(self, name) >= 0, f"router.{name}", getattr(self, name), "must be 0 or more; 0 turns it off"
             )
 
@@ -116,12 +110,25 @@ class ExpertsConfig:
 
     def __post_init__(self) -> None:
         _positive("experts.", self, "n_experts", "top_k", "d_ff")
-        _require(
+        require(
             self.top_k <= self.n_experts,
             "experts.top_k",
             self.top_k,
             f"must not be greater than experts.n_experts = {self.n_experts}",
         )
+
+
+@dataclass(frozen=True)
+class DenseConfig:
+    """Plain MLPs of width `d_ff` instead of experts in the first `layers` layers, whose tokens every router would
+    send alike (DeepSeekMoE, Dai et al. 2024, section 4.1.2).
+    """
+
+    layers: int
+    d_ff: int
+
+    def __post_init__(self) -> None:
+        _positive("dense.", self, "layers", "d_ff")
 
 
 @dataclass(frozen=True)
@@ -175,22 +182,22 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _positive("train.", self, "steps", "batch_size", "lr", "muon_lr", "embedding_lr", "grad_clip", "log_every")
         for name in ("seq_len", "micro_batch", "warmup", "eval_every", "eval_tokens", "sample_every", "save_every"):
-            _require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "must be 0 or more")
+            require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "must be 0 or more")
         for name in ("min_lr", "decay"):
-            _require(0 <= getattr(self, name) <= 1, f"train.{name}", getattr(self, name), "is a fraction: 0 to 1")
-        _require(0 <= self.muon_momentum < 1, "train.muon_momentum", self.muon_momentum, "must be in [0, 1)")
-        _require(all(0 <= b < 1 for b in self.betas), "train.betas", self.betas, "each must be in [0, 1)")
-        _require(self.weight_decay >= 0, "train.weight_decay", self.weight_decay, "must be 0 or more")
-        _require(
+            require(0 <= getattr(self, name) <= 1, f"train.{name}", getattr(self, name), "is a fraction: 0 to 1")
+        require(0 <= self.muon_momentum < 1, "train.muon_momentum", self.muon_momentum, "must be in [0, 1)")
+        require(all(0 <= b < 1 for b in self.betas), "train.betas", self.betas, "each must be in [0, 1)")
+        require(self.weight_decay >= 0, "train.weight_decay", self.weight_decay, "must be 0 or more")
+        require(
             self.micro_batch == 0 or self.batch_size % self.micro_batch == 0,
             "train.micro_batch",
             self.micro_batch,
             f"must divide train.batch_size = {self.batch_size}",
         )
         for source, times in self.epochs.items():
-            _require(times >= 0, f"train.epochs.{source}", times, "must be 0 (leave it out) or more")
+            require(times >= 0, f"train.epochs.{source}", times, "must be 0 (leave it out) or more")
         if self.tokens not in ("", "epochs"):
-            _require(parse_tokens("train.tokens", self.tokens) > 0, "train.tokens", self.tokens, "must be more than 0")
+            require(parse_tokens("train.tokens", self.tokens) > 0, "train.tokens", self.tokens, "must be more than 0")
         self.ramp()
 
     def ramp(self) -> list[tuple[int, int]]:
@@ -202,11 +209,11 @@ class TrainConfig:
         stages: list[tuple[int, int]] = []
         for part in self.batch_ramp.split():
             begin, colon, size = part.partition(":")
-            _require(bool(colon), "train.batch_ramp", self.batch_ramp, 'must be like "0:64k 2M:128k 8M:256k"')
+            require(bool(colon), "train.batch_ramp", self.batch_ramp, 'must be like "0:64k 2M:128k 8M:256k"')
             stages.append((parse_tokens("train.batch_ramp", begin), parse_tokens("train.batch_ramp", size)))
         begins = [begin for begin, _ in stages]
         ok = not stages or (begins[0] == 0 and begins == sorted(set(begins)) and all(size > 0 for _, size in stages))
-        _require(ok, "train.batch_ramp", self.batch_ramp, "must begin at 0 tokens, go up, and have batches above 0")
+        require(ok, "train.batch_ramp", self.batch_ramp, "must begin at 0 tokens, go up, and have batches above 0")
         return stages
 
 
@@ -239,16 +246,35 @@ class Config:
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     router: RouterConfig = field(default_factory=RouterConfig)
     experts: ExpertsConfig = field(default_factory=ExpertsConfig)
+    dense: DenseConfig | None = None
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
         _positive("", self, "d_model", "n_layers", "vocab_size", "max_seq_len", "norm_eps")
-        _require(
+        require(
             self.train.seq_len <= self.max_seq_len,
             "train.seq_len",
             self.train.seq_len,
             f"must not be greater than max_seq_len = {self.max_seq_len}",
         )
+        if self.dense is not None:
+            require(
+                self.dense.layers < self.n_layers,
+                "dense.layers",
+                self.dense.layers,
+                f"must leave a layer with experts: less than n_layers = {self.n_layers}",
+            )
+
+    @property
+    def layer_kinds(self) -> tuple[str, ...]:
+        """What each layer has after its attention: "moe" or "dense"."""
+        n_dense = self.dense.layers if self.dense is not None else 0
+        return ("dense",) * n_dense + ("moe",) * (self.n_layers - n_dense)
+
+    @property
+    def n_moe_layers(self) -> int:
+        """Layers with experts."""
+        return self.layer_kinds.count("moe")
 
     def scaled(
         self,
@@ -262,13 +288,14 @@ class Config:
         """A replica: the same architecture at another width and depth, with the article's ratios kept.
 
         The query width is 2 d_model, heads are 64 wide below d_model 1536 and 128 from there on, an expert's d_ff is
-        8/3 d_model (SwiGLU) or 4 d_model (GELU: the same parameter count). Experts, top-k and key/value heads stay.
+        8/3 d_model (SwiGLU) or 4 d_model (GELU: the same parameter count). Experts, top-k, key/value heads and the
+        number of dense layers stay; their d_ff keeps its ratio to an expert's.
 
         Raises:
             ConfigError: `d_model` is not a multiple of 96 (192 from 1536 on), where all of these are whole numbers.
         """
         multiple = 96 if d_model < 1536 else 192
-        _require(
+        require(
             d_model > 0 and d_model % multiple == 0,
             "d_model",
             d_model,
@@ -278,6 +305,7 @@ class Config:
         head_dim = 64 if d_model < 1536 else 128
         d_ff = 8 * d_model // 3 if self.experts.activation == "swiglu" else 4 * d_model
         attention = dataclasses.replace(self.attention, n_heads=2 * d_model // head_dim, head_dim=head_dim)
+        dense = self.dense and dataclasses.replace(self.dense, d_ff=round(self.dense.d_ff * d_ff / self.experts.d_ff))
         return dataclasses.replace(
             self,
             name=name or f"{self.name}-{d_model}x{n_layers}",
@@ -287,6 +315,7 @@ class Config:
             max_seq_len=max_seq_len or self.max_seq_len,
             attention=attention,
             experts=dataclasses.replace(self.experts, d_ff=d_ff),
+            dense=dense,
         )
 
     def with_overrides(self, assignments: Iterable[str]) -> "Config":
@@ -298,18 +327,18 @@ class Config:
         table: dict[str, Any] = {}
         for assignment in assignments:
             key, equals, text = assignment.partition("=")
-            _require(bool(equals and key.strip()), "--set", assignment, "must be key=value, such as train.lr=3e-4")
+            require(bool(equals and key.strip()), "--set", assignment, "must be key=value, such as train.lr=3e-4")
             *sections, leaf = key.strip().split(".")
             place = table
             for section in sections:
                 place = place.setdefault(section, {})
-                _require(isinstance(place, dict), "--set", assignment, f"{section} is a setting, not a section")
-            place[leaf] = _parse_value(text.strip())
-        return _from_table(Config, table, base=self)
+                require(isinstance(place, dict), "--set", assignment, f"{section} is a setting, not a section")
+            place[leaf] = parse_value(text.strip())
+        return from_table(Config, table, base=self)
 
     def to_toml(self) -> str:
         """Every setting as TOML text that `load_config` reads back to an equal `Config`."""
-        return "\n".join(_toml_lines(self, "")) + "\n"
+        return "\n".join(to_lines(self, "")) + "\n"
 
 
 # ---------------------------------------------------------------------------------------------------------- reading
@@ -328,7 +357,7 @@ def load_config(name_or_path: str | os.PathLike[str]) -> Config:
             names = shipped()
             raise ConfigError(
                 f"no shipped configuration is called {str(name_or_path)!r}"
-                f"{_did_you_mean(str(name_or_path), names)}; there are: {', '.join(names)}; "
+                f"{did_you_mean(str(name_or_path), names)}; there are: {', '.join(names)}; "
                 "or give a path to a .toml file"
             )
     try:
@@ -340,7 +369,7 @@ def load_config(name_or_path: str | os.PathLike[str]) -> Config:
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     try:
-        return _from_table(Config, {"name": path.stem, **table})
+        return from_table(Config, {"name": path.stem, **table})
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
 
@@ -350,112 +379,5 @@ def shipped() -> list[str]:
     return sorted(path.stem for path in CONFIG_DIR.glob("*.toml"))
 
 
-def _from_table(kind: Any, table: dict[str, Any], section: str = "", base: Any = None) -> Any:
-    """Build a dataclass from a TOML table, strictly; settings that the table lacks come from `base` or the defaults."""
-    hints = typing.get_type_hints(kind)
-    values: dict[str, Any] = {}
-    for key, value in table.items():
-        if key not in hints:
-            raise ConfigError(f"unknown key {section + key!r}{_did_you_mean(section + key, _all_keys(Config))}")
-        hint = hints[key]
-        if dataclasses.is_dataclass(hint):
-            _require(isinstance(value, dict), section + key, value, f"is a section: write [{section}{key}]")
-            sub_base = getattr(base, key) if base is not None else None
-            values[key] = _from_table(hint, value, f"{section}{key}.", sub_base)
-        else:
-            values[key] = _check_type(section + key, value, hint)
-            if isinstance(value, dict) and base is not None:
-                values[key] = getattr(base, key) | values[key]
-    return dataclasses.replace(base, **values) if base is not None else kind(**values)
-
-
-def _check_type(name: str, value: Any, hint: Any) -> Any:
-    """The value as the annotated type, or a ConfigError. bool is not an int here, and an int serves as a float."""
-    if typing.get_origin(hint) is Literal:
-        choices = typing.get_args(hint)
-        _require(value in choices, name, value, f"must be one of {', '.join(map(repr, choices))}")
-        return value
-    if typing.get_origin(hint) is tuple:
-        parts = typing.get_args(hint)
-        ok = isinstance(value, list | tuple) and len(value) == len(parts)
-        _require(ok, name, value, f"must be a list of {len(parts)} numbers")
-        return tuple(_check_type(f"{name}[{i}]", v, h) for i, (v, h) in enumerate(zip(value, parts, strict=True)))
-    if typing.get_origin(hint) is dict:
-        _require(
-            isinstance(value, dict), name, value, f"is a table: write {name.rpartition('.')[2]} = {{name = number}}"
-        )
-        return {key: _check_type(f"{name}.{key}", v, typing.get_args(hint)[1]) for key, v in value.items()}
-    if hint == int | str and type(value) in (int, str):
-        return value
-    if hint is float and type(value) is int:
-        return float(value)
-    _require(
-        type(value) is hint, name, value, f"must be {_TYPE_NAMES[hint]}, not {_TYPE_NAMES.get(type(value), 'this')}"
-    )
-    return value
-
-
-_TYPE_NAMES: dict[Any, str] = {
-    int | str: "a whole number or a string",
-    int: "a whole number",
-    float: "a number",
-    str: "a string",
-    bool: "true or false",
-    dict: "a section",
-    list: "a list",
-}
-
-
-def _all_keys(kind: Any, section: str = "") -> list[str]:
-    keys: list[str] = []
-    for name, hint in typing.get_type_hints(kind).items():
-        keys += _all_keys(hint, f"{section}{name}.") if dataclasses.is_dataclass(hint) else [section + name]
-    return keys
-
-
-def _did_you_mean(key: str, valid: list[str]) -> str:
-    leaf = key.rpartition(".")[2]
-    same_leaf = [v for v in valid if v.rpartition(".")[2] == leaf]
-    close = same_leaf or difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
-    if not close:
-        leaves = {v.rpartition(".")[2]: v for v in valid}
-        close = [leaves[m] for m in difflib.get_close_matches(leaf, list(leaves), n=1, cutoff=0.5)]
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
 def _nearest_divisor(n: int, wanted: int) -> int:
     return min((d for d in range(1, n + 1) if n % d == 0), key=lambda d: (abs(d - wanted), d))
-
-
-def _parse_value(text: str) -> Any:
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text  # a bare word, as in train.schedule=wsd
-
-
-# ---------------------------------------------------------------------------------------------------------- writing
-
-
-def _toml_lines(value: Any, section: str) -> list[str]:
-    lines, subsections = [], []
-    for f in dataclasses.fields(value):
-        v = getattr(value, f.name)
-        if dataclasses.is_dataclass(v):
-            subsections += ["", f"[{section}{f.name}]", *_toml_lines(v, f"{section}{f.name}.")]
-        else:
-            lines.append(f"{f.name} = {_toml_value(v)}")
-    return lines + subsections
-
-
-def _toml_value(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):
-        escaped = "".join(f"\\u{ord(c):04x}" if ord(c) < 32 or c in '"\\\x7f' else c for c in value)
-        return f'"{escaped}"'
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{_toml_value(key)} = {_toml_value(v)}" for key, v in value.items()) + "}"
-    if isinstance(value, tuple):
-        return "[" + ", ".join(map(_toml_value, value)) + "]"
-    return repr(value)

@@ -11,9 +11,7 @@ import torch
 
 from moe.config import TrainConfig
 from moe.errors import ConfigError
-
-# Dense peak FLOP/s in bfloat16, from NVIDIA's data sheets, by a part of the device's name.
-PEAK_BF16 = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12}
+from moe.plan.hardware import device_hardware
 
 
 def pick_device(name: str | None = None) -> torch.device:
@@ -62,10 +60,9 @@ def _cpu_flags() -> set[str]:
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """The FLOP/s that utilisation is measured against: the data sheet's, or a large product's, measured now."""
     if device.type == "cuda" and dtype == torch.bfloat16:
-        name = torch.cuda.get_device_name(device)
-        for part, flops in PEAK_BF16.items():
-            if all(word in name for word in part.split()):
-                return flops
+        hardware = device_hardware(torch.cuda.get_device_name(device))
+        if hardware is not None:
+            return hardware.peak("bf16").to("FLOP/s")
     size = 1024 if device.type == "cpu" else 8192
     a = torch.randn(size, size, device=device).to(dtype)
     best = min(_seconds(a) for _ in range(4))

@@ -17,7 +17,19 @@ from torch import Tensor
 from moe.experts import Experts, MoE, Router
 from moe.kernels import ops
 from moe.kernels.stages import stage
-from moe.layers import Attention, Head, KVCache, LayerCache, Linear, RMSNorm, at_least_fp32, cast, rotate, untouched
+from moe.layers import (
+    MLP,
+    Attention,
+    Head,
+    KVCache,
+    LayerCache,
+    Linear,
+    RMSNorm,
+    at_least_fp32,
+    cast,
+    rotate,
+    untouched,
+)
 from moe.model import Block, Embedding, Transformer, check_sampling, sample
 
 # ----------------------------------------------------------------------------------------------------------- tokens
@@ -62,15 +74,15 @@ def stream(
 # --------------------------------------------------------------------------------------------------------- one step
 
 
-_KINDS = {Transformer, nn.ModuleList, Embedding, Block, RMSNorm, Attention, Linear, MoE, Router, Experts, Head}
+_KINDS = {Transformer, nn.ModuleList, Embedding, Block, RMSNorm, Attention, Linear, MoE, Router, Experts, MLP, Head}
 
 
 class _Layer(NamedTuple):
     attention_norm_D: Tensor
     wqkv_DA: Tensor  # A = (H + 2N) * C
     wo_AD: Tensor
-    moe_norm_D: Tensor
-    moe: MoE
+    mlp_norm_D: Tensor
+    mlp: MoE | MLP
     cache: LayerCache
 
 
@@ -103,8 +115,8 @@ class DecodeStep:
             a = block.attention
             wqkv_DA = torch.cat([w.weight.t() for w in (a.wq, a.wk, a.wv)], 1)
             wo_AD = a.wo.weight.t().contiguous()
-            norms = self._norm_weight(block.attention_norm), self._norm_weight(block.moe_norm)
-            self.layers.append(_Layer(norms[0], wqkv_DA, wo_AD, norms[1], block.moe, layer_cache))
+            norms = self._norm_weight(block.attention_norm), self._norm_weight(block.mlp_norm)
+            self.layers.append(_Layer(norms[0], wqkv_DA, wo_AD, norms[1], block.moe or block.mlp, layer_cache))
         self.norm_D = self._norm_weight(model.norm)
         self.head_DV = model.head.weight.t().contiguous()
 
@@ -138,18 +150,19 @@ class DecodeStep:
                 y_BNGC = F.scaled_dot_product_attention(q_BNGC, *seen)
             with stage("projections"):
                 x_BD = torch.addmm(x_BD, y_BNGC.reshape(B, H * C), layer.wo_AD)
-            x_BD = x_BD + self._experts(layer.moe, self._norm(x_BD, layer.moe_norm_D))
+            x_BD = x_BD + self._mlp(layer.mlp, self._norm(x_BD, layer.mlp_norm_D))
         self.cache.advance(1)
         n_BD = self._norm(x_BD, self.norm_D)
         with stage("head"):
             return torch.mm(n_BD, self.head_DV)
 
-    def _experts(self, moe: MoE, x_BD: Tensor) -> Tensor:
-        router = moe.router
+    def _mlp(self, mlp: MoE | MLP, x_BD: Tensor) -> Tensor:
+        if isinstance(mlp, MLP):
+            return mlp(x_BD)
+        router, experts = mlp.router, mlp.experts
         with stage("router"):
             logits_BE = F.linear(cast(x_BD, self.wide), cast(router.weight, self.wide))
             weights_BK, ids_BK = router.choose(logits_BE)
-        experts = moe.experts
         weights = experts.w_in_EGFD, experts.w_out_EDF
         return ops.expert_mlp_inference(x_BD, *weights, weights_BK, ids_BK, experts.activation)
 

@@ -155,6 +155,21 @@ class _CpuRMSNorm(torch.autograd.Function):
         return dx, scale.flatten() @ product.flatten(0, -2), None
 
 
+class MLP(nn.Module):
+    """A plain MLP, gated or not: what a layer without experts has. Gate and up are one product, as an expert's are."""
+
+    def __init__(self, d_model: int, d_ff: int, activation: str) -> None:
+        super().__init__()
+        self.activation = activation
+        self.w_in = Linear(d_model, ops.ACTIVATIONS[activation] * d_ff)
+        self.w_out = Linear(d_ff, d_model)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., D] -> [..., D]."""
+        h = rearrange(self.w_in(x), "... (g f) -> ... g f", g=ops.ACTIVATIONS[self.activation])
+        return self.w_out(ops.activate(h, self.activation))
+
+
 # ----------------------------------------------------------------------------------------------------------- rotary
 
 

@@ -39,7 +39,8 @@ _PROJECTIONS = ("wq", "wk", "wv", "wo")
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """`rank` of the updates, their scale `alpha` / `rank`, and what gets them: of "attention" and "experts".
+    """`rank` of the updates, their scale `alpha` / `rank`, and what gets them: of "attention" and "experts" (every
+    layer's MLP).
 
     Raises:
         ConfigError: a rank or alpha that cannot be, no target or an unknown one.
@@ -132,7 +133,10 @@ def add(model: Transformer, cfg: LoraConfig, seed: int = 0) -> None:
         if "attention" in cfg.targets:
             for name in _PROJECTIONS:
                 setattr(block.attention, name, LoraLinear(getattr(block.attention, name).weight, cfg))
-        if "experts" in cfg.targets:
+        if "experts" in cfg.targets and block.mlp is not None:
+            for name in ("w_in", "w_out"):
+                setattr(block.mlp, name, LoraLinear(getattr(block.mlp, name).weight, cfg))
+        elif "experts" in cfg.targets:
             block.moe.experts = LoraExperts(block.moe.experts, cfg)  # type: ignore[union-attr]
             block.moe.router.bias_update_rate = 0.0  # type: ignore[union-attr]  # it, too, belongs to the frozen model
     for name, parameter in adapters(model).items():
@@ -232,9 +236,9 @@ def _base_mark(model: Transformer) -> str:
     They are rounded to bfloat16, so that a model loaded in that dtype has the same mark.
     """
     digest = hashlib.sha256()
-    first = model.blocks[0]
-    chosen = [block.moe.router.weight for block in model.blocks]  # type: ignore[union-attr]
-    chosen += [first.attention.wq.weight, first.moe.experts.w_in_EGFD[0]]  # type: ignore[union-attr, index]
+    layers: list[Any] = [block.moe for block in model.blocks if block.moe is not None]
+    chosen: list[Tensor] = [moe.router.weight for moe in layers]
+    chosen += [model.blocks[0].attention.wq.weight, layers[0].experts.w_in_EGFD[0]]  # type: ignore[union-attr]
     for tensor in chosen:
         digest.update(tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())  # type: ignore[union-attr]
     return digest.hexdigest()

@@ -19,6 +19,7 @@ from moe.experts import Experts, MoE, Routing
 from moe.kernels.loss import IGNORE_INDEX
 from moe.kernels.stages import stage
 from moe.layers import (
+    MLP,
     Attend,
     Attention,
     Head,
@@ -108,18 +109,27 @@ class Embedding(nn.Embedding):
 
 
 class Block(nn.Module):
-    """Pre-norm: x + attention(norm(x)), then x + experts(norm(x))."""
+    """Pre-norm: x + attention(norm(x)), then x + experts(norm(x)), or a plain MLP in their place.
 
-    def __init__(self, cfg: Config) -> None:
+    `kind`: one of `Config.layer_kinds`. `moe` is None in a dense block, `mlp` in one with experts.
+    """
+
+    def __init__(self, cfg: Config, kind: str = "moe") -> None:
         super().__init__()
         self.attention_norm = RMSNorm(cfg.d_model, cfg.norm_eps)
         self.attention = Attention(cfg.d_model, cfg.attention)
-        self.moe_norm = RMSNorm(cfg.d_model, cfg.norm_eps)
-        self.moe = MoE(cfg.d_model, cfg.experts, cfg.router)
+        self.mlp_norm = RMSNorm(cfg.d_model, cfg.norm_eps)
+        self.moe = MoE(cfg.d_model, cfg.experts, cfg.router) if kind == "moe" else None
+        self.mlp = MLP(cfg.d_model, cfg.dense.d_ff, cfg.experts.activation) if kind == "dense" and cfg.dense else None
 
-    def forward(self, x_BSD: Tensor, rope: tuple[Tensor, Tensor], attend: Attend = causal) -> tuple[Tensor, Routing]:
+    def forward(
+        self, x_BSD: Tensor, rope: tuple[Tensor, Tensor], attend: Attend = causal
+    ) -> tuple[Tensor, Routing | None]:
         x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), rope, attend)
-        y_BSD, routing = self.moe(self.moe_norm(x_BSD))
+        n_BSD = self.mlp_norm(x_BSD)
+        if self.mlp is not None:
+            return x_BSD + self.mlp(n_BSD), None
+        y_BSD, routing = self.moe(n_BSD)  # type: ignore[misc]
         return x_BSD + y_BSD, routing
 
 
@@ -140,7 +150,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.embedding = Embedding(cfg.vocab_size, cfg.d_model)
-        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
+        self.blocks = nn.ModuleList(Block(cfg, kind) for kind in cfg.layer_kinds)
         self.norm = RMSNorm(cfg.d_model, cfg.norm_eps)
         self.head = Head(cfg.d_model, cfg.vocab_size)
         self.activation_checkpointing = "none"
@@ -203,7 +213,8 @@ class Transformer(nn.Module):
         for block, attend in zip(self.blocks, attends, strict=True):
             if block is not None:
                 x_BSD, routing = run_block(block, x_BSD, rope, attend, mode)
-                out.routing.append(routing)
+                if routing is not None:
+                    out.routing.append(routing)
         if cache is not None:
             cache.advance(S)
         if self.norm is not None:
@@ -315,10 +326,10 @@ def _cross_entropy(head: nn.Module, x_BSD: Tensor, targets_BS: Tensor) -> Tensor
 KINDS = {
     "embedding": "embedding",
     "head": "head",
-    **dict.fromkeys(("attention_norm", "moe_norm", "norm"), "norm"),
+    **dict.fromkeys(("attention_norm", "mlp_norm", "norm"), "norm"),
     "router": "router",
-    **dict.fromkeys(("wq", "wk", "wv", "w_in_EGFD"), "matrix"),
-    **dict.fromkeys(("wo", "w_out_EDF"), "residual matrix"),  # they write to the residual stream
+    **dict.fromkeys(("wq", "wk", "wv", "w_in", "w_in_EGFD"), "matrix"),
+    **dict.fromkeys(("wo", "w_out", "w_out_EDF"), "residual matrix"),  # they write to the residual stream
 }
 
 
@@ -368,7 +379,7 @@ def init_weights(model: Transformer, seed: int) -> None:
             std = 0.5 / math.sqrt(parameter.shape[-1])
             if kind == "residual matrix":
                 std /= math.sqrt(2 * model.cfg.n_layers)
-            if parameter.ndim > 2:
+            if name.endswith(("_EGFD", "_EDF")):
                 _draw_experts(parameter, std, seed, drawn_as(name))
             else:
                 _draw(parameter, std, seed, name, 0)

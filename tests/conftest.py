@@ -82,6 +82,14 @@ def start_cli(*arguments: object) -> subprocess.Popen[str]:
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
+@pytest.fixture
+def any_moment() -> random.Random:
+    """For moments to kill a process at, others in every run. A failure prints the seed; MOE_TEST_SEED=N repeats it."""
+    seed = int(os.environ.get("MOE_TEST_SEED") or random.SystemRandom().randrange(2**32))
+    print(f"moments to kill at: MOE_TEST_SEED={seed} repeats them")
+    return random.Random(seed)
+
+
 # ------------------------------------------------------------------------------------------- a run of a few seconds
 
 WORDS = (

@@ -1,5 +1,6 @@
 """moe.model: loss, cache, checkpointing, compilation, autocast and the promises of `init_weights`."""
 
+import copy
 import dataclasses
 import json
 import math
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from moe.config import Config, ExpertsConfig, RopeConfig, RouterConfig, TrainConfig
 from moe.layers import KVCache, document_runs
-from moe.model import Transformer, generator_for, init_weights
+from moe.model import Counts, Sums, Transformer, generator_for, init_weights, objective
 from moe.train.optimizer import build
 from tests.conftest import ROOT, rel, tiny_config
 
@@ -179,6 +180,62 @@ def test_bfloat16_autocast_stays_near_float32() -> None:
     assert all(g.dtype == torch.float32 for g in got.values())
     # Rounding sends a few tokens to another expert, hence more than bfloat16's own 0.4%.
     assert rel(got["head.weight"], want["head.weight"]) < 0.1
+
+
+# --------------------------------------------------------------------------------------------------------------- parts
+
+
+def part(model: Transformer, layers: range) -> Transformer:
+    """A pipeline stage: some of the layers, and what stands at its end of the model."""
+    stage = copy.deepcopy(model)
+    for i in range(len(stage.blocks)):
+        if i not in layers:
+            stage.blocks[i] = None  # type: ignore[assignment]
+    if 0 not in layers:
+        stage.embedding = None  # type: ignore[assignment]
+    if len(stage.blocks) - 1 not in layers:
+        stage.norm = stage.head = None  # type: ignore[assignment]
+    return stage
+
+
+def test_parts_one_after_the_other_are_the_whole_model() -> None:
+    """Names stay, hidden states pass from part to part, and the sums of the parts make the objective of the whole."""
+    cfg = tiny_config(n_layers=3, router=RouterConfig(balance_loss=0.3, z_loss=0.2))
+    whole, x, targets = lively(cfg), tokens(), tokens(seed=1)
+    parts = [part(whole, layers) for layers in (range(0, 1), range(1, 1), range(1, 3))]
+    assert {name for p in parts for name, _ in p.named_parameters()} == {name for name, _ in whole.named_parameters()}
+    assert rel(parts[2](parts[1](parts[0](x).hidden_BSD).hidden_BSD).logits_BSV, whole(x).logits_BSV) < 1e-14
+    outs = [parts[0](x)]
+    outs += [parts[1](outs[0].hidden_BSD)]
+    outs += [parts[2](outs[1].hidden_BSD, targets)]
+    assert [len(out.routing) for out in outs] == [1, 0, 2]
+    assert outs[0].loss is None
+    want = whole(x, targets)
+    # A part's router sums are means over its own layers.
+    balance = (outs[0].sums.balance + 2 * outs[2].sums.balance) / 3
+    z = (outs[0].sums.z + 2 * outs[2].sums.z) / 3
+    sums = Sums(outs[2].sums.lm, balance, z)
+    loss = objective(cfg.router, sums, Counts(int(want.counts.targets), 3, 48))
+    assert rel(loss, want.loss) < 1e-14
+    whole_gradients = gradients(whole, want.loss)
+    loss.backward()
+    for p in parts:
+        for name, parameter in p.named_parameters():
+            assert rel(parameter.grad, whole_gradients[name]) < 1e-12, name
+
+
+def test_parts_of_a_batch_add_up_to_its_objective() -> None:
+    """Sums of micro-batches over the counts of all: loss and gradients of one pass, however the targets are spread."""
+    model, x, targets = lively(tiny_config(router=RouterConfig(0.3, 0.2))), tokens(4), tokens(4, seed=1)
+    targets[0, 3:], targets[1] = -100, -100
+    want = model(x, targets)
+    whole = gradients(model, want.loss)
+    counts = Counts(int((targets != -100).sum()), 4, 64)
+    halves = (slice(0, 1), slice(1, 4))
+    parts = [objective(model.cfg.router, model(x[rows], targets[rows]).sums, counts) for rows in halves]
+    assert rel(sum(parts), want.loss) < 1e-14
+    got = gradients(model, sum(parts))
+    assert all(rel(got[name], whole[name]) < 1e-12 for name in whole)
 
 
 # ------------------------------------------------------------------------------------------------------------- weights

@@ -30,7 +30,7 @@ def step(model: Transformer, mode: str, autocast: bool = False) -> GRADIENT:
 @pytest.mark.parametrize("mode", ["selective", "full"])
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("activation", ["swiglu", "gelu"])
-@pytest.mark.parametrize("d_ff", [20, 18])  # the second is no multiple of 16 bytes: another body of the expert op
+@pytest.mark.parametrize("d_ff", [20, 18])  # the second is no multiple of 16 bytes: the reference serves it
 def test_the_same_bits(mode: str, autocast: bool, activation: str, d_ff: int) -> None:
     experts = ExpertsConfig(n_experts=5, top_k=2, d_ff=d_ff, activation=activation)  # type: ignore[arg-type]
     model = Transformer(tiny_config(experts=experts))

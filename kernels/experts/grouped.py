@@ -1,9 +1,7 @@
-"""The expert MLP as one matrix product per expert over rows sorted by expert: forward and hand-written backward.
+"""The expert MLP on torch's grouped product over rows sorted by expert: forward and hand-written backward.
 
-Two bodies of the same computation: `grouped_mm_*` runs torch's grouped product with the group offsets on the device,
-without a host sync (CUDA and CPU, where the dtype allows); `loop_*` runs expert after expert on a CPU, in any dtype
-and with intermediate rows of one expert at a time. Saved for the backward: the pre-activations and the sort, nothing
-else; where the pre-activations given to a backward are empty, it computes them again, to the same bits.
+The group offsets stay on the device: there is no host sync. Saved for the backward: the pre-activations and the sort,
+nothing else; where the pre-activations given to the backward are empty, it computes them again, to the same bits.
 
 Shape suffixes as in reference.py; rows of R are sorted by expert, and within an expert by token.
 """
@@ -41,12 +39,12 @@ def combine(y_RD: Tensor, rows_R: Tensor, top_k: int, weights_TK: Tensor | None 
 
     `rows_R`: flat (token, slot) -> row of `y_RD`, the `inverse` of the sort.
     """
-    if y_RD.device.type == "cpu" and y_RD.dtype in (torch.float32, torch.float64) and len(rows_R):
+    if y_RD.device.type == "cpu" and y_RD.dtype == torch.float32 and len(rows_R):
         # On CPU this gathers, weighs and sums in one pass.
         starts_T = torch.arange(0, len(rows_R), top_k)
         weights_R = None if weights_TK is None else weights_TK.flatten().to(y_RD.dtype)
         return torch.embedding_bag(y_RD, rows_R, starts_T, False, 0, False, weights_R)[0]
-    y_TKD = y_RD[rows_R].unflatten(0, (-1, top_k)).to(torch.promote_types(y_RD.dtype, torch.float32))
+    y_TKD = y_RD[rows_R].unflatten(0, (-1, top_k)).float()
     if weights_TK is not None:
         y_TKD = y_TKD * weights_TK.unsqueeze(-1)
     return y_TKD.sum(1).to(y_RD.dtype)
@@ -86,64 +84,44 @@ def _activation_backward(
     return dweights_R
 
 
-def _sorted_rows(x_TD: Tensor, dy_TD: Tensor, weights_TK: Tensor, order_R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What the backwards start from: x, dy and the routing weights (in the dtype of x), sorted by expert."""
-    token_R = order_R // weights_TK.shape[1]
-    weights_R = weights_TK.flatten()[order_R].to(x_TD.dtype)
-    return x_TD.index_select(0, token_R), dy_TD.index_select(0, token_R), weights_R
-
-
 def _flat(w_EGFD: Tensor) -> Tensor:
     return w_EGFD.flatten(1, 2)  # gate rows then up rows: [E, G*F, D]
 
 
-# ---------------------------------------------------------------------------------------------- a loop over experts
+def _operand(w_EMN: Tensor) -> Tensor:
+    """The weights where they are, if torch's grouped product takes them there, else a copy.
+
+    It wants one of the last two dimensions dense, and memory and the other's steps in multiples of 16 bytes.
+    """
+    (rows, columns), (M, N) = w_EMN.stride()[1:], w_EMN.shape[1:]
+    dense = (columns == 1 and rows >= N) or (rows == 1 and columns >= M)
+    aligned = max(rows, columns) * w_EMN.element_size() % 16 == 0 and w_EMN.data_ptr() % 16 == 0
+    return w_EMN if dense and aligned else w_EMN.clone(memory_format=torch.contiguous_format)
 
 
-def loop_forward(
+def forward(
     x_TD: Tensor, w_in_EGFD: Tensor, w_out_EDF: Tensor, weights_TK: Tensor, ids_TK: Tensor, activation: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns y_TD, and for the backward the pre-activations h_RGF, order_R and ends_E."""
-    n_experts, n_gates, n_hidden, _ = w_in_EGFD.shape
     top_k = ids_TK.shape[1]
     with stage("permute"):
-        order_R, ends_E = sort_by_expert(ids_TK, n_experts)
+        order_R, ends_E = sort_by_expert(ids_TK, len(w_in_EGFD))
         x_RD = x_TD.index_select(0, order_R // top_k)
-        runs = _runs(ends_E)
-    h_RGF = x_TD.new_empty(len(order_R), n_gates, n_hidden)
-    y_RD = torch.empty_like(x_RD)
-    w_in = _flat(w_in_EGFD)
-    act_NF = x_TD.new_empty(max((end - start for _, start, end in runs), default=0), n_hidden)
-    for e, start, end in runs:
-        with stage("up"):
-            h = h_RGF[start:end]
-            torch.mm(x_RD[start:end], w_in[e].t(), out=h.flatten(1))
-            act = _activate_into(h, activation, act_NF[: end - start])
-        with stage("down"):
-            torch.mm(act, w_out_EDF[e].t(), out=y_RD[start:end])
+    with stage("up"):
+        h_RGF = _up(x_RD, w_in_EGFD, ends_E)
+        act_RF = _activate_into(h_RGF, activation, torch.empty_like(h_RGF[:, 0]))
+    with stage("down"):
+        y_RD = F.grouped_mm(act_RF, _operand(w_out_EDF).transpose(1, 2), offs=ends_E)
     with stage("combine"):
         return combine(y_RD, inverse(order_R), top_k, weights_TK), h_RGF, order_R, ends_E
 
 
-def one_token_top2(
-    x_1D: Tensor, w_in_EGFD: Tensor, w_out_EDF: Tensor, weights_12: Tensor, ids_12: Tensor, activation: str
-) -> Tensor:
-    """The forward of a single token with two experts -> y [1, D]. Keeps nothing for a backward.
-
-    Any two experts are a slice with a step, so their weights are one strided batch without a copy, and the batched
-    product gives each expert a thread.
-    """
-    first, second = ids_12[0].tolist()
-    pair = slice(min(first, second), max(first, second) + 1, abs(first - second))
-    with stage("up"):
-        h_21H = torch.bmm(x_1D.expand(2, 1, -1), _flat(w_in_EGFD[pair]).transpose(1, 2))
-        act_2F = reference.activate(h_21H.view(2, *w_in_EGFD.shape[1:3]), activation)
-    with stage("down"):
-        weights_21 = weights_12.t() if first < second else weights_12.t().flip(0)
-        return torch.bmm((act_2F * weights_21).to(x_1D.dtype).unsqueeze(1), w_out_EDF[pair].transpose(1, 2)).sum(0)
+def _up(x_RD: Tensor, w_in_EGFD: Tensor, ends_E: Tensor) -> Tensor:
+    w_EHD = _operand(_flat(w_in_EGFD))
+    return F.grouped_mm(x_RD, w_EHD.transpose(1, 2), offs=ends_E).unflatten(1, w_in_EGFD.shape[1:3])
 
 
-def loop_backward(
+def backward(
     dy_TD: Tensor,
     x_TD: Tensor,
     w_in_EGFD: Tensor,
@@ -156,98 +134,40 @@ def loop_backward(
 ) -> Gradients:
     """Returns the gradients of x, w_in, w_out and the routing weights; an expert without tokens gets zeros."""
     with stage("permute", "backward"):
-        x_RD, dy_RD, weights_R = _sorted_rows(x_TD, dy_TD, weights_TK, order_R)
-    dx_RD, dweights_R = torch.empty_like(x_RD), torch.empty_like(weights_R)
-    # Not empty_like: it would keep a transposed layout, of which `_flat` is a copy and no view.
-    dw_in_EGFD, dw_out_EDF = w_in_EGFD.new_empty(w_in_EGFD.shape), w_out_EDF.new_empty(w_out_EDF.shape)
-    w_in, dw_in = _flat(w_in_EGFD), _flat(dw_in_EGFD)
-    runs = _runs(ends_E)
-    for e in set(range(len(w_in))).difference(e for e, _, _ in runs):
-        dw_in[e].zero_()
-        dw_out_EDF[e].zero_()
-    longest = max((end - start for _, start, end in runs), default=0)
-    act_NF, da_NF = x_TD.new_empty(2, longest, w_in_EGFD.shape[2])
-    dh_NGF = x_TD.new_empty(longest, *w_in_EGFD.shape[1:3])
-    again_NGF = torch.empty_like(dh_NGF) if h_RGF.numel() == 0 else None
-    for e, start, end in runs:
-        rows, n = slice(start, end), end - start
-        da, act, dh = da_NF[:n], act_NF[:n], dh_NGF[:n]
-        if again_NGF is None:
-            h = h_RGF[rows]
-        else:
-            h = again_NGF[:n]
-            with stage("up", "recompute"):
-                torch.mm(x_RD[rows], w_in[e].t(), out=h.flatten(1))
-        with stage("down", "backward"):
-            torch.mm(dy_RD[rows], w_out_EDF[e], out=da)
-            dweights_R[rows] = _activation_backward(h, da, weights_R[rows], activation, dh, act)
-            torch.mm(dy_RD[rows].t(), act, out=dw_out_EDF[e])
-        with stage("up", "backward"):
-            torch.mm(dh.flatten(1).t(), x_RD[rows], out=dw_in[e])
-            torch.mm(dh.flatten(1), w_in[e], out=dx_RD[rows])
-    with stage("combine", "backward"):
-        rows_R = inverse(order_R)
-        dweights_TK = dweights_R[rows_R].view_as(weights_TK).to(weights_TK.dtype)
-        return combine(dx_RD, rows_R, weights_TK.shape[1]), dw_in_EGFD, dw_out_EDF, dweights_TK
-
-
-def _runs(ends_E: Tensor) -> list[tuple[int, int, int]]:
-    """(expert, first row, end row) of every expert that has rows. Reads the device: for CPU tensors."""
-    ends = ends_E.tolist()
-    return [(e, start, end) for e, (start, end) in enumerate(zip([0, *ends], ends, strict=False)) if end > start]
-
-
-# -------------------------------------------------------------------------------------------- torch's grouped product
-
-
-def grouped_mm_forward(
-    x_TD: Tensor, w_in_EGFD: Tensor, w_out_EDF: Tensor, weights_TK: Tensor, ids_TK: Tensor, activation: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `loop_forward`, without a host sync."""
-    top_k = ids_TK.shape[1]
-    with stage("permute"):
-        order_R, ends_E = sort_by_expert(ids_TK, len(w_in_EGFD))
-        x_RD = x_TD.index_select(0, order_R // top_k)
-    with stage("up"):
-        h_RGF = _up(x_RD, w_in_EGFD, ends_E)
-        act_RF = _activate_into(h_RGF, activation, torch.empty_like(h_RGF[:, 0]))
-    with stage("down"):
-        y_RD = F.grouped_mm(act_RF, w_out_EDF.transpose(1, 2), offs=ends_E)
-    with stage("combine"):
-        return combine(y_RD, inverse(order_R), top_k, weights_TK), h_RGF, order_R, ends_E
-
-
-def _up(x_RD: Tensor, w_in_EGFD: Tensor, ends_E: Tensor) -> Tensor:
-    return F.grouped_mm(x_RD, _flat(w_in_EGFD).transpose(1, 2), offs=ends_E).unflatten(1, w_in_EGFD.shape[1:3])
-
-
-def grouped_mm_backward(
-    dy_TD: Tensor,
-    x_TD: Tensor,
-    w_in_EGFD: Tensor,
-    w_out_EDF: Tensor,
-    weights_TK: Tensor,
-    h_RGF: Tensor,
-    order_R: Tensor,
-    ends_E: Tensor,
-    activation: str,
-) -> Gradients:
-    """As `loop_backward`, without a host sync."""
-    with stage("permute", "backward"):
-        x_RD, dy_RD, weights_R = _sorted_rows(x_TD, dy_TD, weights_TK, order_R)
+        token_R = order_R // weights_TK.shape[1]
+        weights_R = weights_TK.flatten()[order_R].to(x_TD.dtype)
+        x_RD, dy_RD = x_TD.index_select(0, token_R), dy_TD.index_select(0, token_R)
     if h_RGF.numel() == 0:
         with stage("up", "recompute"):
             h_RGF = _up(x_RD, w_in_EGFD, ends_E)
     with stage("down", "backward"):
-        da_RF = F.grouped_mm(dy_RD, w_out_EDF, offs=ends_E)
+        da_RF = F.grouped_mm(dy_RD, _operand(w_out_EDF), offs=ends_E)
         act_RF, dh_RGF = torch.empty_like(da_RF), torch.empty_like(h_RGF)
         dweights_R = _activation_backward(h_RGF, da_RF, weights_R, activation, dh_RGF, act_RF)
         dw_out_EDF = F.grouped_mm(dy_RD.t(), act_RF, offs=ends_E)
     with stage("up", "backward"):
         dh_RH = dh_RGF.flatten(1)
-        dx_RD = F.grouped_mm(dh_RH, _flat(w_in_EGFD), offs=ends_E)
+        dx_RD = F.grouped_mm(dh_RH, _operand(_flat(w_in_EGFD)), offs=ends_E)
         dw_in_EGFD = F.grouped_mm(dh_RH.t(), x_RD, offs=ends_E).view_as(w_in_EGFD)
     with stage("combine", "backward"):
         rows_R = inverse(order_R)
         dweights_TK = dweights_R[rows_R].view_as(weights_TK).to(weights_TK.dtype)
         return combine(dx_RD, rows_R, weights_TK.shape[1]), dw_in_EGFD, dw_out_EDF, dweights_TK
+
+
+def one_token_top2(
+    x_1D: Tensor, w_in_EGFD: Tensor, w_out_EDF: Tensor, weights_12: Tensor, ids_12: Tensor, activation: str
+) -> Tensor:
+    """The forward of a single token with two different experts, in any dtype -> y [1, D]. Keeps nothing for a backward.
+
+    Any two experts are a slice with a step, so their weights are one strided batch without a copy, and the batched
+    product gives each expert a thread.
+    """
+    first, second = ids_12[0].tolist()
+    pair = slice(min(first, second), max(first, second) + 1, abs(first - second))
+    with stage("up"):
+        h_21H = torch.bmm(x_1D.expand(2, 1, -1), _flat(w_in_EGFD[pair]).transpose(1, 2))
+        act_2F = reference.activate(h_21H.view(2, *w_in_EGFD.shape[1:3]), activation)
+    with stage("down"):
+        weights_21 = weights_12.t() if first < second else weights_12.t().flip(0)
+        return torch.bmm((act_2F * weights_21).to(x_1D.dtype).unsqueeze(1), w_out_EDF[pair].transpose(1, 2)).sum(0)

@@ -38,8 +38,9 @@ def expert_mlp(
         weights_TK: routing weights, [T, K] floating point, commonly float32.
         ids_TK: chosen experts, [T, K] int64 in [0, E).
         activation: "swiglu", silu(gate) * up; "gelu" in the tanh form; "swiglu_oai", gpt-oss's clamped form.
-        impl: "reference" (any device and dtype), "grouped" (CPU: any dtype; CUDA: bfloat16; no biases), "triton" (CUDA:
-            bfloat16, float16, float32; on CPU in Triton's interpreter), or None for the fastest that is eligible.
+        impl: "reference" (any device and dtype), "grouped" (bfloat16, on CPU float32 too; D and F multiples of 16
+            bytes; no biases), "triton" (CUDA: bfloat16, float16, float32; on CPU in Triton's interpreter), or None for
+            the fastest that is eligible.
         b_in_EGF, b_out_ED: biases of the two products.
         recompute: keep x alone for the backward, which then computes the pre-activations again, to the same bits
             ("reference" always does).
@@ -56,7 +57,7 @@ def expert_mlp(
         b_in_EGF, b_out_ED = (None if b is None else b.to(dtype) for b in (b_in_EGF, b_out_ED))
     _check_expert_mlp(x_TD, w_in_EGFD, w_out_EDF, weights_TK, ids_TK, activation, b_in_EGF, b_out_ED)
     inputs = (x_TD, w_in_EGFD, w_out_EDF, weights_TK, ids_TK)
-    impl = _choose(impl, x_TD, activation, b_in_EGF is not None or b_out_ED is not None)
+    impl = _choose(impl, x_TD, w_in_EGFD, activation, b_in_EGF is not None or b_out_ED is not None)
     return _expert_mlp(*inputs, b_in_EGF, b_out_ED, activation, impl, recompute)[0]
 
 
@@ -68,12 +69,13 @@ def expert_mlp_inference(
     On CPU also without torch's dispatcher, whose cost shows when single tokens are decoded.
     """
     inputs = (x_TD, w_in_EGFD, w_out_EDF, weights_TK, ids_TK)
-    impl = _choose(None, x_TD, activation, biases=False)
-    if x_TD.device.type != "cpu" or impl != "grouped":
-        return _expert_mlp(*inputs, None, None, activation, impl, False)[0]
-    if ids_TK.shape == (1, 2):
+    on_cpu = x_TD.device.type == "cpu"
+    if on_cpu and ids_TK.shape == (1, 2):
         return grouped.one_token_top2(*inputs, activation)
-    return _forward_grouped(*inputs, activation)[0]
+    impl = _choose(None, x_TD, w_in_EGFD, activation, biases=False)
+    if on_cpu and impl == "grouped":
+        return grouped.forward(*inputs, activation)[0]
+    return _expert_mlp(*inputs, None, None, activation, impl, False)[0]
 
 
 def expert_mlp_forward(
@@ -84,7 +86,7 @@ def expert_mlp_forward(
     Raises as `expert_mlp` does.
     """
     _check_expert_mlp(x_TD, w_in_EGFD, w_out_EDF, weights_TK, ids_TK, activation, None, None)
-    impl = _choose(None, x_TD, activation, biases=False)
+    impl = _choose(None, x_TD, w_in_EGFD, activation, biases=False)
     y, *saved = _expert_mlp(x_TD, w_in_EGFD, w_out_EDF, weights_TK, ids_TK, None, None, activation, impl, False)
     return y, tuple(saved), impl
 
@@ -106,16 +108,16 @@ def expert_mlp_gradients(
     return dx, dw_in, dw_out, dweights
 
 
-def _choose(impl: str | None, x_TD: Tensor, activation: str, biases: bool) -> str:
+def _choose(impl: str | None, x_TD: Tensor, w_in_EGFD: Tensor, activation: str, biases: bool) -> str:
     if impl is None:
         if tiles.why_not_triton(x_TD) is None and x_TD.device.type != "cpu":
             return "triton"
-        return "reference" if _why_not_grouped(x_TD, activation, biases) else "grouped"
+        return "reference" if _why_not_grouped(x_TD, w_in_EGFD, activation, biases) else "grouped"
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl = {impl!r}: must be one of {', '.join(IMPLEMENTATIONS)}, or None for the fastest")
     reason = None
     if impl == "grouped":
-        reason = _why_not_grouped(x_TD, activation, biases)
+        reason = _why_not_grouped(x_TD, w_in_EGFD, activation, biases)
     elif impl == "triton":
         reason = tiles.why_not_triton(x_TD)
     if reason:
@@ -123,13 +125,18 @@ def _choose(impl: str | None, x_TD: Tensor, activation: str, biases: bool) -> st
     return impl
 
 
-def _why_not_grouped(x_TD: Tensor, activation: str, biases: bool) -> str | None:
+def _why_not_grouped(x_TD: Tensor, w_in_EGFD: Tensor, activation: str, biases: bool) -> str | None:
+    """Why torch's grouped product cannot run. Where it can, it is the fastest on CPU (benchmarks/expert_cpu.py)."""
     if biases:
         return "it takes no biases"
     if activation == "swiglu_oai":
         return "it does not know swiglu_oai"
-    if x_TD.device.type != "cpu" and x_TD.dtype != torch.bfloat16:
-        return f"on {x_TD.device.type} it needs bfloat16, not {x_TD.dtype}"
+    on_cpu = x_TD.device.type == "cpu"
+    if x_TD.dtype != torch.bfloat16 and not (on_cpu and x_TD.dtype == torch.float32):
+        return f"on {x_TD.device.type} it needs bfloat16{' or float32' if on_cpu else ''}, not {x_TD.dtype}"
+    for name, width in (("D", x_TD.shape[1]), ("F", w_in_EGFD.shape[2])):
+        if width * x_TD.element_size() % 16:
+            return f"{name} = {width} must be a multiple of {16 // x_TD.element_size()} in {x_TD.dtype}"
     return None
 
 
@@ -185,28 +192,11 @@ def _expert_mlp(
         y = reference.expert_mlp(x, w_in, w_out, weights, ids, activation, b_in, b_out)
         return y, x.new_empty(0), ids.new_empty(0), ids.new_empty(0, dtype=torch.int32)
     if impl == "grouped":
-        y, h, order, ends = _forward_grouped(x, w_in, w_out, weights, ids, activation)
+        y, h, order, ends = grouped.forward(x, w_in, w_out, weights, ids, activation)
         return y, h.new_empty(0) if recompute else h, order, ends
     from moe.kernels.experts import triton_mlp as fused
 
     return fused.forward(x, fused.Experts(w_in, w_out, b_in, b_out), weights, ids, activation, not recompute)
-
-
-def _forward_grouped(
-    x: Tensor, w_in: Tensor, w_out: Tensor, weights: Tensor, ids: Tensor, activation: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    forward = grouped.grouped_mm_forward if _takes_grouped_mm(x, w_in, w_out) else grouped.loop_forward
-    return forward(x, w_in, w_out, weights, ids, activation)
-
-
-def _takes_grouped_mm(x: Tensor, w_in: Tensor, w_out: Tensor) -> bool:
-    """Whether torch's grouped product takes the operands: not float64, and rows that begin at multiples of 16 bytes.
-
-    On CPU it then is the faster body at every size (benchmarks/expert_cpu.py).
-    """
-    dtypes = (torch.bfloat16, torch.float32) if x.device.type == "cpu" else (torch.bfloat16,)
-    rows = (x.shape[1], w_in.shape[2], w_out.shape[2])
-    return x.dtype in dtypes and all(n * x.element_size() % 16 == 0 for n in rows)
 
 
 @_expert_mlp.register_fake
@@ -240,9 +230,8 @@ def _expert_mlp_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of x, w_in, w_out, weights, b_in, b_out; empty for a bias that is not there."""
     if impl == "grouped":
-        grouped_mm = _takes_grouped_mm(x, w_in, w_out)
-        backward = grouped.grouped_mm_backward if grouped_mm else grouped.loop_backward
-        found = (*backward(dy.contiguous(), x, w_in, w_out, weights, h, order, ends, activation), None, None)
+        found = grouped.backward(dy.contiguous(), x, w_in, w_out, weights, h, order, ends, activation)
+        found = (*found, None, None)
     elif impl == "reference":
         found = reference.expert_mlp_backward(dy, x, w_in, w_out, weights, ids, activation, b_in, b_out)
     else:

@@ -15,17 +15,17 @@ from torch import Tensor
 
 
 def activate(h_RGF: Tensor, activation: str) -> Tensor:
-    """The expert's nonlinearity: silu(gate) * up for "swiglu" (G = 2), tanh-form GELU for "gelu" (G = 1).
+    """The expert's nonlinearity: silu(gate) * up for "swiglu" (G = 2), tanh-form GELU for "gelu" (G = 1); [..., G, F].
 
     "swiglu_oai" (G = 2) is gpt-oss's: both clamped at 7, sigmoid slope 1.702, and up + 1 (OpenAI 2025, gpt-oss model
     card, section 2).
     """
     if activation == "swiglu":
-        return F.silu(h_RGF[:, 0]) * h_RGF[:, 1]
+        return F.silu(h_RGF[..., 0, :]) * h_RGF[..., 1, :]
     if activation == "swiglu_oai":
-        gate_RF, up_RF = h_RGF[:, 0].clamp(max=7.0), h_RGF[:, 1].clamp(-7.0, 7.0)
+        gate_RF, up_RF = h_RGF[..., 0, :].clamp(max=7.0), h_RGF[..., 1, :].clamp(-7.0, 7.0)
         return gate_RF * torch.sigmoid(1.702 * gate_RF) * (up_RF + 1)
-    return F.gelu(h_RGF[:, 0], approximate="tanh")
+    return F.gelu(h_RGF[..., 0, :], approximate="tanh")
 
 
 def expert_mlp(

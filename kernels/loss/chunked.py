@@ -6,10 +6,7 @@ Shape suffixes as in reference.py; C tokens of one chunk.
 import torch
 from torch import Tensor
 
-from moe.kernels.loss import IGNORE_INDEX
-
-# Logits of one chunk: 2**22 elements are 16 MB in float32, which a server CPU's last-level cache and a GPU's L2 hold.
-_CHUNK_ELEMENTS = 2**22
+from moe.kernels.loss import CHUNK_ELEMENTS, IGNORE_INDEX
 
 
 def linear_cross_entropy(
@@ -24,7 +21,7 @@ def linear_cross_entropy(
     w = w_VD.to(x_TD.dtype)
     total = x_TD.new_zeros((), dtype=wide)
     dx_TD = torch.empty_like(x_TD) if want_grad else x_TD.new_empty(0)
-    chunk = max(1, _CHUNK_ELEMENTS // len(w_VD))
+    chunk = max(1, CHUNK_ELEMENTS // len(w_VD))
     n_chunks = -(-len(x_TD) // chunk)
     dw_VD = accumulator(w_VD, x_TD.dtype, n_chunks) if want_grad else w_VD.new_empty(0)
     for start in range(0, len(x_TD), chunk):

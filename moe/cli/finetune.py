@@ -1,79 +1,13 @@
-"""`moe data instructions` and `moe finetune`: from a pre-trained model to one that answers.
+"""`moe finetune`: from a pre-trained model to one that answers.
 
-As in main.py, commands import what they need when they run.
+As in main.py, the command imports what it needs when it runs.
 """
 
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import tyro
 from tyro.conf import Positional, UseAppendAction, arg
-
-if TYPE_CHECKING:
-    from moe.data.conversations import Prepared
-
-
-def instructions(
-    sources: Positional[tuple[str, ...]] = (),
-    /,
-    *,
-    tokenizer: str,
-    out: Path,
-    overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
-) -> int:
-    """Turn conversations into tokens for moe finetune.
-
-    Args:
-        sources: JSONL or parquet files, or directories of them, as PATH or NAME=PATH. A row has messages, a list of
-            {"role": system|user|assistant, "content": text}, or prompt and response. Default: functions of Python's
-            standard library to be written from their docstrings, and the small talk of chatterbot-corpus if installed.
-        tokenizer: The checkpoint of the model to be fine-tuned, a tokenizer.json, or cl100k.
-        out: Directory to write.
-        overwrite: Replace other prepared conversations in the directory.
-    """
-    from rich.progress import Progress
-
-    from moe.data import prepare_conversations
-
-    with Progress(disable=not sys.stdout.isatty()) as bar:
-        task = bar.add_task("reading", total=None)
-
-        def progress(phase: str, done: int, total: int) -> None:
-            bar.update(task, description=phase, completed=done, total=total)
-
-        made = prepare_conversations(
-            list(sources) or None, out, tokenizer=tokenizer, overwrite=overwrite, progress=progress
-        )
-    _print(made)
-    return 0
-
-
-def _print(made: "Prepared") -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    data, index = made.data, made.data.index
-    state = "already prepared" if made.reused else "prepared"
-    title = f"{data.path}: {state}, template {index['template']}, {index['tokenizer_name']}, {data.vocab_size:,} ids"
-    table = Table(title=title, title_justify="left")
-    for name in ("source", "split", "conversations", "tokens", "of them learned", "longest"):
-        table.add_column(name, justify="left" if name in ("source", "split") else "right")
-    for source in data.sources:
-        for split in ("train", "val"):
-            sizes = data.table(source, split).n_tokens
-            longest = int(sizes.max()) if len(sizes) else 0
-            figures = (len(sizes), int(sizes.sum()), data.n_tokens(source, split), longest)
-            table.add_row(source, split, *(f"{n:,}" for n in figures))
-    console = Console(highlight=False)
-    console.print(table)
-    for notice in index["notices"]:
-        console.print(f"notice: {notice}", markup=False, soft_wrap=True)
-    if index["empty"]:
-        console.print(f"without a response, left out: {index['empty']:,}", markup=False)
-    if index["skipped"]:
-        shown = ", ".join(index["skipped"][:3]) + (", ..." if len(index["skipped"]) > 3 else "")
-        console.print(f"not valid text, left out: {len(index['skipped']):,} ({shown})", markup=False, soft_wrap=True)
 
 
 def finetune(

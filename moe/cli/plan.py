@@ -5,33 +5,30 @@ As in main.py, commands import what they need when they run; with --json they lo
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
-from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction, arg
+from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from moe.cli.plan_check import calibrate, check, report
+from moe.cli.plan_flags import MODEL, SERVE, TRAIN, Batch, Context, Model, On, Settings, Weights, Words, read_layout
 from moe.cli.show import SHOW, Output, show_rows, show_sheet
 
 if TYPE_CHECKING:
-    from moe.plan.layout import Layout
     from moe.plan.quantity import Sheet
     from moe.plan.shape import Shape
+
+ARTICLE_TOKENS = "13 Ttoken"  # of the article's training run
 
 plan_app = tyro.extras.SubcommandApp()
 plan_app.command(check)
 plan_app.command(calibrate)
 plan_app.command(report)
 
-Settings = Annotated[UseAppendAction[tuple[tuple[str, ...], ...]], arg(name="set", metavar="KEY=VALUE ...")]
-
-
-Model = Annotated[str, arg(metavar="MODEL", help="A shipped name, a .toml, or a Hugging Face config.json.")]
-
 
 @plan_app.command
 def params(
-    model: Positional[Model] = "gpt4-8k", /, *, hf: Path | None = None, context: int = 0, show: Output = SHOW
+    model: Positional[Model] = MODEL, /, *, hf: Path | None = None, context: int = 0, show: Output = SHOW
 ) -> int:
     """Parameters, and FLOPs of a token.
 
@@ -55,12 +52,10 @@ def params(
 
 @plan_app.command
 def train(
-    model: Positional[Model] = "gpt4-8k",
+    model: Positional[Model] = MODEL,
     /,
     *,
-    layout: str = "gpt4-train",
-    set_: Settings = (),
-    hardware: str | None = None,
+    on: On = TRAIN,
     tokens: str | None = None,
     mfu: float | None = None,
     floor: FlagCreatePairsOff[bool] = False,
@@ -73,9 +68,6 @@ def train(
     """Steps, days and dollars of a training run: predicted, or at a given utilisation.
 
     Args:
-        layout: A shipped layout or a TOML file.
-        set_: Settings of the layout to change, such as interleave=4 recompute=selective.
-        hardware: A shipped name or a TOML file. Default: the layout's.
         tokens: Of the whole run. Default: the article's "13 Ttoken"; with --floor those of the configuration.
         mfu: Take this utilisation instead of predicting one.
         floor: Of one of our configurations under data parallelism, its batch ramp included: the least time of every
@@ -87,13 +79,11 @@ def train(
     """
     from moe.errors import ConfigError
     from moe.plan import load_shape
-    from moe.plan.hardware import load_hardware
     from moe.plan.quantity import given
     from moe.plan.train import Efficiency, predict_run, train_cost
 
-    shape, where = load_shape(model), _layout(layout, set_)
-    hw = load_hardware(hardware or where.hardware)
-    amount = given(tokens or "13 Ttoken", "token", "tokens")
+    shape, (where, hw) = load_shape(model), on.read()
+    amount = given(tokens or ARTICLE_TOKENS, "token", "tokens")
     if floor:
         from moe.config import load_config
         from moe.plan.roofline import predict_small_run
@@ -115,12 +105,10 @@ def train(
 
 @plan_app.command
 def memory(
-    model: Positional[Model] = "gpt4-8k",
+    model: Positional[Model] = MODEL,
     /,
     *,
-    layout: str = "gpt4-train",
-    set_: Settings = (),
-    hardware: str | None = None,
+    on: On = TRAIN,
     serve: FlagCreatePairsOff[bool] = False,
     cards: FlagCreatePairsOff[bool] = False,
     device: FlagCreatePairsOff[bool] = False,
@@ -131,9 +119,6 @@ def memory(
     """Memory of a GPU, in training by stage, in serving, or of moe train on one device.
 
     Args:
-        layout: A shipped layout or a TOML file.
-        set_: Settings of the layout to change.
-        hardware: A shipped name or a TOML file. Default: the layout's.
         serve: Weights and KV cache, and how many sequences fit.
         cards: The same for one, 8 and all key/value heads, at 8k and 32k, on every card.
         device: What moe train takes for this configuration on one device.
@@ -141,7 +126,6 @@ def memory(
         optimizer: adamw, muon or sgd.
     """
     from moe.plan import load_shape
-    from moe.plan.hardware import load_hardware
     from moe.plan.memory import serving_memory, training_memory
 
     if device:
@@ -149,13 +133,13 @@ def memory(
 
         return show_sheet(f"{model}: moe train on one device", device_memory(model), show)
     serve = serve or cards
-    shape, where = load_shape(model), _layout("gpt4-serve" if serve and layout == "gpt4-train" else layout, set_)
+    on = on.serving() if serve else on
+    shape, (where, hw) = load_shape(model), on.read()
     if cards:
         from moe.plan.sweeps import kv_room
 
         title = f"{shape.name}, {where.name} on {where.gpus:,} GPUs: KV cache, and sequences in flight"
-        return show_rows(title, kv_room(shape, where, [hardware] if hardware else None), show)
-    hw = load_hardware(hardware or where.hardware)
+        return show_rows(title, kv_room(shape, where, [on.hardware] if on.hardware else None), show)
     title = f"{shape.name}, {where.name} on {where.gpus:,} x {hw.name}"
     if serve:
         return show_sheet(title, serving_memory(shape, where, hw, context), show)
@@ -164,40 +148,28 @@ def memory(
 
 @plan_app.command
 def comm(
-    model: Positional[Model] = "gpt4-8k",
+    model: Positional[Model] = MODEL,
     /,
     *,
-    layout: str = "gpt4-train",
-    set_: Settings = (),
-    hardware: str | None = None,
+    on: On = TRAIN,
     show: Output = SHOW,
 ) -> int:
-    """What a training step sends over each link.
-
-    Args:
-        layout: A shipped layout or a TOML file.
-        set_: Settings of the layout to change.
-        hardware: A shipped name or a TOML file. Default: the layout's.
-    """
+    """What a training step sends over each link."""
     from moe.plan import load_shape
     from moe.plan.comm import training_traffic
-    from moe.plan.hardware import load_hardware
 
-    shape, where = load_shape(model), _layout(layout, set_)
-    hw = load_hardware(hardware or where.hardware)
+    shape, (where, hw) = load_shape(model), on.read()
     return show_sheet(f"{shape.name}: a GPU's traffic in one step", training_traffic(shape, where, hw), show)
 
 
 @plan_app.command
 def decode(
-    model: Positional[Model] = "gpt4-8k",
+    model: Positional[Model] = MODEL,
     /,
     *,
-    layout: str = "gpt4-serve",
-    set_: Settings = (),
-    hardware: str | None = None,
-    batch: int = 1,
-    context: int = 8192,
+    on: On = SERVE,
+    batch: Batch = 1,
+    context: Context = 8192,
     prompt: int = 0,
     utilisation: float | None = None,
     reclaimed: float = 0.0,
@@ -208,11 +180,6 @@ def decode(
     """One decoding step: latency, throughput, utilisation, price.
 
     Args:
-        layout: A shipped layout or a TOML file.
-        set_: Settings of the layout to change, such as weights=fp8.
-        hardware: A shipped name or a TOML file. Default: the layout's.
-        batch: Sequences that share one pass; a pipeline has that many in each stage.
-        context: Tokens that each sequence has.
         prompt: Also the pass over prompts of this many tokens.
         utilisation: Share of the hours that the cluster serves; also prices with that, of prompt and output tokens.
         reclaimed: Share of the idle hours that other work pays for.
@@ -222,12 +189,10 @@ def decode(
     from moe.errors import ConfigError
     from moe.plan import decode as one_step
     from moe.plan import load_shape, prefill
-    from moe.plan.hardware import load_hardware
 
     if utilisation is None and (lifetime is not None or reclaimed):
         raise ConfigError("--lifetime and --reclaimed need --utilisation: the share of the hours that it serves")
-    shape, where = load_shape(model), _layout(layout, set_)
-    hw = load_hardware(hardware or where.hardware)
+    shape, (where, hw) = load_shape(model), on.read()
     sheet = one_step(shape, where, hw, batch=batch, context=context, collectives=not floor)
     if prompt or utilisation is not None:
         sheet.update(prefill(shape, where, hw, batch=1, prompt=prompt or context))
@@ -238,7 +203,7 @@ def decode(
 
 @plan_app.command
 def experts(
-    model: Positional[Model] = "gpt4-8k", /, *, batch: int = 256, pictures: Path | None = None, show: Output = SHOW
+    model: Positional[Model] = MODEL, /, *, batch: int = 256, pictures: Path | None = None, show: Output = SHOW
 ) -> int:
     """How many experts a batch touches, and how many tokens each gets.
 
@@ -260,37 +225,28 @@ def experts(
 
 @plan_app.command
 def speculate(
-    model: Positional[Model] = "gpt4-8k",
+    model: Positional[Model] = MODEL,
     /,
     *,
-    layout: str = "gpt4-serve",
-    set_: Settings = (),
-    hardware: str | None = None,
-    batch: int = 32,
+    on: On = SERVE,
+    batch: Batch = 32,
     acceptance: float = 0.8,
     drafts: int = 4,
     draft_cost: float = 0.05,
-    context: int = 0,
+    context: Context = 0,
     show: Output = SHOW,
 ) -> int:
     """What speculative decoding gains, with the experts that verification touches.
 
     Args:
-        layout: A shipped layout or a TOML file.
-        set_: Settings of the layout to change.
-        hardware: A shipped name or a TOML file. Default: the layout's.
-        batch: Sequences of a pass.
         acceptance: Probability that a draft is accepted.
         drafts: Tokens drafted for each sequence and pass.
         draft_cost: Of one draft token, in passes of the large model.
-        context: Tokens that each sequence has.
     """
     from moe.plan import load_shape
-    from moe.plan.hardware import load_hardware
     from moe.plan.speculation import speculate
 
-    shape, where = load_shape(model), _layout(layout, set_)
-    hw = load_hardware(hardware or where.hardware)
+    shape, (where, hw) = load_shape(model), on.read()
     made = speculate(
         shape, where, hw, batch=batch, acceptance=acceptance, drafts=drafts, draft_cost=draft_cost, context=context
     )
@@ -299,7 +255,7 @@ def speculate(
 
 @plan_app.command
 def sweep(
-    model: Positional[Model] = "gpt4-8k",
+    model: Positional[Model] = MODEL,
     /,
     *,
     layout: tuple[str, ...] = ("gpt4-serve",),
@@ -317,7 +273,6 @@ def sweep(
 
     Args:
         layout: Shipped layouts or TOML files.
-        set_: Settings of the layouts to change.
         hardware: Shipped names or TOML files.
         batch: Sequences that share one pass.
         context: Tokens that each sequence has.
@@ -336,7 +291,7 @@ def sweep(
         hw = load_hardware(hardware[0])
         rows = frontier(shape, hw, chips=chips, batches=batch, context=context[0], weights=weights[0])
     else:
-        layouts = [_layout(name, set_) for name in layout]
+        layouts = [read_layout(name, set_) for name in layout]
         rows = sweep(shape, layouts, hardware, batches=batch, contexts=context, weights=weights)
     if pictures is not None:
         from moe.plan.pictures import draw_frontier, draw_sweep
@@ -349,7 +304,7 @@ def sweep(
 @plan_app.command
 def fit(
     *,
-    target: Annotated[UseAppendAction[tuple[tuple[str, ...], ...]], arg(metavar="NAME=NUMBER ...")] = (),
+    target: Annotated[Words, arg(metavar="NAME=NUMBER ...")] = (),
     layers: int = 120,
     experts: int = 16,
     top_k: int = 2,
@@ -391,14 +346,14 @@ def fit(
 
 @plan_app.command
 def redesign(
-    model: Positional[Model] = "gpt4-8k",
+    model: Positional[Model] = MODEL,
     /,
     *,
     hardware: str = "a100-80",
     gpus: int = 128,
     per_user: float = 8.33,
-    context: int = 8192,
-    weights: str = "bf16",
+    context: Context = 8192,
+    weights: Weights = "bf16",
     show: Output = SHOW,
 ) -> int:
     """The layouts that serve a model best on given GPUs, beside the article's.
@@ -407,8 +362,6 @@ def redesign(
         hardware: A shipped name or a TOML file.
         gpus: To serve on.
         per_user: Tokens/s that every user is to get.
-        context: Tokens that each sequence has.
-        weights: Their precision.
     """
     from moe.plan import load_shape
     from moe.plan.hardware import load_hardware
@@ -434,24 +387,6 @@ def redesign(
 # ---------------------------------------------------------------------------------------------------------- helpers
 
 
-def _layout(name: str, groups: tuple[tuple[str, ...], ...]) -> "Layout":
-    import tomllib
-
-    from moe.errors import ConfigError
-    from moe.plan.layout import layout_from, load_layout
-
-    table: dict[str, Any] = {}
-    for text in (t for group in groups for t in group):
-        key, equals, value = text.partition("=")
-        if not equals:
-            raise ConfigError(f"--set {text!r}: must be key=value, such as tp=8")
-        try:
-            table[key] = tomllib.loads(f"value = {value}")["value"]
-        except tomllib.TOMLDecodeError:
-            table[key] = value  # a bare word, as in recompute=full
-    return layout_from(table, base=load_layout(name))
-
-
 def _prices(shape: "Shape", sheet: "Sheet", utilisation: float, reclaimed: float, lifetime: str | None) -> "Sheet":
     from moe.plan.hardware import load_hardware
     from moe.plan.layout import load_layout
@@ -462,7 +397,7 @@ def _prices(shape: "Shape", sheet: "Sheet", utilisation: float, reclaimed: float
     training = lifetime_tokens = None
     if lifetime is not None:
         layout = load_layout("gpt4-train")
-        trained = predict_run(shape, layout, load_hardware(layout.hardware), quantity("13 Ttoken"))
+        trained = predict_run(shape, layout, load_hardware(layout.hardware), quantity(ARTICLE_TOKENS))
         training, lifetime_tokens = trained["train.cost"], given(lifetime, "token", "lifetime")
     return serving_price(
         output=sheet["decode.cost"],

@@ -9,6 +9,7 @@ from typing import Any
 
 from tyro.conf import Positional
 
+from moe.cli.plan_flags import MODEL, Model
 from moe.cli.show import SHOW, Output, print_json, show_rows, show_sheet, write_csv
 
 
@@ -16,7 +17,7 @@ def check(
     claims: Positional[Path | None] = None,
     /,
     *,
-    model: str = "gpt4-8k",
+    model: Model = MODEL,
     show: Output = SHOW,
 ) -> int:
     """A verdict for each figure of the article; exit status 1 where one is not as expected.
@@ -55,7 +56,7 @@ def check(
     return 1 if unexpected else 0
 
 
-def report(path: Positional[Path], /, *, model: str = "gpt4-8k") -> int:
+def report(path: Positional[Path], /, *, model: Model = MODEL) -> int:
     """Write one page, "the article, recomputed": every claim with its verdict, and pictures.
 
     Args:

@@ -185,7 +185,7 @@ def serving(
     /,
     *,
     config: str | None = None,
-    bandwidth: float = 3350.0,
+    bandwidth: float | None = None,
     bits: int = 16,
     pictures: Path | None = None,
 ) -> int:
@@ -200,12 +200,15 @@ def serving(
     """
     from moe import plan, profile
     from moe.config import load_config
+    from moe.plan.hardware import load_hardware
     from moe.profile import tables
 
     opened = profile.Trace.open(trace)
     found = profile.decode_steps(opened.ids_TLK(2**20), opened.n_experts)
     expert_bytes = plan.params(load_config(config)).expert * bits / 8 if config is not None else 0.0  # in all layers
     title = f"one decoding step of {trace}; uniform: independent choices at even load"
+    if bandwidth is None:
+        bandwidth = load_hardware("h100-sxm").bandwidth.to("GB/s")
     print_table(tables.steps(found, title, expert_bytes, bandwidth))
     if pictures is not None:
         from moe.profile.pictures import draw_serving

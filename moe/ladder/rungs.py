@@ -181,7 +181,7 @@ def _rung(base: Config, base_flop: float, base_run: Schedule, shape: str, ratio:
 
 def _flop(cfg: Config, tokens: float) -> float:
     """Of training on so many tokens, causal attention and the output layer included."""
-    return 3.0 * plan.flops_per_token(cfg, cfg.train.seq_len or cfg.max_seq_len) * tokens
+    return plan.TRAINING * plan.flops_per_token(cfg, cfg.train.seq_len or cfg.max_seq_len) * tokens
 
 
 def _batch(wanted: float, micro_batch: int) -> tuple[int, int]:

@@ -6,9 +6,10 @@ moe.plan.claims, measured steps in moe.plan.calibrate.
 """
 
 from moe.plan.comm import training_traffic
-from moe.plan.counts import Params, attention_flops, dense_flops_per_token, flops_per_token, params, params_sheet
+from moe.plan.counts import Params, params, params_sheet
 from moe.plan.device import device_memory, device_step_time, device_step_work
 from moe.plan.experts import experts_sheet
+from moe.plan.flops import TRAINING, attention_flops, dense_flops_per_token, flops_per_token
 from moe.plan.hardware import Hardware, load_hardware
 from moe.plan.layout import Layout, load_layout
 from moe.plan.memory import serving_memory, training_memory
@@ -25,6 +26,7 @@ from moe.plan.train import Efficiency, predict_run, predict_step, train_cost
 from moe.plan.work import Work, step_work
 
 __all__ = [
+    "TRAINING",
     "Efficiency",
     "Hardware",
     "Layout",

@@ -5,12 +5,13 @@ al. 2005, section 4). With sequence parallelism each all-reduce becomes a reduce
 bytes.
 """
 
-from moe.plan.hardware import Hardware, element_bytes
+from moe.plan.hardware import Hardware
 from moe.plan.layout import Layout
 from moe.plan.memory import stage_counts
 from moe.plan.models import Model, load_shape
 from moe.plan.quantity import Sheet
 from moe.plan.shape import Shape
+from moe.plan.sizes import NARROW, element_bytes
 
 
 def training_traffic(model: Model, layout: Layout, hardware: Hardware) -> Sheet:
@@ -31,7 +32,7 @@ def training_traffic(model: Model, layout: Layout, hardware: Hardware) -> Sheet:
     _tensor(sheet, shape, layout, tokens, layers, micro_batches)
     _experts(sheet, shape, layout, tokens, layers, micro_batches)
     sheet.derive(
-        "comm.pipeline", "GB", "2 * 2 * byte * tokens * d / sp * chunks * micro_batches",
+        "comm.pipeline", "GB", f"2 * {NARROW} * byte * tokens * d / sp * chunks * micro_batches",
         "activations forward, gradients backward, over each chunk's border",
         tokens=tokens, d=shape.d_model, sp=layout.tp if layout.sequence_parallel else 1,
         chunks=layout.interleave if layout.pp > 1 else 0, micro_batches=micro_batches,
@@ -51,7 +52,7 @@ def training_traffic(model: Model, layout: Layout, hardware: Hardware) -> Sheet:
 def _tensor(sheet: Sheet, shape: Shape, layout: Layout, tokens: int, layers: int, micro_batches: int) -> None:
     t = layout.tp
     sheet.derive(
-        "comm.tensor.reduction", "MB", "2 * (t - 1) / t * 2 * byte * tokens * d",
+        "comm.tensor.reduction", "MB", f"2 * (t - 1) / t * {NARROW} * byte * tokens * d",
         "one all-reduce of a layer's activations, in 2 bytes", t=t, tokens=tokens, d=shape.d_model,
     )  # fmt: skip
     # Attention and MLP each reduce once forward and once backward (Shoeybi et al. 2019, arXiv:1909.08053, section 3).
@@ -66,7 +67,7 @@ def _experts(sheet: Sheet, shape: Shape, layout: Layout, tokens: int, layers: in
     passes = 3 if layout.recompute == "full" else 2
     sheet.derive(
         "comm.experts", "GB",
-        "passes * 2 * 2 * byte * tokens / tp * k * d * (ep - 1) / ep * layers * micro_batches",
+        f"passes * 2 * {NARROW} * byte * tokens / tp * k * d * (ep - 1) / ep * layers * micro_batches",
         "tokens to their experts and back, forward and backward, in 2 bytes",
         passes=passes, tokens=tokens, tp=layout.tp, k=max(1, shape.top_k), d=shape.d_model, ep=layout.ep,
         layers=layers, micro_batches=micro_batches,

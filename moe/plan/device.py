@@ -10,12 +10,15 @@ from typing import Literal
 
 from moe.config import Config, load_config
 from moe.errors import ConfigError
-from moe.plan.counts import flops_per_token, params
+from moe.kernels.loss import CHUNK_ELEMENTS
+from moe.plan.counts import params
+from moe.plan.flops import TRAINING, flops_per_token, head_flops, layer_flops
 from moe.plan.hardware import Hardware
 from moe.plan.quantity import Quantity, Sheet, quantity
+from moe.plan.shape import shape_of
+from moe.plan.sizes import NARROW, WIDE, moment_bytes, saved_elements, update_bytes
+from moe.plan.weights import head_weights
 
-# As kernels/loss/chunked.py: the elements of one chunk of logits.
-CHUNK_ELEMENTS = 2**22
 Dtype = Literal["fp32", "bf16"]
 Checkpointing = Literal["none", "selective", "full"]  # moe/recompute.py
 
@@ -71,34 +74,35 @@ def device_memory(
 def _states(sheet: Sheet, cfg: Config, dtype: Dtype, optimizer: str) -> None:
     counts = params(cfg)
     total = quantity(counts.total, "param", key="params.total")
-    sheet.derive("device.weights", "MB", "4 * byte/param * params", params=total)
+    sheet.derive("device.weights", "MB", f"{WIDE} * byte/param * params", params=total)
     # Under autocast every matrix has a bfloat16 copy until the backward pass is done with it.
-    copied = counts.attention + counts.experts if dtype == "bf16" else 0
-    sheet.derive("device.copies", "MB", "2 * byte/param * param * copied", "for products in bfloat16", copied=copied)
-    sheet.derive("device.gradients", "MB", "4 * byte/param * params", params=total)
-    muon = counts.attention + counts.experts if optimizer == "muon" else 0
+    copied = counts.block_matrices if dtype == "bf16" else 0
     sheet.derive(
-        "device.optimizer", "MB", "byte/param * (8 * (params - param * muon) + 4 * param * muon)",
+        "device.copies", "MB", f"{NARROW} * byte/param * param * copied", "for products in bfloat16", copied=copied
+    )
+    sheet.derive("device.gradients", "MB", f"{WIDE} * byte/param * params", params=total)
+    muon = counts.block_matrices if optimizer == "muon" else 0
+    sheet.derive(
+        "device.optimizer", "MB",
+        f"byte/param * ({moment_bytes('adamw')} * (params - param * muon) + {moment_bytes('muon')} * param * muon)",
         "AdamW keeps two moments, Muon one, in float32", params=total, muon=muon,
     )  # fmt: skip
 
 
 def _activations(sheet: Sheet, cfg: Config, dtype: Dtype, tokens: Quantity, mode: Checkpointing) -> None:
-    """What a block saves, per token: the input and output of both norms; queries, keys, values and attention's output;
-    router scores and their order; the experts' pre-activations.
+    """What a block saves, per token: `saved_elements`, router scores and their order, the scores' maxima.
 
     Under autocast each of the three projections saves a bfloat16 copy of its input, the experts a fourth; the residual
     stream and the router's input stay float32.
     """
-    a, e = cfg.attention, cfg.experts
-    q, kv = a.n_heads * a.head_dim, a.n_kv_heads * a.head_dim
-    gates = 2 if e.activation == "swiglu" else 1
-    size = 2 if dtype == "bf16" else 4
+    size = _size(dtype)
+    saved = saved_elements(cfg.d_model, shape_of(cfg).main)
+    del saved["shared"]  # our models have none
     sheet.derive(
         "device.activations.layer", "B/token",
-        "byte/token * (wide * d + size * (2 * q + 2 * kv + k * gates * f) + 16 * experts + 4 * heads)",
-        wide=20 if dtype == "bf16" else 16, d=cfg.d_model, size=size, q=q, kv=kv, k=e.top_k, gates=gates, f=e.d_ff,
-        experts=e.n_experts, heads=a.n_heads,
+        f"byte/token * ({WIDE} * residual + copies * d + size * (queries + keys + routed) + 16 * experts + 4 * heads)",
+        copies=4 if dtype == "bf16" else 0, d=cfg.d_model, size=size, experts=cfg.experts.n_experts,
+        heads=cfg.attention.n_heads, **saved,
     )  # fmt: skip
     if mode == "none":
         sheet.derive(
@@ -107,10 +111,10 @@ def _activations(sheet: Sheet, cfg: Config, dtype: Dtype, tokens: Quantity, mode
         )  # fmt: skip
         return
     # Its input, and of what "selective" keeps, the outputs of products, attention and experts.
-    outputs = "+ size * (2 * q + 2 * kv + 2 * d)" if mode == "selective" else ""
+    outputs = " + size * (queries + keys + 2 * d)" if mode == "selective" else ""
     sheet.derive(
-        "device.activations.kept", "B/token", f"byte/token * (4 * d {outputs})",
-        d=cfg.d_model, **({"size": size, "q": q, "kv": kv} if outputs else {}),
+        "device.activations.kept", "B/token", f"byte/token * ({WIDE} * d{outputs})",
+        d=cfg.d_model, **({"size": size, "queries": saved["queries"], "keys": saved["keys"]} if outputs else {}),
     )  # fmt: skip
     sheet.derive(
         "device.activations", "MB", "tokens * (layers * kept + layer)", "one block at a time is recomputed",
@@ -122,12 +126,12 @@ def _activations(sheet: Sheet, cfg: Config, dtype: Dtype, tokens: Quantity, mode
 def _loss(sheet: Sheet, cfg: Config, dtype: Dtype, tokens: Quantity) -> None:
     """The output layer with its cross-entropy: one chunk of logits and of their softmax, never [tokens, vocabulary];
     the gradients of its input and of its weight, which the backward pass scales into another pair."""
-    size = 2 if dtype == "bf16" else 4
     rows = min(tokens.value, max(1, CHUNK_ELEMENTS // cfg.vocab_size))
     sheet.derive(
         "device.loss", "MB",
         "byte * (rows * vocab * chunk + 2 * 4 * vocab * d) + byte/token * tokens * d * (4 + 2 * size)",
-        rows=rows, vocab=cfg.vocab_size, chunk=8 if dtype == "fp32" else 12, d=cfg.d_model, tokens=tokens, size=size,
+        rows=rows, vocab=cfg.vocab_size, chunk=8 if dtype == "fp32" else 12, d=cfg.d_model, tokens=tokens,
+        size=_size(dtype),
     )  # fmt: skip
 
 
@@ -137,16 +141,21 @@ def _working(sheet: Sheet, cfg: Config, dtype: Dtype, tokens: Quantity) -> None:
     e = cfg.experts
     sheet.derive(
         "device.working", "MB", "byte/token * tokens * (size * k * (3 * d + (gates + 2) * f) + 8 * d)",
-        tokens=tokens, size=2 if dtype == "bf16" else 4, k=e.top_k, d=cfg.d_model,
-        gates=2 if e.activation == "swiglu" else 1, f=e.d_ff,
+        tokens=tokens, size=_size(dtype), k=e.top_k, d=cfg.d_model,
+        gates=shape_of(cfg).main.mlp.matrices - 1, f=e.d_ff,
     )  # fmt: skip
+
+
+def _size(dtype: Dtype) -> int:
+    """Bytes of an element of what products take and give."""
+    return NARROW if dtype == "bf16" else WIDE
 
 
 def _peak(sheet: Sheet, cfg: Config, accumulates: bool) -> None:
     """Three moments compete: the loss, the first block of the backward pass, when all activations are there, and its
     last one, when all gradients are."""
     counts = params(cfg)
-    block = quantity((counts.attention + counts.experts) // cfg.n_layers, "param")
+    block = quantity(counts.block_matrices // cfg.n_layers, "param")
     standing = {name: sheet[f"device.{name}"] for name in ("weights", "copies", "optimizer")}
     gradients, activations, working = (sheet[f"device.{x}"] for x in ("gradients", "activations", "working"))
     earlier = gradients if accumulates else quantity(0, "B")
@@ -155,7 +164,7 @@ def _peak(sheet: Sheet, cfg: Config, accumulates: bool) -> None:
         "device.at_loss", "MB", "weights + copies + optimizer + activations + loss + earlier", note,
         **standing, activations=activations, loss=sheet["device.loss"], earlier=earlier,
     )  # fmt: skip
-    head = quantity(cfg.vocab_size * cfg.d_model, "param")
+    head = quantity(head_weights(shape_of(cfg)), "param")
     sheet.derive(
         "device.at_first_block", "MB",
         "weights + copies + optimizer + activations + working + 4 * byte/param * (block + head) + earlier", note,
@@ -182,12 +191,12 @@ def device_step_work(config: Config | str | Path) -> Sheet:
     length = t.seq_len or cfg.max_seq_len
     sheet.derive("step.tokens", "token", "token * batch * length", batch=t.batch_size, length=length)
     sheet.derive(
-        "step.flops", "TFLOP", "FLOP/token * (3 * forward + again) * tokens",
+        "step.flops", "TFLOP", f"FLOP/token * ({TRAINING} * forward + again) * tokens",
         "backward is two forwards; again: what checkpointing recomputes",
         forward=flops_per_token(cfg, length), again=_again(cfg, length), tokens=sheet["step.tokens"],
     )  # fmt: skip
     sheet.derive(
-        "step.bytes", "GB", "4 * byte/param * params * (3 * micro_batches + 7)",
+        "step.bytes", "GB", f"byte/param * params * ({3 * WIDE} * micro_batches + {update_bytes('adamw')})",
         params=quantity(params(cfg).total, "param", key="params.total"),
         micro_batches=t.batch_size // (t.micro_batch or t.batch_size),
     )  # fmt: skip
@@ -196,10 +205,10 @@ def device_step_work(config: Config | str | Path) -> Sheet:
 
 def _again(cfg: Config, length: int) -> int:
     """FLOP per token that activation checkpointing computes again: the experts' first product, or a whole block."""
-    e = cfg.experts
+    shape = shape_of(cfg)
     if cfg.train.activation_checkpointing == "selective":
-        return cfg.n_layers * e.top_k * 2 * (2 if e.activation == "swiglu" else 1) * cfg.d_model * e.d_ff
-    whole = flops_per_token(cfg, length) - 2 * cfg.vocab_size * cfg.d_model
+        return cfg.n_layers * layer_flops(cfg.d_model, shape.main, length).up
+    whole = flops_per_token(cfg, length) - head_flops(shape)
     return whole if cfg.train.activation_checkpointing == "full" else 0
 
 

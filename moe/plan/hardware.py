@@ -12,11 +12,10 @@ from typing import Any
 from moe.config import CONFIG_DIR
 from moe.errors import ConfigError
 from moe.plan.quantity import Quantity, given
+from moe.plan.sizes import BYTES
 
 HARDWARE_DIR = CONFIG_DIR / "hardware"
 _SECTIONS = ("links", "peak", "sources")
-# Bytes of a stored element. MX formats hold 4-bit numbers in blocks of 32 with a scale of 8 bits.
-BYTES = {"fp32": 4.0, "tf32": 4.0, "bf16": 2.0, "fp16": 2.0, "fp8": 1.0, "int8": 1.0, "fp4": 0.5, "mxfp4": 4.25 / 8}
 
 
 @dataclass(frozen=True)
@@ -58,15 +57,25 @@ def hardware_names() -> list[str]:
     return sorted(path.stem for path in HARDWARE_DIR.glob("*.toml"))
 
 
-def element_bytes(dtype: str) -> float:
-    """Bytes of one element.
+# Shipped hardware by words of the name that a device gives itself, as torch.cuda.get_device_name does. The first whose
+# words are all there counts.
+DEVICES = {
+    "B200": "b200",
+    "H200": "h200",
+    "H100 PCIe": "h100-pcie",
+    "H100": "h100-sxm",
+    "A100 40GB": "a100-40",
+    "A100": "a100-80",
+    "MI300X": "mi300x",
+}
 
-    Raises:
-        ConfigError: no such dtype.
-    """
-    if dtype not in BYTES:
-        raise ConfigError(f"dtype = {dtype!r}: must be one of {', '.join(BYTES)}")
-    return BYTES[dtype]
+
+def device_hardware(device_name: str) -> Hardware | None:
+    """The hardware of a device that calls itself "NVIDIA H100 80GB HBM3" or the like; None where no file is of it."""
+    for words, name in DEVICES.items():
+        if all(word in device_name for word in words.split()):
+            return load_hardware(name)
+    return None
 
 
 def load_hardware(name_or_path: str | Path) -> Hardware:

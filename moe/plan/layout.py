@@ -14,9 +14,10 @@ from typing import Any, Literal
 
 from moe.config import CONFIG_DIR
 from moe.errors import ConfigError
-from moe.plan.hardware import element_bytes, read_table
+from moe.plan.hardware import read_table
 from moe.plan.quantity import Quantity, assumed, quantity
 from moe.plan.shape import Shape
+from moe.plan.sizes import element_bytes
 
 LAYOUT_DIR = CONFIG_DIR / "layouts"
 

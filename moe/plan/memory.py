@@ -8,15 +8,13 @@ ranks with ZeRO-1 (Rajbhandari et al. 2020, arXiv:1910.02054), those of routed e
 from dataclasses import dataclass, replace
 
 from moe.errors import ConfigError
-from moe.plan.counts import attention_weights, mlp_weights, shared_weights
-from moe.plan.hardware import Hardware, element_bytes
+from moe.plan.hardware import Hardware
 from moe.plan.layout import Layout
 from moe.plan.models import Model, load_shape
 from moe.plan.quantity import Quantity, Sheet, assumed, larger, quantity
 from moe.plan.shape import Attention, Layer, Shape
-
-# Bytes a parameter of optimizer state beside the weight that computes: AdamW keeps a float32 master and two moments.
-OPTIMIZER_BYTES = {"adamw": 12, "muon": 8, "sgd": 4}
+from moe.plan.sizes import NARROW, element_bytes, saved_elements, state_bytes
+from moe.plan.weights import attention_weights, head_weights, mlp_weights, router_weights, shared_weights
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,7 @@ def stage_counts(model: Model, layout: Layout) -> list[StageCounts]:
             replicated += shape.final_norms
             # With a pipeline, tied embeddings stand on the first and on the last stage.
             if not shape.tied or len(stages) > 1:
-                sharded += shape.vocab_size * shape.d_model + shape.head_biases
+                sharded += head_weights(shape) + shape.head_biases
         found.append(StageCounts(sharded, replicated, routed))
     return found
 
@@ -63,7 +61,7 @@ def _layer_counts(shape: Shape, layer: Layer, tp: int) -> tuple[int, int, int]:
     sharded = attention_weights(d, a) - everywhere + shared_weights(d, m)
     routed = m.n_experts * (mlp_weights(d, m) + m.biases)
     if m.n_experts:
-        replicated += d * m.n_experts + m.router_biases
+        replicated += router_weights(d, m) + m.router_biases
     else:
         sharded += mlp_weights(d, m) + m.biases
     return sharded, replicated, routed
@@ -82,23 +80,19 @@ def _kv_on_every_gpu(d: int, a: Attention, tp: int) -> int:
 def activation_bytes(shape: Shape, layer: Layer, layout: Layout) -> Quantity:
     """Bytes per token that one GPU keeps of one layer for its backward pass, at 2 bytes an element.
 
-    8 d: the inputs of both norms and what they give; 4 q and 4 kv: queries, attention's output, keys, values, with
-    flash attention, which keeps no scores; of the routed experts their pre-activations, k 4 f gated (a fused expert MLP
-    saves nothing else) or k 2 f. With "full" recomputation only the 2 d of the block's input.
+    Everything in `saved_elements`; with "full" recomputation only the block's input.
     """
-    a, m, d = layer.attention, layer.mlp, shape.d_model
     sheet = Sheet()
-    residual = layout.tp if layout.sequence_parallel else 1
-    kv = a.cached / 2
+    split = layout.tp if layout.sequence_parallel else 1
     if layout.recompute == "full":
-        return sheet.derive("activations.layer", "B/token", "2 * byte/token * d / sp", d=d, sp=residual)
-    per_expert = (4 if m.gated else 2) * m.d_ff
+        return sheet.derive(
+            "activations.layer", "B/token", f"{NARROW} * byte/token * d / sp", d=shape.d_model, sp=split
+        )
     return sheet.derive(
         "activations.layer", "B/token",
-        "byte/token * (8 * d / sp + 4 * q / tp + 4 * kv / kv_split + k * per_expert / expert_tp + shared / tp)",
-        d=d, sp=residual, q=a.q, tp=layout.tp, kv=kv, kv_split=min(layout.tp, a.n_kv_heads),
-        k=max(1, m.top_k), per_expert=per_expert, expert_tp=layout.expert_tp or layout.tp,
-        shared=(4 if m.gated else 2) * m.shared_d_ff,
+        f"{NARROW} * byte/token * (residual / sp + queries / tp + keys / kv_split + routed / expert_tp + shared / tp)",
+        **saved_elements(shape.d_model, layer), sp=split, tp=layout.tp,
+        kv_split=min(layout.tp, layer.attention.n_kv_heads), expert_tp=layout.expert_tp or layout.tp,
     )  # fmt: skip
 
 
@@ -128,13 +122,12 @@ def training_memory(model: Model, layout: Layout, hardware: Hardware, optimizer:
         ConfigError: an optimizer or layout that cannot be.
     """
     shape = load_shape(model)
-    if optimizer not in OPTIMIZER_BYTES:
-        raise ConfigError(f"optimizer = {optimizer!r}: must be one of {', '.join(OPTIMIZER_BYTES)}")
+    state = state_bytes(optimizer)
     sheet = Sheet()
     micro_batches = layout.micro_batches() if layout.batch_tokens else layout.pp
     for i, (counts, layers) in enumerate(zip(stage_counts(shape, layout), layout.layers_of(shape), strict=True)):
         key = f"stage{i}"
-        _static_memory(sheet, key, counts, layout, OPTIMIZER_BYTES[optimizer])
+        _static_memory(sheet, key, counts, layout, state)
         _activations(sheet, key, shape, [shape.layers[n] for n in layers], layout, i, micro_batches)
         parts = {name: sheet[f"{key}.{name}"] for name in ("weights", "gradients", "optimizer", "activations")}
         sheet.derive(f"{key}.total", "GB", "weights + gradients + optimizer + activations", **parts)
@@ -155,8 +148,8 @@ def _static_memory(sheet: Sheet, key: str, counts: StageCounts, layout: Layout, 
         expert_ranks=layout.expert_ranks,
     )  # fmt: skip
     copies = layout.dp * layout.cp
-    for name, dtype, from_stage in (("weights", layout.weights, 3), ("gradients", layout.gradients, 2)):
-        zero = copies if layout.zero >= from_stage else 1
+    for name, dtype, from_zero in (("weights", layout.weights, 3), ("gradients", layout.gradients, 2)):
+        zero = copies if layout.zero >= from_zero else 1
         sheet.derive(
             f"{key}.{name}", "GB", "bytes * byte/param * params / zero",
             bytes=element_bytes(dtype), params=on_gpu, zero=zero,
@@ -216,14 +209,13 @@ def kv_per_gpu(shape: Shape, layers: range, layout: Layout, context: int) -> flo
     total = 0.0
     for n in layers:
         a = shape.layers[n].attention
-        seen = min(context, a.window) if a.window else context
         if layout.kv_sharding == "batch":
             share = 1 / layout.tp
         elif a.kv_rank:
             share = 1.0
         else:
             share = 1 / min(layout.tp, a.n_kv_heads)
-        total += size * a.cached * seen * share
+        total += size * a.cached * a.seen(context) * share
     # Data parallel ranks have sequences of their own.
     return total / (layout.cp * layout.dp)
 

@@ -10,14 +10,16 @@ import math
 from collections.abc import Iterator, Sequence
 
 from moe.errors import ConfigError
-from moe.plan.counts import attention_weights, flops_per_token, mlp_weights, shared_weights
 from moe.plan.experts import touched
-from moe.plan.hardware import Hardware, element_bytes
+from moe.plan.flops import flops_per_token
+from moe.plan.hardware import Hardware
 from moe.plan.layout import Layout
 from moe.plan.memory import kv_per_gpu, stage_counts
 from moe.plan.models import Model, load_shape
 from moe.plan.shape import Shape
+from moe.plan.sizes import NARROW, element_bytes
 from moe.plan.sweeps import Row
+from moe.plan.weights import attention_weights, head_weights, mlp_weights, shared_weights
 
 STRATEGIES = ("1d-stationary", "2d-stationary", "gathered")
 
@@ -72,8 +74,10 @@ def _rows(shape: Shape, hardware: Hardware, n: int, batch: int, context: int, we
             continue
         for strategy in STRATEGIES:
             copies, sent = _traffic(shape, strategy, n, batch, read)
-            if attention == "batch":  # queries, keys, values and outputs change hands, in 2 bytes
-                sent += sum(2 * batch * (2 * a.q + 2 * a.kv) / n for a in (layer.attention for layer in shape.layers))
+            if attention == "batch":  # queries, keys, values and outputs change hands
+                sent += sum(
+                    NARROW * batch * (2 * a.q + 2 * a.kv) / n for a in (layer.attention for layer in shape.layers)
+                )
             latency = max((read * copies / n + kv) / bandwidth, compute) + sent / link
             yield {
                 "chips": n,
@@ -96,7 +100,7 @@ def shape_bytes(shape: Shape, size: float) -> float:
 
 def _touched_bytes(shape: Shape, batch: int, size: float) -> float:
     """Bytes of the weights that a batch touches."""
-    total, d = shape.vocab_size * shape.d_model, shape.d_model
+    total, d = head_weights(shape), shape.d_model
     for layer, n in shape.kinds.items():
         m = layer.mlp
         experts = touched(m.n_experts, m.top_k, batch) if m.n_experts else 1
@@ -108,13 +112,13 @@ def _traffic(shape: Shape, strategy: str, n: int, batch: int, read: float) -> tu
     """How many chips' shares of the weights each chip reads, and the bytes that it sends, all layers."""
     d, layers = shape.d_model, shape.n_layers
     hidden = max(1, shape.top_k) * shape.main.mlp.d_ff
-    activations = 2 * 2 * batch * d * layers  # all-gather and reduce-scatter, in 2 bytes
+    activations = 2 * NARROW * batch * d * layers  # all-gather and reduce-scatter
     if n == 1:
         return 1, 0.0
     if strategy == "1d-stationary":
         return 1, activations * (n - 1) / n
     if strategy == "2d-stationary":
-        best = min(2 * 2 * batch * layers * (d / x + hidden * x / n) for x in _divisors(n))
+        best = min(2 * NARROW * batch * layers * (d / x + hidden * x / n) for x in _divisors(n))
         return 1, best
     over = min((x for x in _divisors(n) if x > 1), key=lambda x: read * (x - 1) / n + activations / x)
     return over, read * (over - 1) / n + (activations / over if over < n else 0.0)

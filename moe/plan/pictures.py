@@ -1,13 +1,11 @@
 """Pictures of the planner's results, and the page "the article, recomputed". matplotlib is imported on use."""
 
-import base64
-import html
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moe.io import figures
+from moe.io import figures, page
 from moe.plan.claims import Verdict
 from moe.plan.experts import load_quantile, touched
 from moe.plan.hardware import load_hardware
@@ -170,30 +168,24 @@ def _markdown(verdicts: Sequence[Verdict], name: str, drawn: Sequence[tuple[str,
     for title, picture in drawn:
         lines += [f"![{title}]({picture.parent.name}/{picture.name})", ""]
     lines += ["| | claim | verdict | computed |", "|---|---|---|---|"]
-    for v in sorted(verdicts, key=lambda v: v.verdict == "EXTERNAL"):
+    for v in _ordered(verdicts):
         cells = (v.claim.id, v.claim.text, v.verdict, v.reason)
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
 
 
 def _html(verdicts: Sequence[Verdict], name: str, drawn: Sequence[tuple[str, Path]]) -> str:
-    rows = "".join(
-        f"<tr><td>{v.claim.id}</td><td>{html.escape(v.claim.text)}</td><td>{v.verdict}</td>"
-        f"<td>{html.escape(v.reason)}</td></tr>\n"
-        for v in sorted(verdicts, key=lambda v: v.verdict == "EXTERNAL")
-    )
-    images = "".join(
-        f'<img alt="{html.escape(title)}" src="data:image/png;base64,{base64.b64encode(p.read_bytes()).decode()}">\n'
-        for title, p in drawn
-    )
-    style = (
-        "body{font:15px/1.45 system-ui,sans-serif;max-width:72em;margin:2em auto;padding:0 1em;color:#222}"
-        "table{border-collapse:collapse}td,th{padding:.3em .6em;border-bottom:1px solid #ddd;text-align:left;"
-        "vertical-align:top}img{max-width:100%}"
-    )
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>The article, recomputed</title>'
-        f"<style>{style}</style>\n<h1>The article, recomputed</h1>\n<p>Model: {html.escape(name)}. "
-        f"{html.escape(_headline(verdicts))}</p>\n<p>{html.escape(_design())}</p>\n{images}"
-        f"<table><tr><th></th><th>claim</th><th>verdict</th><th>computed</th></tr>\n{rows}</table></html>\n"
-    )
+    figures = [page.figure(title, "", page.png(picture.read_bytes(), title)) for title, picture in drawn]
+    rows = [[v.claim.id, v.claim.text, v.verdict, v.reason] for v in _ordered(verdicts)]
+    columns = ["", "claim", "verdict", "computed"]
+    claims = page.Table("The claims that can be checked, then the external facts", columns, rows, words=tuple(columns))
+    sections = [
+        page.Section("What serves it best", _design(), figures),
+        page.Section("Claims", _headline(verdicts), [page.table(claims, prose=True)]),
+    ]
+    return page.page("The article, recomputed", f"Model: {name}. {_headline(verdicts)}", sections)
+
+
+def _ordered(verdicts: Sequence[Verdict]) -> list[Verdict]:
+    """External facts last."""
+    return sorted(verdicts, key=lambda v: v.verdict == "EXTERNAL")

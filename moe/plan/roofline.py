@@ -10,10 +10,12 @@ is a floor, which nobody reaches; `SLOWER` times as long is what one measured st
 from moe.config import Config, parse_tokens
 from moe.errors import ConfigError
 from moe.plan.comm import training_traffic
-from moe.plan.counts import flops_per_token, params
+from moe.plan.counts import params
+from moe.plan.flops import TRAINING, flops_per_token
 from moe.plan.hardware import Hardware
 from moe.plan.layout import Layout
 from moe.plan.quantity import Quantity, Sheet, assumed, quantity
+from moe.plan.sizes import NARROW, WIDE, update_bytes
 from moe.plan.train import Efficiency
 from moe.plan.work import Work, step_work
 
@@ -62,14 +64,14 @@ def predict_small_run(
     least = layout.replace(seq_len=seq_len, batch_tokens=seq_len * layout.micro_batch * layout.dp)
     traffic = training_traffic(cfg, least, hardware)
     sheet.derive(
-        "floor.optimizer", "ms", "28 * byte/param * params / shared / (bandwidth * memory)",
+        "floor.optimizer", "ms", f"{update_bytes('adamw')} * byte/param * params / shared / (bandwidth * memory)",
         "AdamW reads parameter, gradient and two moments and writes all but the gradient, in float32",
         params=quantity(params(cfg).total, "param", key="params.total"), shared=layout.dp if layout.zero else 1,
         memory=memory, bandwidth=hardware.bandwidth,
     )  # fmt: skip
     sheet.put("floor.reduction", traffic["comm.data.time"], "ms", "gradients and weights over the node's links at peak")
-    steps = []  # the time of all steps of each stage of the ramp
-    for i, (n, batch) in enumerate(_stages(cfg, seq_len, total.to("token"))):
+    steps = []  # the time of all steps at each batch of the ramp
+    for i, (n, batch) in enumerate(_ramp(cfg, seq_len, total.to("token"))):
         micro_batch, m = _divide(batch, layout)
         _micro_batch(sheet, cfg, layout, hardware, micro_batch, seq_len, rates)
         sheet.derive(
@@ -77,7 +79,7 @@ def predict_small_run(
             m=m, micro_batch=sheet["floor.micro_batch"], optimizer=sheet["floor.optimizer"],
             reduction=sheet["floor.reduction"],
         )  # fmt: skip
-        steps.append(sheet.derive(f"run.stage{i}", "h", "steps * step", f"{batch * seq_len:,} tokens a step",
+        steps.append(sheet.derive(f"run.ramp{i}", "h", "steps * step", f"{batch * seq_len:,} tokens a step",
                                   steps=n, step=sheet["floor.step"]))  # fmt: skip
     _results(sheet, cfg, layout, hardware, steps)
     return sheet
@@ -95,8 +97,8 @@ def run_tokens(cfg: Config) -> int:
     return t.steps * t.batch_size * (t.seq_len or cfg.max_seq_len)
 
 
-def _stages(cfg: Config, seq_len: int, tokens: float) -> list[tuple[float, int]]:
-    """(steps, windows a step) of each stage of the batch ramp."""
+def _ramp(cfg: Config, seq_len: int, tokens: float) -> list[tuple[float, int]]:
+    """(steps, windows a step) for each batch of the ramp."""
     ramp = cfg.train.ramp() or [(0, cfg.train.batch_size * seq_len)]
     ends = [*(begin for begin, _ in ramp[1:]), tokens]
     found = []
@@ -130,7 +132,7 @@ def _micro_batch(
 ) -> None:
     """floor.COMPONENT of so many windows, and their sum floor.micro_batch."""
     # The kernels gather rows themselves; parameters and their gradients are float32.
-    work = step_work(cfg, windows, seq_len, "backward", activation_bytes=2, weight_bytes=4, gathered=False)
+    work = step_work(cfg, windows, seq_len, "backward", activation_bytes=NARROW, weight_bytes=WIDE, gathered=False)
     parts: dict[str, list[Work]] = {}
     for (component, phase), each in work.items():
         again = layout.recompute == "full" and phase == "forward" and component not in ("embedding", "head")
@@ -154,13 +156,14 @@ def _micro_batch(
 def _results(sheet: Sheet, cfg: Config, layout: Layout, hardware: Hardware, steps: list[Quantity]) -> None:
     forward = quantity(flops_per_token(cfg), "FLOP/token", key="flops.forward")
     slower = assumed(quantity(SLOWER), "roofline.slower", note="a measured step over its floor: replica-nano on a CPU")
-    named = {f"stage{i}": q for i, q in enumerate(steps)}
+    named = {f"ramp{i}": q for i, q in enumerate(steps)}
     for name, factor in (("floor", quantity(1.0)), ("slow", slower)):
         sheet.derive(f"run.{name}.hours", "h", f"factor * ({' + '.join(named)})", factor=factor, **named)
         hours = sheet[f"run.{name}.hours"]
         sheet.derive(f"run.{name}.cost", "USD", "gpus * hours * price", gpus=layout.gpus, hours=hours,
                      price=hardware.price)  # fmt: skip
         sheet.derive(
-            f"run.{name}.mfu", "%", "3 * forward * tokens / (hours * gpus * peak)", "6 N: attention scores left out",
+            f"run.{name}.mfu", "%",
+            f"{TRAINING} * forward * tokens / (hours * gpus * peak)", "6 N: attention scores left out",
             forward=forward, tokens=sheet["run.tokens"], hours=hours, gpus=layout.gpus, peak=hardware.peak("bf16"),
         )  # fmt: skip

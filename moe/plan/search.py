@@ -4,13 +4,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from moe.errors import ConfigError
-from moe.plan.counts import dense_flops_per_token, flops_per_token, params
-from moe.plan.hardware import Hardware, element_bytes
+from moe.plan.counts import params
+from moe.plan.flops import dense_flops_per_token, flops_per_token
+from moe.plan.hardware import Hardware
 from moe.plan.layout import Layout
 from moe.plan.memory import kv_per_gpu, stage_counts
 from moe.plan.models import Model, load_shape
 from moe.plan.serving import stage_loads
 from moe.plan.shape import Attention, Layer, Mlp, Shape
+from moe.plan.sizes import element_bytes
 
 # What the article says of GPT-4, in parameters and FLOP per token.
 ARTICLE = {"total": 1.8e12, "expert": 111e9, "attention": 55e9, "active": 280e9, "forward": 560e9, "dense": 3700e9}

@@ -9,14 +9,16 @@ in flight are the tokens of a pass times the stages. A roofline is a floor: real
 from dataclasses import dataclass
 
 from moe.errors import ConfigError
-from moe.plan.counts import attention_weights, flops_per_token, mlp_weights, shared_weights
 from moe.plan.experts import touched
-from moe.plan.hardware import Hardware, element_bytes
+from moe.plan.flops import flops_per_token, head_flops, layer_flops
+from moe.plan.hardware import Hardware
 from moe.plan.layout import Layout
 from moe.plan.memory import kv_per_gpu, stage_counts
 from moe.plan.models import Model, load_shape
 from moe.plan.quantity import Quantity, Sheet, assumed, quantity
 from moe.plan.shape import Layer, Shape
+from moe.plan.sizes import NARROW, element_bytes
+from moe.plan.weights import attention_weights, head_weights, mlp_weights, router_weights, shared_weights
 
 
 @dataclass(frozen=True)
@@ -54,9 +56,8 @@ def stage_loads(
             read, computed, reduced, exchanged = cache[layer]
             weights, flops, tensor, routed = weights + read, flops + computed, tensor + reduced, routed + exchanged
         if i == len(stages) - 1:
-            head = shape.vocab_size * shape.d_model
-            weights += head / layout.tp * element_bytes(layout.weights)
-            flops += 2 * head * tokens / (layout.tp * layout.dp)
+            weights += head_weights(shape) / layout.tp * element_bytes(layout.weights)
+            flops += head_flops(shape) * tokens / (layout.tp * layout.dp)
         kv = kv_per_gpu(shape, layers, layout, context) * batch
         found.append(StageLoad(weights, kv, flops, tensor, routed, 2 * len(layers)))
     return found
@@ -69,21 +70,20 @@ def _layer_load(
     d, a, m = shape.d_model, layer.attention, layer.mlp
     size = element_bytes(layout.weights)
     own = tokens / layout.dp  # sequences of one data parallel rank
-    dense = attention_weights(d, a) + shared_weights(d, m)
-    read = dense / layout.tp
-    seen = min(context, a.window) if a.window else context
-    flops = (2 * dense + 2 * a.n_heads * (a.head_dim + a.v_dim) * seen) * own / layout.tp
+    read = (attention_weights(d, a) + shared_weights(d, m)) / layout.tp
+    each = layer_flops(d, layer, 2 * a.seen(context))
+    flops = (each.projections + each.shared + each.scores) * own / layout.tp
     if m.n_experts:
         experts = m.n_experts if all_experts else touched(m.n_experts, m.top_k, tokens)
-        read += experts * mlp_weights(d, m) / layout.expert_ranks + d * m.n_experts
-        flops += 2 * m.top_k * mlp_weights(d, m) * tokens / layout.expert_ranks / layout.expert_dp
-        flops += 2 * d * m.n_experts * own
+        read += experts * mlp_weights(d, m) / layout.expert_ranks + router_weights(d, m)
+        flops += (each.up + each.down) * tokens / layout.expert_ranks / layout.expert_dp
+        flops += each.router * own
     else:
         read += mlp_weights(d, m) / layout.tp
-        flops += 2 * mlp_weights(d, m) * own / layout.tp
+        flops += (each.up + each.down) * own / layout.tp
     # Two all-reduces of the activations over tp; tokens to their experts and back over ep.
-    tensor = 2 * 2 * (layout.tp - 1) / layout.tp * own * d * 2
-    routed = 2 * own / layout.tp * m.top_k * d * 2 * (layout.ep - 1) / layout.ep
+    tensor = 2 * 2 * (layout.tp - 1) / layout.tp * own * d * NARROW
+    routed = 2 * own / layout.tp * m.top_k * d * NARROW * (layout.ep - 1) / layout.ep
     return read * size, flops, tensor, routed
 
 

@@ -51,6 +51,10 @@ class Attention:
         """Elements that the KV cache holds per token and layer."""
         return self.kv_rank + self.rope_dim if self.kv_rank else self.n_kv_heads * (self.head_dim + self.v_dim)
 
+    def seen(self, context: int) -> int:
+        """Positions that the last token of `context` sees."""
+        return min(context, self.window) if self.window else context
+
 
 @dataclass(frozen=True)
 class Mlp:
@@ -124,17 +128,16 @@ class Shape:
 def shape_of(cfg: Config) -> Shape:
     """The shape of one of our configurations."""
     a, e = cfg.attention, cfg.experts
-    layer = Layer(
-        Attention(a.n_heads, a.n_kv_heads, a.head_dim),
-        Mlp(e.d_ff, e.activation == "swiglu", e.n_experts, e.top_k),
-        norms=2 * cfg.d_model,
-    )
+    attention, gated = Attention(a.n_heads, a.n_kv_heads, a.head_dim), e.activation == "swiglu"
+    mlps = {"moe": Mlp(e.d_ff, gated, e.n_experts, e.top_k)}
+    if cfg.dense is not None:
+        mlps["dense"] = Mlp(cfg.dense.d_ff, gated)
     return Shape(
         cfg.name,
         cfg.d_model,
         cfg.vocab_size,
         cfg.max_seq_len,
-        (layer,) * cfg.n_layers,
+        tuple(Layer(attention, mlps[kind], norms=2 * cfg.d_model) for kind in cfg.layer_kinds),
         cfg.tie_embeddings,
         final_norms=cfg.d_model,
     )

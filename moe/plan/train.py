@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from moe.errors import ConfigError
 from moe.plan.comm import training_traffic
-from moe.plan.counts import attention_flops, flops_per_token, mlp_weights
+from moe.plan.flops import TRAINING, attention_flops, flops_per_token, routed_flops
 from moe.plan.hardware import Hardware
 from moe.plan.layout import Layout
 from moe.plan.models import Model, load_shape
@@ -57,7 +57,7 @@ def train_flops(model: Model, tokens: Quantity, context: int = 0) -> Quantity:
     """FLOPs of training on `tokens`: three forward passes a token; `context` 0 is the convention 6 N."""
     sheet = Sheet()
     forward = quantity(flops_per_token(model, context), "FLOP/token", key="flops.forward")
-    return sheet.derive("train.flops", "FLOP", "3 * forward * tokens", forward=forward, tokens=tokens)
+    return sheet.derive("train.flops", "FLOP", f"{TRAINING} * forward * tokens", forward=forward, tokens=tokens)
 
 
 def train_cost(
@@ -137,16 +137,15 @@ def predict_step(
     sheet = training_traffic(shape, layout, hardware)
     m = layout.micro_batches()
     gemm, bus = efficiency.quantity("gemm"), efficiency.quantity("bus")
-    routed = sum(n * layer.mlp.top_k * 2 * mlp_weights(shape.d_model, layer.mlp) for layer, n in shape.kinds.items())
     forward = flops_per_token(shape, layout.seq_len, causal)
     uneven = max(len(r) for r in layout.layers_of(shape)) * layout.pp / shape.n_layers
-    # Backward is two forwards; full recomputation adds one, selective one that of attention's scores and values.
+    # Full recomputation adds one forward, selective one that of attention's scores and values.
     again = {"full": forward, "selective": attention_flops(shape, layout.seq_len, causal), "none": 0}[layout.recompute]
     sheet.derive(
         "step.stage.flops", "TFLOP",
-        "FLOP * (3 * forward + again + passes * (imbalance - 1) * routed) * tokens / (p * t) * uneven",
-        "of one micro-batch on one GPU", forward=forward, again=again, routed=routed,
-        passes=4 if layout.recompute == "full" else 3, imbalance=efficiency.quantity("expert_imbalance")
+        f"FLOP * ({TRAINING} * forward + again + passes * (imbalance - 1) * routed) * tokens / (p * t) * uneven",
+        "of one micro-batch on one GPU", forward=forward, again=again, routed=routed_flops(shape),
+        passes=TRAINING + (layout.recompute == "full"), imbalance=efficiency.quantity("expert_imbalance")
         if efficiency.expert_imbalance != 1 else 1, tokens=layout.micro_batch * layout.seq_len / layout.cp,
         p=layout.pp, t=layout.tp, uneven=uneven,
     )  # fmt: skip
@@ -178,7 +177,7 @@ def _step_results(sheet: Sheet, model: Model, layout: Layout, hardware: Hardware
     )  # fmt: skip
     forward = quantity(flops_per_token(model), "FLOP/token", key="flops.forward")
     sheet.derive(
-        "step.mfu", "%", "3 * forward * tokens / (time * gpus * peak)", "6 N: attention scores left out",
+        "step.mfu", "%", f"{TRAINING} * forward * tokens / (time * gpus * peak)", "6 N: attention scores left out",
         forward=forward, tokens=sheet["step.tokens"], time=sheet["step.time"], gpus=layout.gpus,
         peak=hardware.peak(dtype),
     )  # fmt: skip

@@ -4,7 +4,7 @@ FLOPs are those of the algorithm (a multiply-add is 2; nothing computed twice co
 memory bus at least: each weight and each tensor between two components once, caches infinite within a component. Norms'
 and activations' FLOPs are left out, as is usual. Components carry the names of moe/profile/stopwatch.py.
 
-T tokens, R = T * top_k routed rows, D, q, kv, F, E, V as in params.py; formulas are per layer, times the layers.
+T tokens, R = T * top_k routed rows, D, q, kv, F, E, V as in counts.py; formulas are per layer, times the layers.
 """
 
 from dataclasses import dataclass
@@ -12,6 +12,10 @@ from typing import Literal
 
 from moe.config import Config
 from moe.plan.counts import params
+from moe.plan.flops import BACKWARD, TRAINING, head_flops, layer_flops
+from moe.plan.shape import shape_of
+from moe.plan.sizes import WIDE, update_bytes
+from moe.plan.weights import attention_weights, head_weights, router_weights
 
 What = Literal["forward", "backward", "train", "decode"]
 
@@ -53,46 +57,51 @@ def step_work(
         gathered: whether rows are copied into the order of the experts, rather than gathered inside the product.
     """
     L, D, V = cfg.n_layers, cfg.d_model, cfg.vocab_size
-    E, K, F = cfg.experts.n_experts, cfg.experts.top_k, cfg.experts.d_ff
-    J = F * (1 if cfg.experts.activation == "gelu" else 2)
-    q, kv = (n * cfg.attention.head_dim for n in (cfg.attention.n_heads, cfg.attention.n_kv_heads))
+    shape = shape_of(cfg)
+    layer = shape.main
+    E, K, F, J = layer.mlp.n_experts, layer.mlp.top_k, layer.mlp.d_ff, (layer.mlp.matrices - 1) * layer.mlp.d_ff
+    q, kv = layer.attention.q, layer.attention.kv
     T, R = batch * seq_len, batch * seq_len * K
     a, w = activation_bytes, weight_bytes
     touched = E if experts is None else experts
     learns = what in ("backward", "train")
-    dense = 2 * D * (q + kv)  # weights of the four projections
+    # Causal; those of the cache are read once each.
+    flops = layer_flops(D, layer, 2 * context + (2 if seq_len == 1 else seq_len))
+    dense, routing, head = attention_weights(D, layer.attention), router_weights(D, layer.mlp), head_weights(shape)
     projected = 2 * (D + q + kv)  # elements that go into and come out of them, per token
-    seen = context + (1 if seq_len == 1 else seq_len / 2)  # positions, causal; those of the cache are read once each
     work = {
         ("embedding", "forward"): Work(0, T * D * (w + a)),
         ("norm", "forward"): Work(0, (2 * L + 1) * 2 * T * D * a),
-        ("projections", "forward"): Work(L * 2 * T * dense, L * (dense * w + T * projected * a)),
-        ("attention", "forward"): Work(L * 4 * T * q * seen, L * (T * (2 * q + 2 * kv) + batch * context * 2 * kv) * a),
-        ("router", "forward"): Work(L * 2 * T * D * E, L * (T * D * a + D * E * w + T * E * 4), wide=True),
+        ("projections", "forward"): Work(L * T * flops.projections, L * (dense * w + T * projected * a)),
+        ("attention", "forward"): Work(L * T * flops.scores, L * (T * (2 * q + 2 * kv) + batch * context * 2 * kv) * a),
+        ("router", "forward"): Work(L * T * flops.router, L * (T * D * a + routing * w + T * E * WIDE), wide=True),
         ("up", "forward"): Work(
-            L * 2 * R * D * J, L * (touched * D * J * w + (R * D + R * F + (R * J if learns else 0)) * a)
+            L * T * flops.up, L * (touched * D * J * w + (R * D + R * F + (R * J if learns else 0)) * a)
         ),
-        ("down", "forward"): Work(L * 2 * R * F * D, L * (touched * F * D * w + R * (F + D) * a)),
+        ("down", "forward"): Work(L * T * flops.down, L * (touched * F * D * w + R * (F + D) * a)),
         ("combine", "forward"): Work(0, L * (R + T) * D * a),
-        ("head", "forward"): Work(2 * T * D * V, V * D * w + T * (D + V) * a),
+        ("head", "forward"): Work(T * head_flops(shape), head * w + T * (D + V) * a),
     }
     if gathered and what != "decode":
         work["permute", "forward"] = Work(0, L * (T + R) * D * a)
     if not learns:
         return work
+    again = BACKWARD * T
     # The loss and all gradients of the output layer come from one pass, which never stores the logits.
-    work["head", "forward"] = Work(6 * T * D * V, 2 * V * D * w + 2 * T * D * a)
+    work["head", "forward"] = Work(TRAINING * T * head_flops(shape), 2 * head * w + 2 * T * D * a)
     work |= {
-        ("embedding", "backward"): Work(0, V * D * w + T * D * a),
+        ("embedding", "backward"): Work(0, head * w + T * D * a),
         ("norm", "backward"): Work(0, (2 * L + 1) * 3 * T * D * a),
-        ("projections", "backward"): Work(L * 4 * T * dense, L * (2 * dense * w + 2 * T * projected * a)),
-        ("attention", "backward"): Work(L * 8 * T * q * seen, L * T * 4 * (q + kv) * a),
-        ("router", "backward"): Work(L * 4 * T * D * E, L * (2 * T * D * a + 2 * D * E * w + T * E * 4), wide=True),
+        ("projections", "backward"): Work(L * again * flops.projections, L * (2 * dense * w + 2 * T * projected * a)),
+        ("attention", "backward"): Work(L * again * flops.scores, L * T * 4 * (q + kv) * a),
+        ("router", "backward"): Work(
+            L * again * flops.router, L * (2 * T * D * a + 2 * routing * w + T * E * WIDE), wide=True
+        ),
         # dy and the pre-activations come in; their gradient and the weighted activations go out, and come in again.
         ("down", "backward"): Work(
-            L * 4 * R * F * D, L * (2 * E * F * D * w + (2 * R * D + 2 * R * J + 2 * R * F) * a)
+            L * again * flops.down, L * (2 * E * F * D * w + (2 * R * D + 2 * R * J + 2 * R * F) * a)
         ),
-        ("up", "backward"): Work(L * 4 * R * D * J, L * (2 * E * D * J * w + (2 * R * J + 2 * R * D) * a)),
+        ("up", "backward"): Work(L * again * flops.up, L * (2 * E * D * J * w + (2 * R * J + 2 * R * D) * a)),
         ("combine", "backward"): Work(0, L * (R + T) * D * a),
     }
     if gathered:
@@ -103,15 +112,14 @@ def step_work(
 
 
 def _optimizer(cfg: Config) -> Work:
-    """Everything in float32. AdamW reads parameter, gradient and two averages, and writes all but the gradient."""
+    """Everything in float32."""
     counts = params(cfg)
     if cfg.train.optimizer == "adamw":
-        return Work(0, 7 * 4 * counts.total)
-    L, D, E, F = cfg.n_layers, cfg.d_model, cfg.experts.n_experts, cfg.experts.d_ff
-    q, kv = (n * cfg.attention.head_dim for n in (cfg.attention.n_heads, cfg.attention.n_kv_heads))
-    J = F * (1 if cfg.experts.activation == "gelu" else 2)
-    matrices = [(q, D, 2), (kv, D, 2), (J, D, E), (D, F, E)]
+        return Work(0, update_bytes("adamw") * counts.total)
+    layer, D = shape_of(cfg).main, cfg.d_model
+    a, m = layer.attention, layer.mlp
+    matrices = [(a.q, D, 2), (a.kv, D, 2), ((m.matrices - 1) * m.d_ff, D, m.n_experts), (D, m.d_ff, m.n_experts)]
     flop = sum(n * (4 * min(s) ** 2 * max(s) + _MUON_CUBES * min(s) ** 3) for *s, n in matrices)
-    muon = counts.attention + counts.experts
-    # Muon reads parameter, gradient and momentum, and writes parameter and momentum.
-    return Work(L * flop, 4 * (5 * muon + 7 * (counts.total - muon)), wide=True)
+    muon = counts.block_matrices
+    moved = update_bytes("muon") * muon + update_bytes("adamw") * (counts.total - muon)
+    return Work(cfg.n_layers * flop, moved, wide=True)

@@ -14,7 +14,7 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -205,7 +205,7 @@ def _decode(model: Transformer, tokens_B: Tensor, context: int) -> Callable[[], 
 
 def _rows_are_copied(model: Transformer, tokens: int, dtype: torch.dtype) -> bool:
     """Whether the expert op copies its rows into order, rather than gather them inside the product."""
-    moe: Any = model.blocks[0].moe
+    moe: Any = model.blocks[-1].moe
     if moe.experts.w_in_EGFD.device.type != "cuda":
         return True
     from moe.kernels.experts import triton_mlp
@@ -350,16 +350,31 @@ def _memory(events: list[dict[str, Any]], device_type: int) -> Memory:
         for e in events
         if e.get("cat") == "user_annotation" and e["name"].endswith(("forward", "backward", "recompute", "update"))
     )
-    instants = sorted(
-        (e["ts"], e["args"]["Total Allocated"])
-        for e in events
-        if e.get("name") == "[memory]" and e["args"]["Device Type"] == device_type
-    )
-    start = min([ts for ts, *_ in ranges] + [ts for ts, _ in instants], default=0.0)
+    instants = [e for e in events if e.get("name") == "[memory]" and e["args"]["Device Type"] == device_type]
+    instants.sort(key=lambda e: e["ts"])
+    totals = [e["args"]["Total Allocated"] for e in instants] if device_type else _added(e["args"] for e in instants)
+    times = [e["ts"] for e in instants]
+    start = min([ts for ts, *_ in ranges] + times, default=0.0)
     phases, phase, i = [], "", 0
-    for ts, _ in instants:
+    for ts in times:
         while i < len(ranges) and ranges[i][0] <= ts:
             phase = ranges[i][2]
             i += 1
         phases.append(phase)
-    return Memory([(ts - start) / 1e6 for ts, _ in instants], [total for _, total in instants], phases)
+    return Memory([(ts - start) / 1e6 for ts in times], totals, phases)
+
+
+def _added(changes: Iterable[dict[str, Any]]) -> list[int]:
+    """The bytes allocated within the trace and not yet freed, after each of these changes on a CPU.
+
+    The profiler's own total goes on from the last trace of the process, and never learns what was freed in between.
+    """
+    live: dict[int, int] = {}  # address -> bytes
+    total, totals = 0, []
+    for change in changes:
+        total -= live.pop(change["Addr"], 0)
+        if change["Bytes"] > 0:
+            live[change["Addr"]] = change["Bytes"]
+            total += change["Bytes"]
+        totals.append(total)
+    return totals

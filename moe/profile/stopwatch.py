@@ -5,9 +5,9 @@ optimizer steps. Time inside a component that is not inside a smaller one is its
 So the parts always add up to the whole. On CUDA the boundaries are events in the stream, and nothing waits for them.
 
 Components: embedding, norm, projections (query, key, value, output), attention (rotation, scores, cache), router,
-permute, up (with the activation), down, combine, experts (what is in none of these four), head (with the loss),
-optimizer, other. Phases: forward, backward, recompute (by activation checkpointing, or pre-activations made again),
-update.
+permute, up (with the activation), down, combine, experts (what is in none of these four), mlp (a plain one), head (with
+the loss), optimizer, other. Phases: forward, backward, recompute (by activation checkpointing, or pre-activations made
+again), update.
 """
 
 import time
@@ -151,6 +151,7 @@ def component_of(path: str, module: nn.Module) -> str | None:
         ("Attention", "attention"),
         ("Router", "router"),
         ("Experts", "experts"),
+        ("MLP", "mlp"),
     ):
         if kind.endswith(ending):
             return component

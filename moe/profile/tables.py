@@ -5,9 +5,9 @@ Shape suffixes: L layers, E experts.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
+from moe.io.page import Table
 from moe.profile.difference import LogProbabilityChange
 from moe.profile.serving import StepLoad
 from moe.profile.similarity import ClosestPair
@@ -17,16 +17,6 @@ from moe.profile.trace import Comparison
 
 # Held-out sequences are few and the experts many: a difference counts from four standard errors on.
 CLEAR_Z = 4.0
-
-
-@dataclass(frozen=True)
-class Table:
-    """Cells as text, row by row. Columns named in `words` hold words and are set left, the others right."""
-
-    title: str
-    columns: list[str]
-    rows: list[list[str]]
-    words: tuple[str, ...] = ()
 
 
 def by_layer(p: RoutingProfile) -> Table:

@@ -21,6 +21,7 @@ from moe import checkpoint, evaluate, plan
 from moe.config import Config
 from moe.data import Batch, TokenData, compression
 from moe.errors import ConfigError, TrainError
+from moe.experts import Router
 from moe.io.files import write_whole
 from moe.kernels.loss import IGNORE_INDEX
 from moe.lora import ADAPTER_FILE, LoraConfig, merged, save_adapter
@@ -165,8 +166,9 @@ def _train_step(run: Run, traced: bool) -> None:
     run.optimizers.set_lr(run.schedule.lr_scale(run.sample + count))
     run.optimizers.step()
     run.optimizers.zero_grad()
-    for block, counts_E in zip(run.model.blocks, counts_LE, strict=True):
-        block.moe.router.update_bias(counts_E)  # type: ignore[union-attr]
+    routers = [module for module in run.model.modules() if isinstance(module, Router)]
+    for router, counts_E in zip(routers, counts_LE, strict=True):
+        router.update_bias(counts_E)
     run.meter.add(scalars, counts_LE)
     run.step += 1
     run.sample += count
@@ -199,7 +201,7 @@ def _log(run: Run) -> None:
     per_step = (run.tokens - run.marked_tokens) / max(1, steps)
     run.marked_tokens = run.tokens
     load = run.meter.load()
-    flops = 3 * plan.flops_per_token(run.cfg, run.seq_len)  # the backward pass takes twice the forward's
+    flops = plan.TRAINING * plan.flops_per_token(run.cfg, run.seq_len)
     record = {
         "kind": "train",
         "step": run.step,

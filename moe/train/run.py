@@ -124,7 +124,7 @@ def open_run(
         model=model,
         forward=torch.compile(model) if cfg.train.compile else model,
         optimizers=build(model, cfg.train),
-        meter=Meter(cfg.n_layers, cfg.experts.n_experts, device),
+        meter=Meter(cfg.n_moe_layers, cfg.experts.n_experts, device),
         watch=Watch(cfg.train, cfg.router),
         log=MetricsLog(run_dir, saved["step"] if saved else 0, saved["files"] if saved else None),
         reporter=reporter,

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import moe
-from moe.cli import main
 from moe.tokenizer import train_bpe
 from tests.conftest import run_cli
 
@@ -72,7 +71,7 @@ def test_generate_never_prints_a_stop_string(checkpoint, capsys):
 def test_errors_are_one_line_on_stderr(tmp_path, monkeypatch, capsys, args, status, message):
     monkeypatch.chdir(tmp_path)
     if "abacus" in args:
-        monkeypatch.setattr(main, "_default_data", lambda cfg: tmp_path)
+        monkeypatch.setattr("moe.cli.train.default_data", lambda cfg: tmp_path)
     assert run_cli(*args) == status
     out, err = capsys.readouterr()
     assert err.startswith("error: ")

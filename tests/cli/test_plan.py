@@ -1,14 +1,18 @@
 """`moe plan` on the command line: every sub-command, its JSON and CSV, its speed, and its complaints."""
 
 import csv
+import inspect
 import json
+import re
 import resource
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from moe import plan
 from moe.cli import main
 from moe.plan.calibrate import COLUMNS, append_row, calibrate, read_steps
 from moe.plan.models import PUBLISHED_DIR
@@ -51,6 +55,35 @@ def test_every_command_prints_a_table_json_and_csv(command, capsys, tmp_path) ->
     assert json.loads(capsys.readouterr().out)
     with (tmp_path / "out.csv").open() as file:
         assert list(csv.DictReader(file))
+
+
+def test_defaults_of_the_flags_are_those_of_the_functions() -> None:
+    """They stand twice, since the command line reads no planner before a command runs."""
+    from moe.cli import plan as commands
+    from moe.plan import search, speculation, sweeps, train
+
+    def default(function: Any, name: str) -> Any:
+        return inspect.signature(function).parameters[name].default
+
+    efficiency = train.Efficiency()
+    assert default(commands.train, "gemm") == efficiency.gemm
+    assert default(commands.train, "bus") == efficiency.bus
+    assert default(commands.train, "imbalance") == efficiency.expert_imbalance
+    for command, function, names in (
+        (commands.train, train.train_cost, {"duty": "duty"}),
+        (commands.speculate, speculation.speculate, {n: n for n in ("drafts", "draft_cost", "context")}),
+        (commands.sweep, sweeps.sweep, {"batch": "batches", "context": "contexts", "weights": "weights"}),
+        (commands.sweep, plan.frontier, {"chips": "chips"}),
+        (commands.redesign, search.redesign, {"context": "context", "weights": "weights"}),
+        (
+            commands.fit,
+            search.fit,
+            {"layers": "layers", "experts": "n_experts", "top_k": "top_k", "kv_heads": "n_kv_heads"}
+            | {"vocab_size": "vocab_size"},
+        ),
+    ):
+        for flag, argument in names.items():
+            assert default(command, flag) == default(function, argument), (command, flag)
 
 
 def test_the_contract_of_params(capsys, tmp_path) -> None:
@@ -96,7 +129,8 @@ def test_the_report_holds_every_claim(tmp_path, ending: str, capsys) -> None:
     assert "74 of its 102 claims can be checked" in text
     # The HTML page is one file, without anything to load.
     assert (list(tmp_path.iterdir()) == [page]) == (ending == "html")
-    assert "http" not in text
+    assert not re.search(r"https?:|<link|<script src", text)
+    assert ending == "md" or text.count("data:image/png;base64,") == 2
     assert run("report", tmp_path / "page.pdf") == 2
 
 

@@ -117,7 +117,8 @@ def test_compiled_and_checkpointed() -> None:
 def test_the_default_on_cuda_is_triton_and_the_model_trains_with_it() -> None:
     import moe
 
-    assert op._choose(None, torch.empty(4, 8, device="cuda", dtype=torch.bfloat16), "swiglu", False) == "triton"
+    x, w_in = (torch.empty(*shape, 8, device="cuda", dtype=torch.bfloat16) for shape in ((4,), (2, 2, 16)))
+    assert op._choose(None, x, w_in, "swiglu", False) == "triton"
     model = moe.Transformer(tiny_config(d_model=32)).cuda()
     tokens = torch.randint(61, (4, 33), device="cuda")
     optimizer, losses = torch.optim.AdamW(model.parameters(), lr=1e-2), []

@@ -55,7 +55,7 @@ def assert_close(got: tuple[Tensor, ...], want: tuple[Tensor, ...], tolerance: f
 @pytest.mark.parametrize("tokens_per_chunk", CHUNKS)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_any_chunk_size(monkeypatch: pytest.MonkeyPatch, tokens_per_chunk: int, dtype: torch.dtype) -> None:
-    monkeypatch.setattr(chunked, "_CHUNK_ELEMENTS", tokens_per_chunk * 23)
+    monkeypatch.setattr(chunked, "CHUNK_ELEMENTS", tokens_per_chunk * 23)
     x, w, targets = make()
     x, w = x.to(dtype), w.to(dtype)
     got = run(x, w, targets)
@@ -64,7 +64,7 @@ def test_any_chunk_size(monkeypatch: pytest.MonkeyPatch, tokens_per_chunk: int, 
 
 
 def test_a_chunk_smaller_than_one_row_of_logits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunked, "_CHUNK_ELEMENTS", 5)
+    monkeypatch.setattr(chunked, "CHUNK_ELEMENTS", 5)
     assert_close(run(*make()), by_hand(*make()), 1e-13)
 
 
@@ -196,7 +196,7 @@ def test_compiles_in_one_graph() -> None:
 
 def test_a_gradient_in_bfloat16_is_summed_over_chunks_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """600 equal shares of a sum: in bfloat16, adding one would stop to change it long before."""
-    monkeypatch.setattr(chunked, "_CHUNK_ELEMENTS", 2)
+    monkeypatch.setattr(chunked, "CHUNK_ELEMENTS", 2)
     x, w = torch.ones(600, 1), torch.zeros(2, 1)
     _, _, dw = run(x.bfloat16(), w.bfloat16(), torch.zeros(600, dtype=torch.int64))
     assert dw.tolist() == [[-300.0], [300.0]]

@@ -7,7 +7,23 @@ import pytest
 from hypothesis import strategies as st
 
 from moe.errors import ConfigError
-from moe.plan.quantity import Sheet, UnitError, about, assumed, derive, explain, given, parse_unit, quantity, unknown
+from moe.plan.quantity import (
+    Sheet,
+    UnitError,
+    about,
+    assumed,
+    ceil,
+    derive,
+    explain,
+    floor,
+    given,
+    larger,
+    number,
+    parse_unit,
+    quantity,
+    smaller,
+    unknown,
+)
 
 UNITS = ("FLOP", "GB", "s", "USD", "token", "param", "FLOP/s", "FLOP/token", "GB/s", "USD/h", "x")
 
@@ -95,3 +111,58 @@ def test_no_such_unit() -> None:
     with pytest.raises(UnitError, match="'furlong'"):
         parse_unit("furlong/s")
     assert explain(quantity(1)) == "value = 1"
+
+
+def test_what_json_says_of_a_quantity() -> None:
+    exact = derive("n", "GB", "2 * x", "twice", x=quantity("3 GB"))
+    assert exact.as_dict() == {
+        "value": 6.0, "unit": "GB", "formula": "2 * x", "inputs": {"x": "3 GB"}, "note": "twice",
+    }  # fmt: skip
+    rounded = about(3, "GB", 1)
+    assert rounded.as_dict() == {"value": 3.0, "unit": "GB", "interval": [2.5, 3.5]}
+    guess = assumed(unknown(1, 4, "how many", "GB"), "a guess").as_dict()
+    assert (guess["value"], guess["interval"]) == (2.0, [1.0, 4.0])
+    assert (guess["assumes"], guess["unknown"]) == (["a guess"], ["how many"])
+    assert quantity(math.inf, "GB").as_dict()["value"] == "inf"
+
+
+@pytest.mark.parametrize(
+    ("x", "text"),
+    [
+        (0, "0"), (12, "12"), (-3.0, "-3"), (1234567, "1,234,567"), (0.5, "0.5"), (12.3456, "12.35"), (999.96, "1000"),
+        (12345.6, "12,346"), (123456.7, "123,500"), (1e15, "1e+15"), (2.5e12 + 0.5, "2.5e+12"), (1.234e-5, "1.234e-05"),
+        (0.00012, "0.00012"), (math.inf, "inf"),
+    ],
+)  # fmt: skip
+def test_numbers_for_people(x: float, text: str) -> None:
+    assert number(x) == text
+
+
+def test_the_value_taken_for_what_is_not_known() -> None:
+    assert unknown(4, 9, "x").value == 6  # the geometric mean, since ranges go over orders of magnitude
+    assert unknown(2, math.inf, "x").value == 2
+    assert unknown(0, 5, "x").value == 1
+    assert unknown(0, 5, "x", "GB", 3).to("GB") == 3
+
+
+def test_nothing_and_infinity() -> None:
+    assert (quantity(0) * quantity(math.inf)).value == 0
+    assert (quantity(2) * quantity(math.inf)).value == math.inf
+    assert (quantity(1) / 0).value == math.inf
+    assert math.isnan((quantity(0) / 0).value)
+    near_zero = about(1, "", 2)
+    assert (near_zero.lo, near_zero.hi) == (0, 2)
+    assert ((3 / near_zero).lo, (3 / near_zero).hi) == (1.5, math.inf)
+    assert (7 / quantity(2)).value == 3.5
+    assert isinstance((quantity(6) / 2).value, int)
+
+
+def test_functions_of_formulas_carry_intervals() -> None:
+    a, b = about(3.5, "GB", 1), about(4, "GB", 2)
+    assert (larger(a, b).lo / 1e9, larger(a, b).value / 1e9, larger(a, b).hi / 1e9) == (3, 4, 5)
+    assert (smaller(a, b).lo / 1e9, smaller(a, b).value / 1e9, smaller(a, b).hi / 1e9) == (3, 3.5, 4)
+    x = about(2.5, "", 1.2)
+    assert (floor(x).lo, floor(x).value, floor(x).hi) == (1, 2, 3)
+    assert (ceil(x).lo, ceil(x).value, ceil(x).hi) == (2, 3, 4)
+    with pytest.raises(UnitError, match="do not mix"):
+        larger(a, x)

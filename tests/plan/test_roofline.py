@@ -72,14 +72,14 @@ def test_ramp() -> None:
     """Steps of each stage by hand; a step of fewer tokens costs more for each of them."""
     run = predict_small_run(WEB, NODE, H100)
     last = run["floor.step"].to("s")
-    assert run["run.stage2"].to("s") == pytest.approx(7e9 / 524288 * last)
-    assert run["run.stage0"].to("s") / 500e6 > run["run.stage1"].to("s") / 1500e6 > run["run.stage2"].to("s") / 7e9
-    hours = sum(run[f"run.stage{i}"].to("h") for i in range(3))
+    assert run["run.ramp2"].to("s") == pytest.approx(7e9 / 524288 * last)
+    assert run["run.ramp0"].to("s") / 500e6 > run["run.ramp1"].to("s") / 1500e6 > run["run.ramp2"].to("s") / 7e9
+    hours = sum(run[f"run.ramp{i}"].to("h") for i in range(3))
     assert run["run.floor.hours"].to("h") == pytest.approx(hours)
     assert run["run.floor.cost"].to("USD") == pytest.approx(hours * 8 * 2)
     short = predict_small_run(WEB, NODE, H100, tokens=quantity("500 Mtoken"))
-    assert "run.stage1" not in short
-    assert short["run.stage0"].value == pytest.approx(run["run.stage0"].value)
+    assert "run.ramp1" not in short
+    assert short["run.ramp0"].value == pytest.approx(run["run.ramp0"].value)
 
 
 def test_tokens_of_a_configuration() -> None:

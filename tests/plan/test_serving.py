@@ -50,6 +50,9 @@ def test_loads_against_every_possible_routing(experts: int, top_k: int, tokens: 
     for x in range(tokens + 1):
         assert load_probability(experts, top_k, tokens, x) == pytest.approx(sum(load[0] == x for load in loads) / n)
     mean = tokens * top_k / experts
+    for level in (0.01, 0.05, 0.3, 0.5, 0.95, 0.999, 1.0):
+        least = next(x for x in range(tokens + 1) if sum(load[0] <= x for load in loads) / n >= level - 1e-9)
+        assert load_quantile(experts, top_k, tokens, level) == least
     covariance = sum((load[0] - mean) * (load[1] - mean) for load in loads) / n
     assert load_covariance(experts, top_k, tokens) == pytest.approx(covariance, abs=1e-12)
 
@@ -149,6 +152,26 @@ def test_links_only_add() -> None:
     assert decode("gpt4-8k", SERVE, A40, batch=64, **PLAIN)["decode.latency"] < with_links["decode.latency"]
 
 
+@pytest.mark.parametrize("layout", [{}, {"tp": 2}, {"tp": 2, "dp": 4, "ep": 4}, {"dp": 8, "ep": 8}, {"pp": 4, "tp": 4}])
+def test_a_pass_of_mixtral_by_hand(layout: dict) -> None:
+    """16 sequences after 1,000 tokens: FLOP, weights read, KV cache read and bytes sent, all GPUs together."""
+    made = decode("mixtral-8x7b", where := Layout(**layout), H100, batch=16, context=1000)
+    d, f, q, kv, layers, k, experts, vocab = 4096, 14336, 4096, 1024, 32, 2, 8, 32000
+    attention = 2 * d * q + 2 * d * kv
+    routers = d * experts * where.tp  # each GPU of a group routes all tokens of the group
+    each = layers * (attention + routers + k * 3 * d * f + 2 * q * 1000) + d * vocab
+    assert made["decode.flops"].to("FLOP") == pytest.approx(16 * 2 * each, rel=1e-12)
+    read = layers * (1 - (3 / 4) ** 16) * experts * 3 * d * f * where.expert_dp
+    read += layers * (attention * where.dp + d * experts * where.tp * where.dp) + d * vocab * where.dp
+    assert made["decode.weights"].to("B") == pytest.approx(2 * read, rel=1e-12)
+    assert made["decode.kv"].to("B") == 16 * 1000 * 2 * 2 * kv * layers
+    # Two all-reduces a layer, each 2 (t - 1) / t of 2 bytes a value on every GPU; to k experts and back, all but 1/ep.
+    tensor = layers * 2 * 2 * (where.tp - 1) * 16 * d * 2
+    assert made["decode.tensor"].to("B") == pytest.approx(tensor, rel=1e-12)
+    routed = layers * 2 * 16 * k * d * 2 * (where.ep - 1) / where.ep
+    assert made["decode.routed"].to("B") == pytest.approx(routed, rel=1e-12)
+
+
 def test_ridge_of_an_h100() -> None:
     assert ridge(H100, "bf16").to("token") == pytest.approx(989.4 / 3.35, rel=1e-3)
 
@@ -231,6 +254,11 @@ def test_the_search_finds_our_shape() -> None:
     best, second = fit(ARTICLE)[:2]
     assert (best.shape.d_model, best.shape.main.attention.n_heads, best.shape.main.mlp.d_ff) == (10752, 168, 28672)
     assert best.error < 0.02 < second.error
+    assert len(fit(ARTICLE)) == 10
+    assert [f.shape for f in fit(ARTICLE, results=2)] == [best.shape, second.shape]
+    # GELU experts of 4 d, with the same query widths: 2 d f in place of 3 d f.
+    gelu = fit({"expert": 120 * 2 * 10752 * 43008}, gated=False)[0]
+    assert (gelu.shape.d_model, gelu.error) == (10752, 0)
 
 
 def test_an_expert_on_each_node_serves_at_reading_speed_near_the_article_s_price() -> None:
@@ -272,6 +300,13 @@ def test_prices_of_a_day_and_of_a_life() -> None:
     )  # fmt: skip
     assert life["serving.lifetime"].to("USD") == pytest.approx(100e12 * (0.75 * 0.0005 + 0.25 * 0.004) / 1000)
     assert life["serving.over_training"].value == pytest.approx(137.5e6 / 60e6)
+
+
+def test_a_life_needs_both_its_cost_and_its_tokens() -> None:
+    cost = quantity("0.004 USD/ktoken")
+    for one in ({"training": quantity("60 MUSD")}, {"lifetime_tokens": quantity("1 Ttoken")}):
+        found = serving_price(output=cost, prompt=cost, utilisation=1.0, **one)  # type: ignore[arg-type]
+        assert not {"serving.lifetime", "serving.over_training"} & found.keys()
 
 
 def test_a_sweep_has_every_combination_and_goes_through_csv() -> None:

@@ -16,10 +16,10 @@ import torch
 
 import moe
 from moe import profile
+from moe.io.page import Section, tag
 from moe.model import Transformer
 from moe.profile.observe import Pass
 from moe.profile.report import svg
-from moe.profile.report.markup import Section, tag
 from moe.profile.report.page import Material, report
 from moe.profile.report.svg import Axis
 from moe.profile.report.time import time_section

@@ -185,6 +185,23 @@ def test_top_tokens_and_dead_experts() -> None:
     assert profile.dead_experts() == [(0, 4), (0, 5)]
 
 
+@pytest.mark.parametrize("at_least", [1, 3])
+def test_top_tokens_by_the_formula(passes: list[Pass], profile: RoutingProfile, at_least: int) -> None:
+    """Two experts per token: lift = P(expert | token) / P(expert), both over tokens, not over routed rows."""
+    for layer in range(3):
+        tokens = tokens_of(passes, layer)
+        seen = Counter(token for *_, token in tokens)
+        for e in range(E):
+            served = Counter(token for ids, *_, token in tokens if e in ids)
+            share = sum(served.values()) / len(tokens)
+            lift = {v: n / seen[v] / share for v, n in served.items() if seen[v] >= at_least}
+            got = profile.top_tokens(layer, e, n=V, at_least=at_least)
+            assert dict(got) == {v: pytest.approx(x) for v, x in lift.items()}
+            falling = [x for _, x in got]
+            assert falling == sorted(falling, reverse=True)
+            assert [x for _, x in profile.top_tokens(layer, e, n=2, at_least=at_least)] == falling[:2]
+
+
 def test_duplicate_experts() -> None:
     """Against cosines of the joined weights; random experts are as close as chance has it, a scaled copy is not."""
     weights, others = torch.randn(E, 2, 30, 20), torch.randn(E, 20, 30)

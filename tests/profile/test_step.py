@@ -165,3 +165,20 @@ def test_traced_memory_is_what_was_allocated(model: Transformer) -> None:
     memory = trace_step(model, replace(run, call=allocate))
     assert 2**27 <= max(memory.bytes) < 2**27 + 2**16
     assert [phase for phase, b in zip(memory.phases, memory.bytes, strict=True) if b >= 2**27] == ["backward"]
+
+
+def test_traced_memory_knows_nothing_of_an_earlier_trace(model: Transformer) -> None:
+    """The profiler's own count goes on through the process, and misses what is freed outside of a trace."""
+    run = profile.make_run(model, "forward", torch.zeros(1, 4, dtype=torch.int64))
+    kept: list[torch.Tensor] = []
+
+    def free_and_allocate(elements: int) -> None:
+        kept.clear()
+        with stage("up"):
+            kept.append(torch.empty(elements))
+
+    for elements in (2**22, 2**21, 2**20):  # each larger one is there before the trace, and freed within it
+        memory = trace_step(model, replace(run, call=lambda elements=elements: free_and_allocate(elements)))
+        assert 4 * elements <= max(memory.bytes) < 4 * elements + 2**16
+        assert min(memory.bytes) >= 0
+        kept[:] = [torch.empty(2**23)]  # what was traced is freed now, with nobody counting

@@ -165,6 +165,51 @@ def test_watch_tells_a_collapse_of_routing_from_a_bad_moment():
     assert later.check_load(54, [even, collapsed]) == [], "said once"
 
 
+@pytest.mark.parametrize(
+    ("n_experts", "idle", "collapsed"),
+    [(128, 32, True), (128, 31, False), (16, 4, True), (16, 3, False), (5, 2, True), (5, 1, False), (2, 1, True)],
+)
+def test_a_quarter_of_the_experts_idle_is_a_collapse(n_experts, idle, collapsed):
+    """At the edge of what the class's docstring says: a quarter or more, with less than a tenth of the mean load."""
+
+    def alarms(share_of_mean):
+        low = share_of_mean / n_experts
+        load = [low] * idle + [(1 - low * idle) / (n_experts - idle)] * (n_experts - idle)
+        watch = Watch(TrainConfig(warmup=10), RouterConfig())
+        return [watch.check_load(step, [load]) for step in range(11, 15)]
+
+    said = alarms(0.0999)
+    assert [len(lines) for lines in said] == [0, 0, int(collapsed), 0]
+    assert not collapsed or f"step 13: {idle} of {n_experts} experts have less than 0.1 of the mean" in said[2][0]
+    assert not any(alarms(0.1001))
+
+
+@pytest.mark.parametrize(("high", "explodes"), [(1.5 * 2.0 + 1.0 + 1e-6, True), (1.5 * 2.0 + 1.0 - 1e-6, False)])
+def test_an_explosion_is_three_log_points_above_the_limit_after_the_warm_up(high, explodes):
+    """1.5 times the lowest running average, here a steady 2 nats, plus 1 nat; step 10 is the last of the warm-up."""
+    watch = Watch(TrainConfig(warmup=10), RouterConfig())
+    for step in range(1, 10):
+        watch.check(step, 2.0)
+    for step in (10, 11, 12):
+        watch.check(step, high)
+    if explodes:
+        with pytest.raises(TrainError, match=r"down to 2\.00"):
+            watch.check(13, high)
+    else:
+        watch.check(13, high)
+
+
+def test_the_watchs_running_average_forgets_a_fifth_at_each_log_point():
+    watch = Watch(TrainConfig(), RouterConfig())
+    for step, lm in enumerate((10.0, 5.0, 6.0), start=1):
+        watch.check(step, lm)
+    assert watch.average == pytest.approx(0.8 * (0.8 * 10 + 0.2 * 5) + 0.2 * 6)
+    assert watch.lowest == pytest.approx(watch.average)
+    for lm in (20.0, 1.0):
+        watch.check(4, lm)
+    assert watch.lowest == pytest.approx(8.4)
+
+
 def test_a_collapse_raises_an_alarm_and_the_run_goes_on(cfg, data_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Watch, "IDLE", 1.2)  # in a layer of four, one is always below 1.2 times the mean
     assert train(cfg, data_dir, tmp_path / "run").status == "complete"

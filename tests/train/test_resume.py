@@ -1,7 +1,6 @@
 """Killed and resumed, a run gives what it would have given anyway, to the last digit. In processes of their own."""
 
 import json
-import random
 import signal
 import time
 
@@ -35,14 +34,14 @@ def wait_for_step(process, run_dir, step):
     pytest.fail(f"step {step} was not reached")
 
 
-def test_killed_anywhere_and_resumed_gives_the_same_to_the_last_digit(cfg_file, data_dir, tmp_path):
+def test_killed_anywhere_and_resumed_gives_the_same_to_the_last_digit(cfg_file, data_dir, tmp_path, any_moment):
     # log_every and save_every do not divide each other: sums between log points must survive, too. Under "muon" both
     # Muon and AdamW are at work.
     settings = ["train.steps=60", "train.log_every=3", "train.save_every=10", "train.eval_every=20"]
     settings += ["train.optimizer=muon", "router.bias_update_rate=0.001"]
     whole = start(cfg_file, data_dir, tmp_path / "whole", *settings)
     killed = start(cfg_file, data_dir, tmp_path / "killed", *settings)
-    wait_for_step(killed, tmp_path / "killed", 3 * random.Random().randint(4, 17))
+    wait_for_step(killed, tmp_path / "killed", 3 * any_moment.randint(4, 17))
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
     assert whole.wait(timeout=120) == 0, whole.communicate()[0]
@@ -75,9 +74,9 @@ def recipe(root, cfg_file, data_dir, conversations):
 
 
 @pytest.mark.slow
-def test_a_recipe_killed_ten_times_ends_as_if_it_never_was(cfg_file, data_dir, tmp_path):
+def test_a_recipe_killed_ten_times_ends_as_if_it_never_was(cfg_file, data_dir, tmp_path, any_moment):
     """Three stages, each killed at random steps and, at its end, at a random moment of saving and evaluating."""
-    rng, rows, kills = random.Random(), [], {"256": 5, "1k": 4, "chat": 4}
+    rng, rows, kills = any_moment, [], {"256": 5, "1k": 4, "chat": 4}
     for i in range(200):
         words = " ".join(rng.choice(("cat", "mat", "rain", "fell")) for _ in range(12))
         rows.append({"prompt": f"say {i}", "response": words})

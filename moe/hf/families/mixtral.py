@@ -276,7 +276,7 @@ _BLOCK_NAMES = {
     "attention.wk.weight": "self_attn.k_proj.weight",
     "attention.wv.weight": "self_attn.v_proj.weight",
     "attention.wo.weight": "self_attn.o_proj.weight",
-    "moe_norm.weight": "post_attention_layernorm.weight",
+    "mlp_norm.weight": "post_attention_layernorm.weight",
     "moe.router.weight": "mlp.gate.weight",
     "moe.experts.w_in_EGFD": "mlp.experts",
     "moe.experts.w_out_EDF": "mlp.experts",
@@ -302,12 +302,16 @@ def config_to_hf(cfg: Config) -> dict[str, Any]:
     matter in training and have no place in it.
 
     Raises:
-        HFError: experts.activation is not "swiglu", or router.bias_update_rate is not 0.
+        HFError: experts.activation is not "swiglu", there are dense layers, or router.bias_update_rate is not 0.
     """
     if cfg.experts.activation != "swiglu":
         raise HFError(
             f"experts.activation = {cfg.experts.activation!r}: Mixtral's experts have three matrices (swiglu), "
             "these two; keep the checkpoint with moe.save"
+        )
+    if cfg.dense is not None:
+        raise HFError(
+            f"dense.layers = {cfg.dense.layers}: every layer of Mixtral has experts; keep the checkpoint with moe.save"
         )
     if cfg.router.bias_update_rate != 0:
         raise HFError(

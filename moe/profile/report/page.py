@@ -12,15 +12,16 @@ from typing import Any
 import numpy as np
 
 from moe.io import figures
+from moe.io.page import Html, Section, figure, folded, key, page, panels, table, tag
+from moe.plan.hardware import load_hardware
 from moe.profile import tables
 from moe.profile.report import svg
-from moe.profile.report.markup import Html, Section, figure, folded, key, page, panels, table, tag
 from moe.profile.report.svg import Axis
 from moe.profile.serving import StepLoad, decode_steps
 from moe.profile.similarity import ClosestPair
 from moe.profile.statistics import RoutingProfile
 
-BANDWIDTH = 3350.0  # GB/s, one H100 SXM
+CARD = "h100-sxm"  # whose memory decoding steps are timed with
 HISTOGRAM_BATCHES = (8, 64, 512)
 
 
@@ -307,16 +308,17 @@ def _serving(m: Material, found: Sequence[StepLoad]) -> Section:
         y_log=True,
     )
     entries = [("s0", "this trace"), ("s1", "busiest expert"), ("s6", "mean"), ("even", "uniform routing")]
+    bandwidth = load_hardware(CARD).bandwidth.to("GB/s")
     title = "one decoding step; uniform: independent choices at even load"
     says = "What a server reads and computes in a step, by batch size."
     if m.expert_bytes:
-        title += f"; weights of the experts as loaded, time at {BANDWIDTH:,.0f} GB/s (one H100)"
+        title += f"; weights of the experts as loaded, time at {bandwidth:,.0f} GB/s (one H100)"
         says += " The weights of every expert that a token reaches are read once, however many tokens share them."
     shown = [
         figure("Experts read", "by at least one token", read),
         figure("Tokens of an expert", "band: 5% to 95%", tokens),
     ]
-    body = [key(entries), panels(shown), table(tables.steps(found, title, m.expert_bytes, BANDWIDTH))]
+    body = [key(entries), panels(shown), table(tables.steps(found, title, m.expert_bytes, bandwidth))]
     return Section("Serving", says, body)
 
 

@@ -14,7 +14,7 @@ from html import escape
 
 import numpy as np
 
-from moe.profile.report.markup import Html
+from moe.io.page import Html
 
 MORE, LESS = (230, 97, 0), (112, 84, 200)  # orange and violet, apart for any kind of colour vision
 _LEVELS = 24  # of a colour, for two octaves

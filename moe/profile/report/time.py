@@ -11,9 +11,9 @@ from typing import Any
 from torch import Tensor
 
 from moe.io import figures
+from moe.io.page import Html, Section, table, tag
 from moe.model import Transformer
 from moe.profile import step, step_pictures, tables
-from moe.profile.report.markup import Html, Section, table, tag
 
 # A colour of the pictures -> the page's variable for it.
 _PAINT = {figures.INK: "ink", figures.MUTED: "muted", figures.GRID: "line"}

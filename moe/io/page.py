@@ -1,17 +1,26 @@
-"""HTML of the report: markup that cannot be forgotten to escape, tables, figures, and the page around the sections.
+"""HTML pages: markup that cannot be forgotten to escape, tables, figures, and the page around the sections.
 
 The page holds everything itself (style, script, pictures), and forbids the browser to fetch anything.
 """
 
+import base64
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from string import Template
 
-from moe.profile.tables import Table
-
 _PAGE = Path(__file__).with_name("page.html")
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells as text, row by row. Columns named in `words` hold words and are set left, the others right."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+    words: tuple[str, ...] = ()
 
 
 class Html(str):
@@ -20,7 +29,7 @@ class Html(str):
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the report: its title, a sentence on what is seen, then pictures and tables."""
+    """A part of a page: its title, a sentence on what is seen, then pictures and tables."""
 
     title: str
     says: str
@@ -38,14 +47,16 @@ def tag(name: str, *content: str, **attributes: str) -> Html:
     return Html(f"<{name}{given}>{''.join(map(html, content))}</{name}>")
 
 
-def table(t: Table) -> Html:
-    """A table in a box of its own that scrolls where the page is narrower."""
+def table(t: Table, prose: bool = False) -> Html:
+    """A table in a box of its own that scrolls where the page is narrower; `prose` breaks the lines of its words."""
     sides = ["w" if name in t.words else "n" for name in t.columns]
     head = tag("tr", *(tag("th", name, class_=side, scope="col") for name, side in zip(t.columns, sides, strict=True)))
     rows = [tag("tr", *(tag("td", c, class_=side) for c, side in zip(r, sides, strict=True))) for r in t.rows]
     whole = tag("table", tag("caption", t.title), tag("thead", head), tag("tbody", *rows))
     # Reachable by keyboard, as it may have to be scrolled.
-    return tag("div", whole, class_="scroll", tabindex="0", role="region", aria_label=t.title)
+    return tag(
+        "div", whole, class_="scroll prose" if prose else "scroll", tabindex="0", role="region", aria_label=t.title
+    )
 
 
 def folded(title: str, *content: Html, is_open: bool = False) -> Html:
@@ -58,6 +69,11 @@ def figure(title: str, subtitle: str, picture: Html) -> Html:
     """A picture under its title."""
     caption = tag("figcaption", tag("b", title), " ", tag("span", subtitle))
     return tag("figure", caption, tag("div", picture, class_="scroll"))
+
+
+def png(content: bytes, alt: str) -> Html:
+    """A picture that the page holds."""
+    return Html(f'<img alt="{escape(alt)}" src="data:image/png;base64,{base64.b64encode(content).decode()}">')
 
 
 def panels(figures: Iterable[Html]) -> Html:

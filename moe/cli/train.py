@@ -1,0 +1,77 @@
+"""`moe train`. As in main.py, the command imports what it needs when it runs."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+from tyro.conf import Positional, UseAppendAction, arg
+
+from moe.cli.data import default_data
+
+if TYPE_CHECKING:
+    from moe.config import Config
+
+
+def train(
+    config: Positional[str],
+    /,
+    data: Path | None = None,
+    out: Path | None = None,
+    set_: Annotated[UseAppendAction[tuple[tuple[str, ...], ...]], arg(name="set", metavar="KEY=VALUE ...")] = (),
+    from_: Annotated[Path | None, arg(name="from")] = None,
+    device: str | None = None,
+    fresh: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
+    trace_every: int = 0,
+    dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
+) -> int:
+    """Train a model; interrupted, the same command goes on where it stopped.
+
+    Args:
+        config: A shipped configuration (replica-tiny, replica-nano, ...) or a TOML file.
+        data: Prepared data (moe data prepare). Default: text and code from installed packages, prepared in data/.
+        out: Directory of the run. Default: runs/NAME.
+        set_: Settings to change, such as train.lr=3e-4.
+        from_: A checkpoint to begin with, for the next stage of a recipe: more context, other data.
+        device: cuda or cpu. Default: cuda where there is one.
+        fresh: Start anew; an older run in the directory is moved aside.
+        trace_every: Record the routing of every so many steps in RUN/traces, for moe profile; 0 records none.
+        dry_run: Say what the run would take, in steps, memory and time, and start nothing.
+    """
+    from moe.config import load_config
+
+    cfg = load_config(config).with_overrides([assignment for group in set_ for assignment in group])
+    from moe.train import console, train
+
+    data_dir = data if data is not None else default_data(cfg)
+    if dry_run:
+        _print_forecast(cfg, data_dir, device)
+        return 0
+    run_dir = out if out is not None else Path("runs") / cfg.name
+    resume = "never" if fresh else "auto"
+    result = train(
+        cfg,
+        data_dir,
+        run_dir,
+        resume=resume,
+        start_from=from_,
+        device=device,
+        reporter=console.reporter(),
+        trace_every=trace_every,
+    )
+    if result.status == "stopped":
+        print(f"stopped after step {result.step:,}; the same command, without --fresh, goes on from there")
+        return 128 + result.signal
+    return 0
+
+
+def _print_forecast(cfg: "Config", data_dir: Path, device: str | None) -> None:
+    from moe.train.console import clock
+    from moe.train.forecast import forecast
+
+    f = forecast(cfg, data_dir, device)
+    print(f"{cfg.name}: {f.steps:,} steps, {f.tokens:,} tokens, {f.passes:.3g} times through the data's epochs")
+    share = f" of {f.available / 2**30:.1f} GiB" if f.available else ""
+    print(f"memory at the peak: {f.memory / 2**30:.2f} GiB{share}")
+    if f.available and f.memory > f.available:
+        print("that is more than there is: halve train.micro_batch, or set train.activation_checkpointing=selective")
+    print(f"time: {clock(f.seconds)} if every product ran at this machine's best rate; expect about twice that")

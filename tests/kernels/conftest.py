@@ -1,0 +1,20 @@
+"""What all tests of the kernels share: memory that nothing has written reads as NaN."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _poisoned() -> Iterator[None]:
+    """New memory (torch.empty and its kin, and what ATen allocates for its results) holds NaN, integers the largest.
+
+    So a kernel that leaves a part of its output unwritten fails, whatever the allocator hands out. Torch does so in its
+    deterministic mode; operations that have no deterministic form only warn.
+    """
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(3).isnan().all()
+    assert torch.empty(3, dtype=torch.int32).eq(2**31 - 1).all()
+    yield
+    torch.use_deterministic_algorithms(False)
