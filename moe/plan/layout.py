@@ -15,7 +15,7 @@ from typing import Any, Literal
 from moe.config import CONFIG_DIR
 from moe.errors import ConfigError
 from moe.plan.hardware import read_table
-from moe.plan.quantity import Quantity, assumed, quantity
+from moe.plan.quantities import Quantity, assumed, quantity
 from moe.plan.shape import Shape
 from moe.plan.sizes import element_bytes
 

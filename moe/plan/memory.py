@@ -11,7 +11,7 @@ from moe.errors import ConfigError
 from moe.plan.hardware import Hardware
 from moe.plan.layout import Layout
 from moe.plan.models import Model, load_shape
-from moe.plan.quantity import Quantity, Sheet, assumed, larger, quantity
+from moe.plan.quantities import Quantity, Sheet, assumed, larger, quantity
 from moe.plan.shape import Attention, Layer, Shape
 from moe.plan.sizes import NARROW, element_bytes, saved_elements, state_bytes
 from moe.plan.weights import attention_weights, head_weights, mlp_weights, router_weights, shared_weights

@@ -10,7 +10,7 @@ from moe.plan.experts import touched
 from moe.plan.hardware import Hardware
 from moe.plan.layout import Layout
 from moe.plan.models import Model, load_shape
-from moe.plan.quantity import Sheet, assumed, quantity
+from moe.plan.quantities import Sheet, assumed, quantity
 from moe.plan.serving import decode
 
 DRAFTS = 4  # the article's "runs of about 4 tokens"

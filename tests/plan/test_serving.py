@@ -23,7 +23,7 @@ from moe.plan.layout import Layout, load_layout
 from moe.plan.memory import kv_bytes_per_token, serving_memory
 from moe.plan.models import load_shape
 from moe.plan.partition import frontier
-from moe.plan.quantity import quantity
+from moe.plan.quantities import quantity
 from moe.plan.search import ARTICLE, evaluate, fit, redesign
 from moe.plan.serving import decode, prefill, ridge, serving_price
 from moe.plan.shape import dense

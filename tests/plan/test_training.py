@@ -11,7 +11,7 @@ from moe.plan.hardware import load_hardware
 from moe.plan.layout import Layout, layout_from, load_layout
 from moe.plan.memory import in_flight, stage_counts, training_memory
 from moe.plan.models import load_shape
-from moe.plan.quantity import quantity
+from moe.plan.quantities import quantity
 from moe.plan.shape import dense
 from moe.plan.train import Efficiency, bubble, mfu, predict_run, predict_step, train_cost
 from tests.conftest import tiny_config
