@@ -35,7 +35,7 @@ def test_train_on_your_text(tmp_path: Path) -> None:
     (tmp_path / "novel.txt").write_text("\n\n".join(paragraphs), encoding="utf-8")
     arguments = ["novel.txt", "--document-size", 200, "--vocab-size", 290, "--context", 32, "--steps", 4]
     out = run("train_on_your_text.py", tmp_path, *arguments)
-    assert "novel: 9" in out
+    assert "novel: 50 documents for train" in out
     assert "held-out bits per byte" in out
     assert (tmp_path / "runs" / "mine" / "run" / "final" / "model.safetensors").is_file()
     again = run("train_on_your_text.py", tmp_path, *arguments)
