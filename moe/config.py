@@ -206,15 +206,15 @@ class TrainConfig:
         Raises:
             ConfigError: not of that form, not beginning at 0, not rising, or a batch of nothing.
         """
-        stages: list[tuple[int, int]] = []
+        sizes: list[tuple[int, int]] = []
         for part in self.batch_ramp.split():
             begin, colon, size = part.partition(":")
             require(bool(colon), "train.batch_ramp", self.batch_ramp, 'must be like "0:64k 2M:128k 8M:256k"')
-            stages.append((parse_tokens("train.batch_ramp", begin), parse_tokens("train.batch_ramp", size)))
-        begins = [begin for begin, _ in stages]
-        ok = not stages or (begins[0] == 0 and begins == sorted(set(begins)) and all(size > 0 for _, size in stages))
+            sizes.append((parse_tokens("train.batch_ramp", begin), parse_tokens("train.batch_ramp", size)))
+        begins = [begin for begin, _ in sizes]
+        ok = not sizes or (begins[0] == 0 and begins == sorted(set(begins)) and all(size > 0 for _, size in sizes))
         require(ok, "train.batch_ramp", self.batch_ramp, "must begin at 0 tokens, go up, and have batches above 0")
-        return stages
+        return sizes
 
 
 def parse_tokens(name: str, text: int | str) -> int:
