@@ -180,7 +180,11 @@ def launches(arch: str) -> list[Launch]:
     return list(dict.fromkeys(found))
 
 
-def _record(tokens: int, d_model: int, d_ff: int, dtype: torch.dtype, activation: str, layout: Callable) -> None:
+Empty = Callable[..., torch.Tensor]
+Layout = Callable[[Empty, int, int, int, int], triton_pointer.Experts]
+
+
+def _record(tokens: int, d_model: int, d_ff: int, dtype: torch.dtype, activation: str, layout: Layout) -> None:
     E, K = 16, 2
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
@@ -195,18 +199,18 @@ def _record(tokens: int, d_model: int, d_ff: int, dtype: torch.dtype, activation
     triton_mlp.forward(x, experts, weights, ids, activation, False)
 
 
-def _contiguous(empty: Callable, E: int, G: int, F: int, D: int) -> triton_pointer.Experts:
+def _contiguous(empty: Empty, E: int, G: int, F: int, D: int) -> triton_pointer.Experts:
     return triton_pointer.Experts(empty(E, G, F, D), empty(E, D, F))
 
 
-def _strided(empty: Callable, E: int, G: int, F: int, D: int) -> triton_pointer.Experts:
+def _strided(empty: Empty, E: int, G: int, F: int, D: int) -> triton_pointer.Experts:
     """Transposed matrices, [E, D, G*F] and [E, F, D]: these go through the pointers everywhere."""
     return triton_pointer.Experts(
         empty(E, D, G * F).transpose(1, 2).unflatten(1, (G, F)), empty(E, F, D).transpose(1, 2)
     )
 
 
-def _interleaved(empty: Callable, E: int, G: int, F: int, D: int) -> triton_pointer.Experts:
+def _interleaved(empty: Empty, E: int, G: int, F: int, D: int) -> triton_pointer.Experts:
     """gpt-oss: transposed, gate and up in turns, biases."""
     w_in = empty(E, D, F * G).unflatten(2, (F, G)).permute(0, 3, 2, 1)
     return triton_pointer.Experts(w_in, empty(E, F, D).transpose(1, 2), empty(E, G, F), empty(E, D))

@@ -38,9 +38,8 @@ def members(node: ast.ClassDef) -> Iterator[str]:
         if isinstance(item, ast.FunctionDef) and (item.name == "__init__" or not item.name.startswith("_")):
             markers = [f"@{ast.unparse(d)} " for d in item.decorator_list]
             yield "".join(markers) + signature(item)
-        elif isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
-            if not item.target.id.startswith("_"):
-                yield ast.unparse(item)
+        elif isinstance(item, ast.AnnAssign) and not ast.unparse(item).startswith("_"):
+            yield ast.unparse(item)
 
 
 def described(name: str, value: Any) -> list[str]:

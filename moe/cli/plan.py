@@ -15,7 +15,7 @@ from moe.cli.plan_flags import MODEL, SERVE, TRAIN, Batch, Context, Model, On, S
 from moe.cli.show import SHOW, Output, show_rows, show_sheet
 
 if TYPE_CHECKING:
-    from moe.plan.quantity import Sheet
+    from moe.plan.quantities import Sheet
     from moe.plan.shape import Shape
 
 ARTICLE_TOKENS = "13 Ttoken"  # of the article's training run
@@ -79,7 +79,7 @@ def train(
     """
     from moe.errors import ConfigError
     from moe.plan import load_shape
-    from moe.plan.quantity import given
+    from moe.plan.quantities import given
     from moe.plan.train import Efficiency, predict_run, train_cost
 
     shape, (where, hw) = load_shape(model), on.read()
@@ -390,7 +390,7 @@ def redesign(
 def _prices(shape: "Shape", sheet: "Sheet", utilisation: float, reclaimed: float, lifetime: str | None) -> "Sheet":
     from moe.plan.hardware import load_hardware
     from moe.plan.layout import load_layout
-    from moe.plan.quantity import given, quantity
+    from moe.plan.quantities import given, quantity
     from moe.plan.serving import serving_price
     from moe.plan.train import predict_run
 

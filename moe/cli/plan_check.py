@@ -26,7 +26,7 @@ def check(
         claims: A claims file. Default: the article's. Its expressions are run: check only files that you trust.
     """
     from moe.plan.claims import CLAIMS_FILE, check_claims, load_claims
-    from moe.plan.quantity import explain
+    from moe.plan.quantities import explain
 
     verdicts = check_claims(load_claims(claims or CLAIMS_FILE), model)
     if show.explain is not None:
@@ -78,7 +78,7 @@ def calibrate(csv_file: Positional[Path], /, *, peak: str | None = None, show: O
         peak: Also as a share of this peak, such as "989 TFLOP/s".
     """
     from moe.plan.calibrate import calibrate, read_steps
-    from moe.plan.quantity import Sheet, given, quantity
+    from moe.plan.quantities import Sheet, given, quantity
 
     steps = read_steps(csv_file)
     made = calibrate(steps)

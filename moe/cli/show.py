@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, arg
 
 if TYPE_CHECKING:
-    from moe.plan.quantity import Sheet
+    from moe.plan.quantities import Sheet
     from moe.profile.tables import Table
 
 
@@ -110,7 +110,7 @@ def show_rows(
     title: str, rows: Sequence[Mapping[str, Any]], show: Show, shown: Sequence[Mapping[str, Any]] | None = None
 ) -> int:
     """Rows as a table (of those `shown`, where they are given), JSON or CSV."""
-    from moe.plan.quantity import number
+    from moe.plan.quantities import number
 
     if show.json:
         print_json(list(rows))

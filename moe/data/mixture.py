@@ -169,11 +169,6 @@ class Mixture:
                 "data, seq_len, seed, epochs or document_mask changed; restore them, or start a new run"
             )
 
-    def locate(self, k: int) -> tuple[str, int, int]:
-        """(source, pass of the mixture from 0, window in the source) of sample k."""
-        where, windows = self._locate(np.array([k]))
-        return self._names[int(where[0])], k // self.windows_per_epoch, int(windows[0])
-
     def batch(self, start: int, count: int) -> Batch:
         """Samples start .. start + count - 1."""
         S = self.seq_len

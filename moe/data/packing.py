@@ -112,11 +112,6 @@ class ConversationStream:
         return len(self._size)
 
     @property
-    def fill(self) -> float:
-        """The fraction of all windows that is conversation and not padding."""
-        return float(self._size.sum()) / (self.windows_per_epoch * self.seq_len)
-
-    @property
     def notices(self) -> list[str]:
         """What did not fit into the windows, in words."""
         total = self.conversations + self.left_out

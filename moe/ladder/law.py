@@ -1,6 +1,6 @@
 """Loss against compute: the power law through a ladder's rungs, and how far a prediction from it can be trusted."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -121,7 +121,7 @@ def _linear(powers: np.ndarray, L: np.ndarray) -> tuple[float, float, float]:
     return error, e, a
 
 
-def _golden(f, low: float, high: float) -> float:
+def _golden(f: Callable[[float], float], low: float, high: float) -> float:
     """Where `f` is least between `low` and `high`, by golden section (Kiefer 1953)."""
     ratio = (5**0.5 - 1) / 2
     a, b = high - ratio * (high - low), low + ratio * (high - low)

@@ -15,7 +15,7 @@ from moe.plan.layout import Layout, load_layout
 from moe.plan.memory import serving_memory, training_memory
 from moe.plan.models import load_shape
 from moe.plan.partition import frontier
-from moe.plan.quantity import Quantity, Sheet, quantity
+from moe.plan.quantities import Quantity, Sheet, quantity
 from moe.plan.roofline import predict_small_run
 from moe.plan.search import fit, redesign
 from moe.plan.serving import decode, prefill, serving_price

@@ -23,7 +23,7 @@ from moe.plan.hardware import load_hardware
 from moe.plan.layout import Layout, load_layout
 from moe.plan.memory import kv_bytes_per_token, serving_memory, stage_counts, training_memory
 from moe.plan.models import Model, load_shape
-from moe.plan.quantity import (
+from moe.plan.quantities import (
     ENVIRONMENT,
     Quantity,
     Sheet,

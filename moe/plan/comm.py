@@ -9,7 +9,7 @@ from moe.plan.hardware import Hardware
 from moe.plan.layout import Layout
 from moe.plan.memory import stage_counts
 from moe.plan.models import Model, load_shape
-from moe.plan.quantity import Sheet
+from moe.plan.quantities import Sheet
 from moe.plan.shape import Shape
 from moe.plan.sizes import NARROW, element_bytes
 

@@ -9,7 +9,7 @@ from typing import Literal
 
 from moe.plan.flops import TRAINING, dense_flops_per_token, flops_per_token, scores_width, seen_twice
 from moe.plan.models import Model, load_shape
-from moe.plan.quantity import Quantity, Sheet, quantity
+from moe.plan.quantities import Quantity, Sheet, quantity
 from moe.plan.shape import Layer, Shape
 from moe.plan.weights import Formula, attention, mlp, router, shared
 

@@ -14,7 +14,7 @@ from moe.kernels.loss import CHUNK_ELEMENTS
 from moe.plan.counts import params
 from moe.plan.flops import TRAINING, flops_per_token, head_flops, layer_flops
 from moe.plan.hardware import Hardware
-from moe.plan.quantity import Quantity, Sheet, quantity
+from moe.plan.quantities import Quantity, Sheet, quantity
 from moe.plan.shape import shape_of
 from moe.plan.sizes import NARROW, WIDE, moment_bytes, saved_elements, update_bytes
 from moe.plan.weights import head_weights

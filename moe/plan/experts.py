@@ -8,7 +8,7 @@ Distinct experts touched: E (1 - (1 - k/E)^B) on average, never min(E, B k).
 import math
 
 from moe.errors import ConfigError
-from moe.plan.quantity import Sheet
+from moe.plan.quantities import Sheet
 
 
 def touched(n_experts: int, top_k: int, tokens: float) -> float:

@@ -11,7 +11,7 @@ from typing import Any
 
 from moe.config import CONFIG_DIR
 from moe.errors import ConfigError
-from moe.plan.quantity import Quantity, given
+from moe.plan.quantities import Quantity, given
 from moe.plan.sizes import BYTES
 
 HARDWARE_DIR = CONFIG_DIR / "hardware"

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from moe.config import CONFIG_DIR
 from moe.errors import ConfigError
 from moe.plan.hardware import read_table
-from moe.plan.quantity import Quantity, assumed, quantity
+from moe.plan.quantities import Quantity, assumed, quantity
 from moe.plan.shape import Shape
 from moe.plan.sizes import element_bytes
 
@@ -171,11 +171,6 @@ class Layout:
 
 
 _SETTINGS = tuple(f.name for f in dataclasses.fields(Layout))
-
-
-def layout_names() -> list[str]:
-    """The names that `load_layout` accepts."""
-    return sorted(path.stem for path in LAYOUT_DIR.glob("*.toml"))
 
 
 def load_layout(name_or_path: str | Path) -> Layout:

@@ -11,7 +11,7 @@ from moe.errors import ConfigError
 from moe.plan.hardware import Hardware
 from moe.plan.layout import Layout
 from moe.plan.models import Model, load_shape
-from moe.plan.quantity import Quantity, Sheet, assumed, larger, quantity
+from moe.plan.quantities import Quantity, Sheet, assumed, larger, quantity
 from moe.plan.shape import Attention, Layer, Shape
 from moe.plan.sizes import NARROW, element_bytes, saved_elements, state_bytes
 from moe.plan.weights import attention_weights, head_weights, mlp_weights, router_weights, shared_weights
@@ -182,24 +182,6 @@ def _activations(
         f"{key}.activations", "GB", "tokens * (in_flight * kept + working)",
         tokens=tokens, in_flight=in_flight(layout, stage, micro_batches),
         kept=sheet[f"{key}.activations.token"], working=sheet[f"{key}.activations.working"],
-    )  # fmt: skip
-
-
-def megatron_activations(
-    *, seq_len: int, micro_batch: int, d_model: int, n_heads: int, n_layers: int, tp: int, sequence_parallel: bool,
-    selective: bool,
-) -> Quantity:  # fmt: skip
-    """Activation memory of the first pipeline stage of a dense GELU decoder with dropout and without flash attention.
-
-    Korthikanti et al. 2022 (arXiv:2205.05198), table 2: per layer s b h (10 + 24/t + 5 a s/(h t)); with sequence
-    parallelism (34 + 5 a s/h)/t; selective recomputation drops the last term.
-    """
-    sheet = Sheet()
-    first = "34 / t" if sequence_parallel else "10 + 24 / t"
-    scores = "" if selective else " + 5 * a * s / (h * t)"
-    return sheet.derive(
-        "activations", "GiB", f"byte * layers * s * b * h * ({first}{scores})",
-        layers=n_layers, s=seq_len, b=micro_batch, h=d_model, t=tp, **({} if selective else {"a": n_heads}),
     )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from moe.plan.counts import params
 from moe.plan.flops import TRAINING, flops_per_token
 from moe.plan.hardware import Hardware
 from moe.plan.layout import Layout
-from moe.plan.quantity import Quantity, Sheet, assumed, quantity
+from moe.plan.quantities import Quantity, Sheet, assumed, quantity
 from moe.plan.sizes import NARROW, WIDE, update_bytes
 from moe.plan.train import Efficiency
 from moe.plan.work import Work, step_work

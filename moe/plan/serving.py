@@ -15,7 +15,7 @@ from moe.plan.hardware import Hardware
 from moe.plan.layout import Layout
 from moe.plan.memory import kv_per_gpu, stage_counts
 from moe.plan.models import Model, load_shape
-from moe.plan.quantity import Quantity, Sheet, assumed, quantity
+from moe.plan.quantities import Quantity, Sheet, assumed, quantity
 from moe.plan.shape import Layer, Shape
 from moe.plan.sizes import NARROW, element_bytes
 from moe.plan.weights import attention_weights, head_weights, mlp_weights, router_weights, shared_weights

@@ -5,7 +5,7 @@ The one place that has them; `memory` divides them over GPUs, `device` adds what
 """
 
 from moe.errors import ConfigError
-from moe.plan.quantity import Quantity, Sheet
+from moe.plan.quantities import Quantity, Sheet
 from moe.plan.shape import Layer
 
 # Bytes of a stored element. MX formats hold 4-bit numbers in blocks of 32 with a scale of 8 bits.

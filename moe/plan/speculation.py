@@ -10,7 +10,7 @@ from moe.plan.experts import touched
 from moe.plan.hardware import Hardware
 from moe.plan.layout import Layout
 from moe.plan.models import Model, load_shape
-from moe.plan.quantity import Sheet, assumed, quantity
+from moe.plan.quantities import Sheet, assumed, quantity
 from moe.plan.serving import decode
 
 DRAFTS = 4  # the article's "runs of about 4 tokens"
@@ -63,16 +63,3 @@ def speculate(
         verify=sheet["speculate.verify"], plain=sheet["speculate.plain"], g=drafts, c=cost,
     )  # fmt: skip
     return sheet
-
-
-def best_drafts(model: Model, layout: Layout, hardware: Hardware, *, batch: int, acceptance: float, most: int = 16,
-                **settings: float) -> tuple[int, float]:  # fmt: skip
-    """The number of drafts, from 0, with the largest gain, and that gain."""
-    gains = [
-        speculate(model, layout, hardware, batch=batch, acceptance=acceptance, drafts=g, **settings)[  # type: ignore[arg-type]
-            "speculate.gain"
-        ].value
-        for g in range(most + 1)
-    ]
-    best = max(range(len(gains)), key=gains.__getitem__)
-    return best, gains[best]

@@ -13,7 +13,7 @@ from moe.plan.flops import TRAINING, attention_flops, flops_per_token, routed_fl
 from moe.plan.hardware import Hardware
 from moe.plan.layout import Layout
 from moe.plan.models import Model, load_shape
-from moe.plan.quantity import Quantity, Sheet, assumed, quantity
+from moe.plan.quantities import Quantity, Sheet, assumed, quantity
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@
 import functools
 from dataclasses import dataclass
 
-from moe.plan.quantity import evaluate
+from moe.plan.quantities import evaluate
 from moe.plan.shape import Attention, Mlp, Shape
 
 

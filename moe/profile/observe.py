@@ -63,14 +63,14 @@ def observe(model: nn.Module, on_pass: Callable[[Pass], None]) -> Iterator[None]
     spoken: list[tuple[Tensor, Tensor, Tensor]] = []
     called: dict[str, Tensor] = {}
 
-    def on_call(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def on_call(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tokens = kwargs.get("input_ids", args[0] if args else None)
         called.clear()
         if isinstance(tokens, Tensor) and tokens.ndim == 2 and not tokens.is_floating_point():
             called["tokens"] = tokens
 
-    def on_router(layer: int) -> Callable[[nn.Module, tuple, Any], None]:
-        def hook(module: nn.Module, args: tuple, output: Any) -> None:
+    def on_router(layer: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             # Inside a backward: activation checkpointing runs the layer again.
             if torch._C._current_graph_task_id() != -1:
                 return
@@ -109,9 +109,12 @@ def _routing(module: nn.Module, output: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 # -------------------------------------------------------------------------------------------------------- overriding
 
+# The experts, int64 [T, K], for (layer, T, device).
+Given = Callable[[int, int, torch.device], Tensor]
+
 
 @contextmanager
-def override(model: nn.Module, given: Callable[[int, int, torch.device], Tensor]) -> Iterator[None]:
+def override(model: nn.Module, given: Given) -> Iterator[None]:
     """Inside the block, the routers take the experts of `given(layer, T, device)`, int64 [T, K], weighed as ever.
 
     Raises:
@@ -135,15 +138,15 @@ def override(model: nn.Module, given: Callable[[int, int, torch.device], Tensor]
             handle.remove()
 
 
-def _choice(router: Router, layer: int, given: Callable) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+def _choice(router: Router, layer: int, given: Given) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     def choose(logits_TE: Tensor) -> tuple[Tensor, Tensor]:
         return ops.topk_gate(logits_TE, router.top_k, given_TK=given(layer, len(logits_TE), logits_TE.device))
 
     return choose
 
 
-def _replacement(layer: int, given: Callable) -> Callable[[nn.Module, tuple, Any], Any]:
-    def hook(module: nn.Module, args: tuple, output: Any) -> Any:
+def _replacement(layer: int, given: Given) -> Callable[..., Any]:
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         logits, _, ids = output
         new = given(layer, ids.shape[:-1].numel(), ids.device).view(ids.shape)
         return logits, WEIGHINGS[type(module).__name__](module, logits, new), new

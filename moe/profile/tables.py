@@ -3,6 +3,7 @@
 Shape suffixes: L layers, E experts.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -151,6 +152,7 @@ def as_json(p: RoutingProfile, pairs: Sequence[ClosestPair] = ()) -> dict[str, A
         "passes": p.passes,
         **{name: getattr(p, name).tolist() for name in names},
         "drop_rate_L": {f"{factor:g}": p.drop_rate_L(factor).tolist() for factor in p.capacity_factors},
+        "weight_LE": [[None if math.isnan(w) else w for w in row] for row in p.weight_LE.tolist()],
         "dead_experts": p.dead_experts(),
         "closest_experts": [
             {

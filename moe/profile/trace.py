@@ -331,7 +331,7 @@ def replay(model: nn.Module, trace: Trace) -> Iterator[None]:
     passes = enumerate(trace)
     current: dict[str, Any] = {}
 
-    def on_call(_module: nn.Module, _args: tuple, _kwargs: dict[str, Any]) -> None:
+    def on_call(_module: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
         found = next(passes, None)
         if found is None:
             raise TraceError(f"{trace.path}: no pass left to replay; it has {trace.tokens} tokens")

@@ -22,13 +22,6 @@ POLAR_EXPRESS = (
 _CHUNK_ELEMENTS = 2**25  # matrices are orthogonalised this much at a time, which bounds the memory that it takes
 
 
-def orthogonalise(g_NMP: Tensor) -> Tensor:
-    """U V^T of each matrix U S V^T, approximately: float32 [N, M, P]."""
-    g_NMP = g_NMP.float()
-    factor, tall = orthogonaliser(g_NMP)
-    return g_NMP @ factor if tall else factor @ g_NMP
-
-
 def orthogonaliser(g_NMP: Tensor) -> tuple[Tensor, bool]:
     """The small square matrices that turn g into U V^T, and whether they stand to its right (M > P) or to its left.
 

@@ -11,7 +11,7 @@ from moe.config import Config, ExpertsConfig
 from moe.model import Transformer
 from moe.plan.calibrate import FILE, append_row
 from moe.plan.device import device_memory, device_step_work
-from moe.plan.quantity import number
+from moe.plan.quantities import number
 
 
 def memory_in_use(device: torch.device) -> int:

@@ -9,7 +9,7 @@ from moe.config import Config, load_config
 from moe.errors import ConfigError
 from moe.plan.hardware import Hardware, load_hardware
 from moe.plan.layout import Layout, load_layout
-from moe.plan.quantity import quantity
+from moe.plan.quantities import quantity
 from moe.plan.roofline import SLOWER, predict_small_run, run_tokens
 from moe.plan.train import Efficiency
 

@@ -23,11 +23,11 @@ from moe.plan.layout import Layout, load_layout
 from moe.plan.memory import kv_bytes_per_token, serving_memory
 from moe.plan.models import load_shape
 from moe.plan.partition import frontier
-from moe.plan.quantity import quantity
+from moe.plan.quantities import quantity
 from moe.plan.search import ARTICLE, evaluate, fit, redesign
 from moe.plan.serving import decode, prefill, ridge, serving_price
 from moe.plan.shape import dense
-from moe.plan.speculation import best_drafts, speculate
+from moe.plan.speculation import speculate
 from moe.plan.sweeps import kv_room, sweep, to_csv
 
 A40, A80, H100 = (load_hardware(name) for name in ("a100-40", "a100-80", "h100-sxm"))
@@ -235,7 +235,9 @@ def test_speculation_gains_nothing_for_one_sequence_and_much_for_many() -> None:
     assert gain[1] == pytest.approx(0.96, abs=0.01)
     assert gain[32] == pytest.approx(2.8, abs=0.05)
     assert gain[256] == pytest.approx(2.8, abs=0.05)
-    assert best_drafts("gpt4-8k", SERVE, A40, batch=1, acceptance=0.0)[0] == 0
+    for drafts in range(1, 17):
+        refused = speculate("gpt4-8k", SERVE, A40, batch=1, acceptance=0.0, drafts=drafts)["speculate.gain"]
+        assert refused.value < 1
 
 
 @pytest.mark.parametrize("acceptance", [0.0, 0.5, 0.9, 1.0])

@@ -9,9 +9,9 @@ from moe.errors import ConfigError
 from moe.plan.comm import training_traffic
 from moe.plan.hardware import load_hardware
 from moe.plan.layout import Layout, layout_from, load_layout
-from moe.plan.memory import in_flight, megatron_activations, stage_counts, training_memory
+from moe.plan.memory import in_flight, stage_counts, training_memory
 from moe.plan.models import load_shape
-from moe.plan.quantity import quantity
+from moe.plan.quantities import quantity
 from moe.plan.shape import dense
 from moe.plan.train import Efficiency, bubble, mfu, predict_run, predict_step, train_cost
 from tests.conftest import tiny_config
@@ -36,15 +36,6 @@ def test_held_out_iteration_times(name: str, recompute: str) -> None:
     layout = Layout(tp=8, pp=pp, interleave=v, micro_batch=micro, seq_len=2048, batch_tokens=batch * 2048)
     found = predict_step(shape, layout.replace(recompute=recompute), A100, causal=False)["step.time"]
     assert found.to("s") == pytest.approx(full if recompute == "full" else selective, rel=0.036)
-
-
-def test_activations_of_22b_as_published() -> None:
-    """Korthikanti et al. 2022, TP 8: 59.25 GiB kept whole, 9.5625 with sequence parallelism and selective."""
-    common = {"seq_len": 2048, "micro_batch": 4, "d_model": 6144, "n_heads": 64, "n_layers": 48, "tp": 8}
-    none = megatron_activations(**common, sequence_parallel=False, selective=False)
-    least = megatron_activations(**common, sequence_parallel=True, selective=True)
-    assert none.to("GiB") == pytest.approx(59.25, abs=0.01)
-    assert least.to("GiB") == pytest.approx(9.5625, abs=0.01)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import torch.nn as nn
 
 from moe import Transformer
 from moe.config import TrainConfig
-from moe.train.muon import POLAR_EXPRESS, Muon, orthogonalise
+from moe.train.muon import POLAR_EXPRESS, Muon, orthogonaliser
 from moe.train.optimizer import build
 
 
@@ -20,6 +20,11 @@ def newton_schulz(g):
         gram = x @ x.T
         x = a * x + (b * gram + c * gram @ gram) @ x
     return x
+
+
+def orthogonalise(g_NMP):
+    factor, tall = orthogonaliser(g_NMP)
+    return g_NMP @ factor if tall else factor @ g_NMP
 
 
 def scalar(s):

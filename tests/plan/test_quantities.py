@@ -7,7 +7,7 @@ import pytest
 from hypothesis import strategies as st
 
 from moe.errors import ConfigError
-from moe.plan.quantity import (
+from moe.plan.quantities import (
     Sheet,
     UnitError,
     about,
