@@ -40,7 +40,8 @@ def expert_mlp(
         activation: "swiglu", silu(gate) * up; "gelu" in the tanh form; "swiglu_oai", gpt-oss's clamped form.
         impl: "reference" (any device and dtype), "grouped" (CPU: any dtype; CUDA: bfloat16; no biases), "triton" (CUDA:
             bfloat16, float16, float32; on CPU in Triton's interpreter), or None for the fastest that is eligible.
-        b_in_EGF, b_out_ED: biases of the two products.
+        b_in_EGF: biases of the up product.
+        b_out_ED: biases of the down product.
         recompute: keep x alone for the backward, which then computes the pre-activations again, to the same bits
             ("reference" always does).
 
