@@ -1,7 +1,7 @@
 """Checkpoints: a directory of safetensors, `config.toml` and, if there is one, `tokenizer.json`.
 
-Weights lie in `model.safetensors`, or in shards under an index (see `moe.io.tensorfiles`). A checkpoint is written under a
-temporary name and renamed, so that a directory is whole or absent. The optimizer's state is not part of it.
+Weights lie in `model.safetensors`, or in shards under an index (see `moe.io.tensorfiles`). A checkpoint is written
+under a temporary name and renamed, so that a directory is whole or absent. The optimizer's state is not part of it.
 """
 
 import os

@@ -210,10 +210,12 @@ def test_installation_is_that_of_the_project() -> None:
     core = {re.split(r"[>=;]", d)[0] for d in project["dependencies"]} - {"torch", "triton"}
     lines = [line for b in BLOCKS if b.language == "sh" for line in b.text.splitlines()]
     assert all(line.startswith("pip install ") for line in lines)
-    assert torch and any(torch[1] in line for line in lines)
+    assert torch
+    assert any(torch[1] in line for line in lines)
     assert {w for line in lines for w in line.split()[2:]} >= core
     extras = [e for line in lines for found in re.findall(r"\[(.*?)\]", line) for e in found.split(",")]
-    assert extras and set(extras) <= set(project["optional-dependencies"])
+    assert extras
+    assert set(extras) <= set(project["optional-dependencies"])
 
 
 # --------------------------------------------------------------------------------------------------------- the pages
@@ -246,7 +248,8 @@ def test_link_leads_somewhere(page: str, link: str) -> None:
 @pytest.mark.parametrize("page", PAGES)
 def test_page_is_in_the_site_and_its_generated_parts_are_current(page: str) -> None:
     spec = importlib.util.spec_from_file_location("generated", ROOT / "docs" / "generated.py")
-    assert spec and spec.loader
+    assert spec
+    assert spec.loader
     generated = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(generated)
     assert generated.filled(TEXTS[page]) == TEXTS[page], "run: python docs/generated.py"
