@@ -205,7 +205,8 @@ def test_parts_one_after_the_other_are_the_whole_model() -> None:
     parts = [part(whole, layers) for layers in (range(0, 1), range(1, 1), range(1, 3))]
     assert {name for p in parts for name, _ in p.named_parameters()} == {name for name, _ in whole.named_parameters()}
     logits: Any = parts[2](parts[1](parts[0](x).hidden_BSD).hidden_BSD).logits_BSV
-    assert rel(logits, whole(x).logits_BSV) < 1e-14
+    want_logits: Any = whole(x).logits_BSV
+    assert rel(logits, want_logits) < 1e-14
     outs = [parts[0](x)]
     outs += [parts[1](outs[0].hidden_BSD)]
     outs += [parts[2](outs[1].hidden_BSD, targets)]
