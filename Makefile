@@ -1,6 +1,7 @@
 # make demo   set up, prepare real data, train replica-nano, write samples, a checkpoint and pictures
 # make recipe the article's recipe at replica scale: epochs and batch ramp, more context, conversations, chat
 # make test   set up, lint, type-check, run the whole suite but the slow and GPU tests
+# make docs   the pages of docs/ as a site in site/
 #
 # All create .venv first. TORCH= picks another torch: make test TORCH='torch==2.11.0'.
 
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 RUN ?= runs/demo
 RECIPE ?= runs/recipe
 
-.PHONY: demo recipe test test-all lint bench aot gpu clean
+.PHONY: demo recipe test test-all lint docs bench aot gpu clean
 
 # torch goes in first and alone: an open range in a dependency could pull gigabytes of CUDA packages.
 $(VENV)/.installed: pyproject.toml
@@ -34,7 +35,7 @@ recipe: $(VENV)/.installed
 	$(BIN)/moe chat $(RECIPE)/chat/final --message "What is AI?" --max-tokens 64
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow and not gpu" -n 2
+	$(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --dist loadgroup
 
 test-all: $(VENV)/.installed
 	$(BIN)/python -m pytest -m "not gpu"
@@ -43,6 +44,11 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+# The variable silences the theme's notice on a later release of mkdocs, which pyproject.toml rules out.
+docs: $(VENV)/.installed
+	$(BIN)/python docs/generated.py
+	NO_MKDOCS_2_WARNING=true $(BIN)/python -m mkdocs build
 
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/train_step.py
@@ -58,4 +64,4 @@ gpu:
 	$(PYTHON) benchmarks/gpu.py $(FLAGS)
 
 clean:
-	rm -rf $(VENV) runs data dist .pytest_cache .ruff_cache
+	rm -rf $(VENV) runs data dist site .pytest_cache .ruff_cache

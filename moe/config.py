@@ -3,6 +3,8 @@
 Every default is the full GPT-4 shape of the article at 8k context, so a TOML file only says what differs. Loading is
 strict: an unknown key, a wrong type or an impossible value raises `ConfigError`, which names the field, the value
 and what would be right. Imports the standard library only.
+
+The comment beside or above a field is its meaning in docs/configuration.md, which docs/generated.py makes of them.
 """
 
 import dataclasses
@@ -33,17 +35,16 @@ def _positive(section: str, owner: object, *names: str) -> None:
 class RopeConfig:
     """Rotary position embedding, rotate-half form (Su et al. 2021), and its scaling to longer contexts.
 
-    `scaling`: "none"; "linear" divides positions by `factor` (Chen et al. 2023); "yarn" scales by wavelength and
-    warms the attention temperature (Peng et al. 2023), for which `original_max_seq_len` is the context of the
-    pre-trained model and `beta_fast`, `beta_slow` are the numbers of rotations between which it blends.
+    "linear" scaling: Chen et al. 2023; "yarn", which also warms the attention temperature: Peng et al. 2023.
     """
 
-    theta: float = 10_000.0
+    theta: float = 10_000.0  # base of the rotations: pair i of a head turns by theta^(-2i / head_dim) per position
+    # to a longer context: "linear" divides positions, "yarn" scales by wavelength
     scaling: Literal["none", "linear", "yarn"] = "none"
-    factor: float = 1.0
-    original_max_seq_len: int = 8192
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
+    factor: float = 1.0  # how many times the context grows; 1 with scaling "none"
+    original_max_seq_len: int = 8192  # the context of the pre-trained model, for "yarn"
+    beta_fast: float = 32.0  # "yarn": pairs that turn more often than this within it keep their frequency
+    beta_slow: float = 1.0  # "yarn": pairs that turn less often than this are slowed by the whole factor
 
     def __post_init__(self) -> None:
         _positive("attention.rope.", self, "theta", "factor", "original_max_seq_len", "beta_fast", "beta_slow")
@@ -57,14 +58,11 @@ class RopeConfig:
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """Attention with any number of key/value heads; one is the article's multi-query attention.
+    """Attention with any number of key/value heads; one is the article's multi-query attention."""
 
-    The query width `n_heads * head_dim` is free of the model width.
-    """
-
-    n_heads: int = 168
-    n_kv_heads: int = 1
-    head_dim: int = 128
+    n_heads: int = 168  # query heads; n_heads x head_dim is free of d_model
+    n_kv_heads: int = 1  # key/value heads, a divisor of n_heads: 1 is multi-query attention
+    head_dim: int = 128  # width of a head, even
     rope: RopeConfig = field(default_factory=RopeConfig)
 
     def __post_init__(self) -> None:
@@ -88,9 +86,9 @@ class AttentionConfig:
 class RouterConfig:
     """What keeps the expert loads even: loss weights, and the rate of bias-based (auxiliary-loss-free) balancing."""
 
-    balance_loss: float = 0.01
-    z_loss: float = 0.001
-    bias_update_rate: float = 0.0
+    balance_loss: float = 0.01  # weight of the balance loss in the objective; 0 turns it off
+    z_loss: float = 0.001  # weight of the z-loss; 0 turns it off
+    bias_update_rate: float = 0.0  # step of the bias that balances without a loss; 0 turns it off
 
     def __post_init__(self) -> None:
         for name in ("balance_loss", "z_loss", "bias_update_rate"):
@@ -101,11 +99,12 @@ class RouterConfig:
 
 @dataclass(frozen=True)
 class ExpertsConfig:
-    """The expert MLPs of one layer: `top_k` of `n_experts` serve each token."""
+    """The expert MLPs of each layer."""
 
-    n_experts: int = 16
-    top_k: int = 2
-    d_ff: int = 28_672
+    n_experts: int = 16  # experts in each layer
+    top_k: int = 2  # experts that serve a token
+    d_ff: int = 28_672  # hidden width of an expert
+    # "swiglu" has a gate and an up product, "gelu" (tanh form) one product
     activation: Literal["swiglu", "gelu"] = "swiglu"
 
     def __post_init__(self) -> None:
@@ -120,12 +119,12 @@ class ExpertsConfig:
 
 @dataclass(frozen=True)
 class DenseConfig:
-    """Plain MLPs of width `d_ff` instead of experts in the first `layers` layers, whose tokens every router would
-    send alike (DeepSeekMoE, Dai et al. 2024, section 4.1.2).
+    """Plain MLPs instead of experts in the first layers (as in DeepSeekMoE, Dai et al. 2024, section 4.1.2). The section
+    is absent by default: all layers have experts.
     """
 
-    layers: int
-    d_ff: int
+    layers: int  # the first layers have a plain MLP
+    d_ff: int  # hidden width of these MLPs
 
     def __post_init__(self) -> None:
         _positive("dense.", self, "layers", "d_ff")
@@ -133,51 +132,40 @@ class DenseConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How `moe train` trains.
+    """How `moe train` trains."""
 
-    The run is `steps` optimizer steps long, or `tokens` tokens where that is set: "3M", "13T", or "epochs", which goes
-    through the data exactly `epochs` times. `epochs` says so per source ({text = 2, code = 4}); sources are 1 unless
-    they are named, and 0 leaves one out.
-
-    `batch_size` sequences of `seq_len` tokens (0: `max_seq_len`) make one step; they pass through the model
-    `micro_batch` at a time (0: all). `batch_ramp` takes its place: "0:64k 2M:128k" is 64,000 tokens a step, from 2
-    million on 128,000, in whole sequences. `document_mask` keeps attention inside documents.
-
-    `schedule` "cosine" falls from `lr` to `lr * min_lr` over all tokens; "wsd" holds it and falls linearly over the
-    last `decay` fraction of them; `warmup` is in steps of the first batch size. `muon_lr` and `muon_momentum` are for
-    the blocks' matrices with optimizer "muon"; `embedding_lr` is the embedding's rate as a multiple of `lr`.
-    `activation_checkpointing` trades time for memory (moe/recompute.py).
-    """
-
-    steps: int = 1000
-    tokens: int | str = ""
+    steps: int = 1000  # optimizer steps, where `tokens` is empty
+    tokens: int | str = ""  # length in tokens: "3M", "13T"; "epochs": once through the epochs; "": `steps` decides
+    # how often each source is read, {text = 2, code = 4}; 1 if not named, 0 leaves it out
     epochs: dict[str, int] = field(default_factory=dict)
-    seq_len: int = 0
-    document_mask: bool = False
-    batch_size: int = 16
-    batch_ramp: str = ""
-    micro_batch: int = 0
+    seq_len: int = 0  # tokens of a sequence; 0: max_seq_len
+    document_mask: bool = False  # attention stays inside each document
+    batch_size: int = 16  # sequences of an optimizer step
+    batch_ramp: str = ""  # takes its place: "0:64k 2M:128k" is 64,000 tokens a step, from 2 million on 128,000
+    micro_batch: int = 0  # sequences in the model at a time, a divisor of batch_size; 0: all
+    # "muon" for the blocks' matrices, AdamW for the rest; or AdamW for all
     optimizer: Literal["adamw", "muon"] = "adamw"
-    lr: float = 1e-3
-    muon_lr: float = 0.02
-    muon_momentum: float = 0.95
-    embedding_lr: float = 1.0
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = 0.1
-    schedule: Literal["cosine", "wsd"] = "cosine"
-    warmup: int = 100
-    min_lr: float = 0.1
-    decay: float = 0.2
-    grad_clip: float = 1.0
+    lr: float = 1e-3  # peak rate of AdamW
+    muon_lr: float = 0.02  # peak rate of Muon
+    muon_momentum: float = 0.95  # momentum of Muon
+    embedding_lr: float = 1.0  # the embedding's rate, as a multiple of lr
+    betas: tuple[float, float] = (0.9, 0.95)  # AdamW's averages of the gradient and of its square
+    weight_decay: float = 0.1  # decoupled, on matrices only
+    schedule: Literal["cosine", "wsd"] = "cosine"  # "cosine" falls over all tokens, "wsd" holds and falls at the end
+    warmup: int = 100  # steps, of the first batch size, over which rates rise
+    min_lr: float = 0.1  # what rates end at, as a share of their peak
+    decay: float = 0.2  # "wsd": the last share of the tokens, over which rates fall
+    grad_clip: float = 1.0  # largest norm of the gradient of all parameters
+    # of matrix products; "auto": bf16 where the device has units for it (moe/device.py)
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    activation_checkpointing: Literal["none", "selective", "full"] = "none"
-    compile: bool = False
-    seed: int = 0
-    eval_every: int = 250
-    eval_tokens: int = 65_536
-    sample_every: int = 0
-    save_every: int = 250
-    log_every: int = 10
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"  # memory for time, see moe/recompute.py
+    compile: bool = False  # torch.compile
+    seed: int = 0  # of the weights and of the order of the data
+    eval_every: int = 250  # steps between scores of held-out text; 0: only at the end
+    eval_tokens: int = 65_536  # held-out tokens of such a score, 0: none are made; at the end all are scored
+    sample_every: int = 0  # steps between samples of what the model writes; 0: only at the end
+    save_every: int = 250  # steps between checkpoints; 0: only at the end
+    log_every: int = 10  # steps between records in metrics.jsonl
 
     def __post_init__(self) -> None:
         _positive("train.", self, "steps", "batch_size", "lr", "muon_lr", "embedding_lr", "grad_clip", "log_every")
@@ -206,15 +194,15 @@ class TrainConfig:
         Raises:
             ConfigError: not of that form, not beginning at 0, not rising, or a batch of nothing.
         """
-        stages: list[tuple[int, int]] = []
+        sizes: list[tuple[int, int]] = []
         for part in self.batch_ramp.split():
             begin, colon, size = part.partition(":")
             require(bool(colon), "train.batch_ramp", self.batch_ramp, 'must be like "0:64k 2M:128k 8M:256k"')
-            stages.append((parse_tokens("train.batch_ramp", begin), parse_tokens("train.batch_ramp", size)))
-        begins = [begin for begin, _ in stages]
-        ok = not stages or (begins[0] == 0 and begins == sorted(set(begins)) and all(size > 0 for _, size in stages))
+            sizes.append((parse_tokens("train.batch_ramp", begin), parse_tokens("train.batch_ramp", size)))
+        begins = [begin for begin, _ in sizes]
+        ok = not sizes or (begins[0] == 0 and begins == sorted(set(begins)) and all(size > 0 for _, size in sizes))
         require(ok, "train.batch_ramp", self.batch_ramp, "must begin at 0 tokens, go up, and have batches above 0")
-        return stages
+        return sizes
 
 
 def parse_tokens(name: str, text: int | str) -> int:
@@ -236,13 +224,13 @@ _TOKEN_UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "B": 10**9, "T": 10**
 class Config:
     """A decoder and its training recipe. `Config()` is the article's GPT-4: 1.8T parameters, 8k context."""
 
-    name: str = "gpt4-8k"
-    d_model: int = 10_752
-    n_layers: int = 120
-    vocab_size: int = 100_352
-    max_seq_len: int = 8192
-    tie_embeddings: bool = False
-    norm_eps: float = 1e-5
+    name: str = "gpt4-8k"  # of the model, and of the run's directory if none is given
+    d_model: int = 10_752  # width of the residual stream
+    n_layers: int = 120  # layers
+    vocab_size: int = 100_352  # ids of the embedding and of the output layer
+    max_seq_len: int = 8192  # positions that the model can take
+    tie_embeddings: bool = False  # the output layer's weight is the embedding's
+    norm_eps: float = 1e-5  # added to the mean square in RMSNorm
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     router: RouterConfig = field(default_factory=RouterConfig)
     experts: ExpertsConfig = field(default_factory=ExpertsConfig)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moe.experts import Experts, MoE, Router
 from moe.kernels import ops
-from moe.kernels.stages import stage
+from moe.kernels.spans import span
 from moe.layers import (
     MLP,
     Attention,
@@ -131,15 +131,15 @@ class DecodeStep:
         """tokens_B int64, ids of the vocabulary -> logits [B, V]."""
         B, C, position = len(tokens_B), self.head_dim, self.cache.length
         cos, sin = self.cache.rope(1)
-        with stage("embedding"):
+        with span("embedding"):
             x_BD = F.embedding(tokens_B, self.embedding)
         for layer in self.layers:
             k_BNPC, v_BNPC = layer.cache.k_BNPC, layer.cache.v_BNPC
             N = k_BNPC.shape[1]
             n_BD = self._norm(x_BD, layer.attention_norm_D)
-            with stage("projections"):
+            with span("projections"):
                 qkv_BAC = torch.mm(n_BD, layer.wqkv_DA).view(B, -1, C)
-            with stage("attention"):
+            with span("attention"):
                 H = qkv_BAC.shape[1] - 2 * N
                 qk_BAC = rotate(qkv_BAC[:, : H + N], cos, sin)
                 k_BNPC.select(2, position).copy_(qk_BAC[:, H:])
@@ -148,19 +148,19 @@ class DecodeStep:
                 q_BNGC = qk_BAC[:, :H].reshape(B, N, H // N, C)
                 seen = k_BNPC.narrow(2, 0, position + 1), v_BNPC.narrow(2, 0, position + 1)
                 y_BNGC = F.scaled_dot_product_attention(q_BNGC, *seen)
-            with stage("projections"):
+            with span("projections"):
                 x_BD = torch.addmm(x_BD, y_BNGC.reshape(B, H * C), layer.wo_AD)
             x_BD = x_BD + self._mlp(layer.mlp, self._norm(x_BD, layer.mlp_norm_D))
         self.cache.advance(1)
         n_BD = self._norm(x_BD, self.norm_D)
-        with stage("head"):
+        with span("head"):
             return torch.mm(n_BD, self.head_DV)
 
     def _mlp(self, mlp: MoE | MLP, x_BD: Tensor) -> Tensor:
         if isinstance(mlp, MLP):
             return mlp(x_BD)
         router, experts = mlp.router, mlp.experts
-        with stage("router"):
+        with span("router"):
             logits_BE = F.linear(cast(x_BD, self.wide), cast(router.weight, self.wide))
             weights_BK, ids_BK = router.choose(logits_BE)
         weights = experts.w_in_EGFD, experts.w_out_EDF
@@ -170,7 +170,7 @@ class DecodeStep:
         return norm.weight.to(self.wide) * self.d_model**0.5
 
     def _norm(self, x_BD: Tensor, weight_D: Tensor) -> Tensor:
-        with stage("norm"):
+        with span("norm"):
             x_BD = cast(x_BD, self.wide)
             length_B1 = torch.linalg.vector_norm(x_BD, dim=1, keepdim=True).hypot_(self.root_eps)
             return cast((x_BD / length_B1).mul_(weight_D), self.dtype)

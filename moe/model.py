@@ -17,7 +17,7 @@ from torch import Tensor
 from moe.config import Config, RouterConfig
 from moe.experts import Experts, MoE, Routing
 from moe.kernels.loss import IGNORE_INDEX
-from moe.kernels.stages import stage
+from moe.kernels.spans import span
 from moe.layers import (
     MLP,
     Attend,
@@ -306,7 +306,7 @@ def _router_sums(routing: list[Routing], like: Tensor) -> tuple[Tensor, Tensor]:
     if not routing:
         zero = like.new_zeros((), dtype=at_least_fp32(like.dtype))
         return zero, zero
-    with stage("router"), without_autocast(like.device.type):
+    with span("router"), without_autocast(like.device.type):
         balance = torch.stack([r.balance_B.sum() for r in routing]).mean()
         return balance, torch.stack([r.z_T.sum() for r in routing]).mean()
 

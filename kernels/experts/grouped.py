@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe.kernels.experts import reference
-from moe.kernels.stages import stage
+from moe.kernels.spans import span
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -104,15 +104,15 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns y_TD, and for the backward the pre-activations h_RGF, order_R and ends_E."""
     top_k = ids_TK.shape[1]
-    with stage("permute"):
+    with span("permute"):
         order_R, ends_E = sort_by_expert(ids_TK, len(w_in_EGFD))
         x_RD = x_TD.index_select(0, order_R // top_k)
-    with stage("up"):
+    with span("up"):
         h_RGF = _up(x_RD, w_in_EGFD, ends_E)
         act_RF = _activate_into(h_RGF, activation, torch.empty_like(h_RGF[:, 0]))
-    with stage("down"):
+    with span("down"):
         y_RD = F.grouped_mm(act_RF, _operand(w_out_EDF).transpose(1, 2), offs=ends_E)
-    with stage("combine"):
+    with span("combine"):
         return combine(y_RD, inverse(order_R), top_k, weights_TK), h_RGF, order_R, ends_E
 
 
@@ -133,23 +133,23 @@ def backward(
     activation: str,
 ) -> Gradients:
     """Returns the gradients of x, w_in, w_out and the routing weights; an expert without tokens gets zeros."""
-    with stage("permute", "backward"):
+    with span("permute", "backward"):
         token_R = order_R // weights_TK.shape[1]
         weights_R = weights_TK.flatten()[order_R].to(x_TD.dtype)
         x_RD, dy_RD = x_TD.index_select(0, token_R), dy_TD.index_select(0, token_R)
     if h_RGF.numel() == 0:
-        with stage("up", "recompute"):
+        with span("up", "recompute"):
             h_RGF = _up(x_RD, w_in_EGFD, ends_E)
-    with stage("down", "backward"):
+    with span("down", "backward"):
         da_RF = F.grouped_mm(dy_RD, _operand(w_out_EDF), offs=ends_E)
         act_RF, dh_RGF = torch.empty_like(da_RF), torch.empty_like(h_RGF)
         dweights_R = _activation_backward(h_RGF, da_RF, weights_R, activation, dh_RGF, act_RF)
         dw_out_EDF = F.grouped_mm(dy_RD.t(), act_RF, offs=ends_E)
-    with stage("up", "backward"):
+    with span("up", "backward"):
         dh_RH = dh_RGF.flatten(1)
         dx_RD = F.grouped_mm(dh_RH, _operand(_flat(w_in_EGFD)), offs=ends_E)
         dw_in_EGFD = F.grouped_mm(dh_RH.t(), x_RD, offs=ends_E).view_as(w_in_EGFD)
-    with stage("combine", "backward"):
+    with span("combine", "backward"):
         rows_R = inverse(order_R)
         dweights_TK = dweights_R[rows_R].view_as(weights_TK).to(weights_TK.dtype)
         return combine(dx_RD, rows_R, weights_TK.shape[1]), dw_in_EGFD, dw_out_EDF, dweights_TK
@@ -165,9 +165,9 @@ def one_token_top2(
     """
     first, second = ids_12[0].tolist()
     pair = slice(min(first, second), max(first, second) + 1, abs(first - second))
-    with stage("up"):
+    with span("up"):
         h_21H = torch.bmm(x_1D.expand(2, 1, -1), _flat(w_in_EGFD[pair]).transpose(1, 2))
         act_2F = reference.activate(h_21H.view(2, *w_in_EGFD.shape[1:3]), activation)
-    with stage("down"):
+    with span("down"):
         weights_21 = weights_12.t() if first < second else weights_12.t().flip(0)
         return torch.bmm((act_2F * weights_21).to(x_1D.dtype).unsqueeze(1), w_out_EDF[pair].transpose(1, 2)).sum(0)

@@ -41,7 +41,8 @@ def expert_mlp(
         impl: "reference" (any device and dtype), "grouped" (bfloat16, on CPU float32 too; D and F multiples of 16
             bytes; no biases), "triton" (CUDA: bfloat16, float16, float32; on CPU in Triton's interpreter), or None for
             the fastest that is eligible.
-        b_in_EGF, b_out_ED: biases of the two products.
+        b_in_EGF: biases of the up product.
+        b_out_ED: biases of the down product.
         recompute: keep x alone for the backward, which then computes the pre-activations again, to the same bits
             ("reference" always does).
 

@@ -19,7 +19,7 @@ from moe.kernels.experts import triton_pointer, triton_routes, triton_tma
 from moe.kernels.experts.triton_pointer import Experts
 from moe.kernels.experts.triton_routes import Routes
 from moe.kernels.experts.triton_rows import bias_gradient, combine
-from moe.kernels.stages import stage
+from moe.kernels.spans import span
 from moe.kernels.tiles import Tiles
 
 
@@ -38,16 +38,16 @@ def forward(
     """Returns y_TD, h_RJ (empty unless `keep_h`), and `triton_routes.place`'s order with inverse [2, R] and offsets."""
     K = ids_TK.shape[1]
     products, sizes = _choose(x_TD, experts, ids_TK.numel())
-    with stage("permute"):
+    with span("permute"):
         order, offsets = triton_routes.place(ids_TK, len(experts.w_in_EGFD))
         routes = triton_routes.cut(order, offsets, sizes.rows)
         x_rows = products.rows(x_TD, routes, K)
-    with stage("up"):
+    with span("up"):
         h_RJ, act_RF = products.up(x_rows, experts, routes, K, activation, sizes, keep_h, True)
-    with stage("down"):
+    with span("down"):
         y_RD = products.down(act_RF, experts, routes, sizes)
     del x_rows, act_RF
-    with stage("combine"):
+    with span("combine"):
         return combine(y_RD, weights_TK.contiguous(), routes, ids_TK.shape), h_RJ, order, offsets
 
 
@@ -65,19 +65,19 @@ def backward(
     (E, G, F, D), (T, K) = experts.w_in_EGFD.shape, weights_TK.shape
     weights_TK = weights_TK.contiguous()
     products, sizes = _choose(x_TD, experts, T * K)
-    with stage("permute", "backward"):
+    with span("permute", "backward"):
         routes = triton_routes.cut(order, offsets, sizes.rows)
         x_rows, dy_rows = products.rows(x_TD, routes, K), products.rows(dy_TD, routes, K)
     if h_RJ.numel() == 0:
-        with stage("up", "recompute"):
+        with span("up", "recompute"):
             h_RJ, _ = products.up(x_rows, experts, routes, K, activation, sizes, True, False)
-    with stage("down", "backward"):
+    with span("down", "backward"):
         dh_RJ, act_RF, dweights_TK = products.down_backward(
             dy_rows, experts, weights_TK, h_RJ, routes, activation, sizes
         )
         dw_out_EDF = products.weight_gradient(dy_rows, act_RF, routes, K, E, sizes, "a")
     del dy_rows, act_RF
-    with stage("up", "backward"):
+    with span("up", "backward"):
         dw_in_EGFD = products.weight_gradient(dh_RJ, x_rows, routes, K, E, sizes, "b").view(E, G, F, D)
     del x_rows
     db_in_EGF = db_out_ED = None
@@ -88,10 +88,10 @@ def backward(
         # <dy, y> has a share of the bias, which `down_backward` does not see: one number per token and expert.
         shares_TE = dy_TD.float() @ experts.b_out_ED.float().t()
         dweights_TK += shares_TE.gather(1, _ids(routes, T, K))
-    with stage("up", "backward"):
+    with span("up", "backward"):
         dx_RD = products.dx(dh_RJ, experts, routes, sizes)
     del dh_RJ
-    with stage("combine", "backward"):
+    with span("combine", "backward"):
         dx_TD = combine(dx_RD, None, routes, weights_TK.shape)
     return Gradients(dx_TD, dw_in_EGFD, dw_out_EDF, dweights_TK.to(weights_TK.dtype), db_in_EGF, db_out_ED)
 

@@ -72,6 +72,7 @@ def evaluate(
     if out is not None:
         from moe.io.files import write_whole
 
+        out.parent.mkdir(parents=True, exist_ok=True)
         write_whole(out.absolute(), (json.dumps(found, indent=1) + "\n").encode())
         print(f"all figures: {out}")
     return 0

@@ -57,10 +57,13 @@ def step(
     print_table(tables.parts(found))
     print(tables.ceilings(found))
     if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
         write_whole(out, (json.dumps(dataclasses.asdict(found), indent=1) + "\n").encode())
         append_row(out.with_name(FILE), found.plan_row())
         print(f"all figures: {out}; a row for moe plan calibrate: {out.with_name(FILE)}")
     if pictures is not None or chrome is not None:
+        if chrome is not None:
+            chrome.parent.mkdir(parents=True, exist_ok=True)
         memory = profile.trace_step(subject, run, chrome)
         if chrome is not None:
             print(f"trace: {chrome}")

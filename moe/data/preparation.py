@@ -71,7 +71,7 @@ class SplitInfo:
 class DataInfo:
     """What `prepare` made or found.
 
-    splits[source][split] with split "train" or "val"; skipped: names of documents that are not text; empty: how many
+    `splits[source][split]` with split "train" or "val"; skipped: names of documents that are not text; empty: how many
     had no text at all; seconds: per phase ("read", "tokenizer", "encode"), empty when `reused`.
     """
 

@@ -227,10 +227,12 @@ def serving_price(
     """What a token costs over a day, and over the model's life.
 
     Args:
-        output, prompt: cost per token at full load, as `decode.cost` and `prefill.cost` give them.
+        output: cost per token at full load, as `decode.cost` gives it.
+        prompt: the same of prompts, as `prefill.cost` gives it.
         utilisation: share of the hours that the cluster serves at that load.
         reclaimed: share of the idle hours that other work (training small models) pays for.
-        training: cost of training the model; lifetime_tokens: tokens it will have served, prompts included.
+        training: cost of training the model.
+        lifetime_tokens: tokens it will have served, prompts included.
         prompt_share: of the tokens.
 
     Raises:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from moe.errors import NotObservable
 from moe.experts import Router
+from moe.hf import routers as foreign
 from moe.kernels import ops
 
 
@@ -37,7 +38,7 @@ def routers(model: nn.Module) -> list[nn.Module]:
     Raises:
         NotObservable: there is none.
     """
-    found = [m for m in model.modules() if isinstance(m, Router) or type(m).__name__.endswith("TopKRouter")]
+    found = [m for m in model.modules() if isinstance(m, Router) or foreign.is_router(m)]
     if not found:
         raise NotObservable(
             f"{type(model).__name__} has no router that is known here: want moe.experts.Router, or a TopKRouter "
@@ -101,10 +102,7 @@ def _routing(module: nn.Module, output: Any) -> tuple[Tensor, Tensor, Tensor]:
     """ids [T, K], weights [T, K] and logits [T, E] from what a router returned."""
     if isinstance(module, Router):
         return output.ids_TK.detach(), output.weights_TK.detach(), output.logits_TE.detach()
-    if not (isinstance(output, tuple) and len(output) == 3 and output[2].shape == output[1].shape):
-        raise NotObservable(f"{type(module).__name__} does not return (logits, weights, ids); transformers 5 does")
-    logits, weights, ids = (t.detach().flatten(0, -2) for t in output)
-    return ids, weights, logits
+    return foreign.routing_of(module, output)
 
 
 # -------------------------------------------------------------------------------------------------------- overriding
@@ -126,7 +124,7 @@ def override(model: nn.Module, given: Given) -> Iterator[None]:
             router.choose = _choice(router, layer, given)  # type: ignore[method-assign]
             ours.append(router)
         else:
-            if type(router).__name__ not in WEIGHINGS:
+            if type(router).__name__ not in foreign.WEIGHINGS:
                 raise NotObservable(f"{type(router).__name__}: its weights cannot be made for given experts here")
             handles.append(router.register_forward_hook(_replacement(layer, given)))
     try:
@@ -149,33 +147,6 @@ def _replacement(layer: int, given: Given) -> Callable[..., Any]:
     def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         logits, _, ids = output
         new = given(layer, ids.shape[:-1].numel(), ids.device).view(ids.shape)
-        return logits, WEIGHINGS[type(module).__name__](module, logits, new), new
+        return logits, foreign.WEIGHINGS[type(module).__name__](module, logits, new), new
 
     return hook
-
-
-def _softmax_then_choose(module: Any, logits: Tensor, ids: Tensor) -> Tensor:
-    """Mixtral: the softmax over all experts in float32, renormalised over the chosen."""
-    weights = torch.softmax(logits.float(), dim=-1).gather(-1, ids)
-    return weights / weights.sum(dim=-1, keepdim=True)
-
-
-def _softmax_then_choose_optionally_normed(module: Any, logits: Tensor, ids: Tensor) -> Tensor:
-    """Qwen3-MoE and OLMoE: renormalised where the configuration says so, then in the dtype of the logits."""
-    weights = torch.softmax(logits, dtype=torch.float32, dim=-1).gather(-1, ids)
-    if module.norm_topk_prob:
-        weights = weights / weights.sum(dim=-1, keepdim=True)
-    return weights.to(logits.dtype)
-
-
-def _choose_then_softmax(module: Any, logits: Tensor, ids: Tensor) -> Tensor:
-    """gpt-oss: the softmax over the chosen."""
-    return torch.softmax(logits.gather(-1, ids), dim=-1)
-
-
-WEIGHINGS: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
-    "MixtralTopKRouter": _softmax_then_choose,
-    "Qwen3MoeTopKRouter": _softmax_then_choose_optionally_normed,
-    "OlmoeTopKRouter": _softmax_then_choose_optionally_normed,
-    "GptOssTopKRouter": _choose_then_softmax,
-}

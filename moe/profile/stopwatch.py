@@ -1,6 +1,6 @@
 """Where the time of a step goes: every moment between two boundaries belongs to one component and one phase.
 
-Boundaries are the calls of the model's modules, forward and backward, the stages inside the ops (kernels/stages.py) and
+Boundaries are the calls of the model's modules, forward and backward, the spans inside the ops (kernels/spans.py) and
 optimizer steps. Time inside a component that is not inside a smaller one is its own; what belongs to none is "other".
 So the parts always add up to the whole. On CUDA the boundaries are events in the stream, and nothing waits for them.
 
@@ -22,7 +22,7 @@ import torch.nn as nn
 from torch.autograd.profiler import record_function
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from moe.kernels.stages import listening
+from moe.kernels.spans import listening
 from moe.layers import INDIFFERENT
 
 Part = tuple[str, str]  # component, phase
@@ -57,7 +57,7 @@ class Timing:
         return sum(self.seconds.values())
 
     @contextmanager
-    def stage(self, component: str, phase: str = "forward") -> Iterator[None]:
+    def span(self, component: str, phase: str = "forward") -> Iterator[None]:
         """A piece of work inside the block. Inside something that is recomputed, it is recomputed, too."""
         if phase == "forward" and self._frames and self._frames[-1].part[1] == "recompute":
             phase = "recompute"
@@ -131,7 +131,7 @@ def timing(model: nn.Module, *, annotate: bool = False) -> Iterator[Timing]:
     """
     device = next(model.parameters()).device
     found = Timing(device, annotate)
-    with ExitStack() as handles, listening(found.stage):
+    with ExitStack() as handles, listening(found.span):
         for handle in _hooks(model, found):
             handles.callback(handle.remove)
         found._mark()

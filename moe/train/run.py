@@ -178,4 +178,4 @@ def _introduce(run: Run, resumed_from: Path | None, start_from: str | Path | Non
 
 
 def _batch_sizes(run: Run) -> str:
-    return " -> ".join(f"{size:,}" for _, size in run.schedule.stages)
+    return " -> ".join(f"{size:,}" for _, size in run.schedule.ramp)

@@ -18,13 +18,13 @@ class Schedule:
         ConfigError: a run of less than one window.
 
     Attributes:
-        windows: of the whole run. steps: of the whole run. stages: (first window, windows a step from there on).
+        windows: of the whole run. steps: of the whole run. ramp: (first window, windows a step from there on).
     """
 
     def __init__(self, cfg: TrainConfig, seq_len: int, windows_per_pass: int) -> None:
         self.cfg, self.seq_len = cfg, seq_len
-        ramp = cfg.ramp() or [(0, cfg.batch_size * seq_len)]
-        self.stages = [(math.ceil(begin / seq_len), max(1, round(size / seq_len))) for begin, size in ramp]
+        sizes = cfg.ramp() or [(0, cfg.batch_size * seq_len)]
+        self.ramp = [(math.ceil(begin / seq_len), max(1, round(size / seq_len))) for begin, size in sizes]
         if cfg.tokens == "epochs":
             self.windows = windows_per_pass
         elif cfg.tokens:
@@ -38,11 +38,11 @@ class Schedule:
     @property
     def micro_batch(self) -> int:
         """Windows that pass through the model at a time: as set, or a whole batch, the largest of a ramp's."""
-        return self.cfg.micro_batch or max(size for _, size in self.stages)
+        return self.cfg.micro_batch or max(size for _, size in self.ramp)
 
     def batch(self, done: int) -> int:
         """Windows of the step that begins after `done`; the last step takes what is left."""
-        size = next(size for begin, size in reversed(self.stages) if begin <= done)
+        size = next(size for begin, size in reversed(self.ramp) if begin <= done)
         return min(size, self.windows - done)
 
     def lr_scale(self, done: int) -> float:
@@ -53,7 +53,7 @@ class Schedule:
         to `min_lr` over the last `decay` of the run (warm-up, stable, decay: Hu et al. 2024, MiniCPM, section 4).
         """
         cfg = self.cfg
-        warm = cfg.warmup * self.stages[0][1]
+        warm = cfg.warmup * self.ramp[0][1]
         if done < warm:
             return done / warm
         begin = warm if cfg.schedule == "cosine" else max(warm, round(self.windows * (1 - cfg.decay)))
@@ -65,10 +65,10 @@ class Schedule:
         return cfg.min_lr + (1.0 - cfg.min_lr) * 0.5 * (1.0 + math.cos(math.pi * fallen))
 
     def _steps(self) -> int:
-        """Steps to the end: stage after stage, without going through them one by one."""
+        """Steps to the end: batch size after batch size, without going through them one by one."""
         done = steps = 0
-        ends = [*(begin for begin, _ in self.stages[1:]), self.windows]
-        for (_, size), end in zip(self.stages, ends, strict=True):
+        ends = [*(begin for begin, _ in self.ramp[1:]), self.windows]
+        for (_, size), end in zip(self.ramp, ends, strict=True):
             n = max(0, math.ceil((min(end, self.windows) - done) / size))
             done, steps = done + n * size, steps + n
         return steps
@@ -76,8 +76,8 @@ class Schedule:
     def _after_steps(self, steps: int) -> int:
         """Windows that `steps` whole steps take."""
         done = 0
-        ends = [*(begin for begin, _ in self.stages[1:]), None]
-        for (_, size), end in zip(self.stages, ends, strict=True):
+        ends = [*(begin for begin, _ in self.ramp[1:]), None]
+        for (_, size), end in zip(self.ramp, ends, strict=True):
             n = steps if end is None else min(steps, max(0, math.ceil((end - done) / size)))
             done, steps = done + n * size, steps - n
         return done

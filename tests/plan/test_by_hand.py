@@ -123,6 +123,8 @@ def test_memory_of_one_device_tensor_by_tensor(dtype: Any, mode: Any) -> None:
         assert found[f"device.{name}"].to("B") == value, name
     assert found["device.peak"].to("B") == max(moments.values())
     whole = device_memory(cfg, micro_batch=8, seq_len=100, dtype=dtype, activation_checkpointing=mode)
+    held = sum(whole[f"device.{name}"].to("B") for name in ("weights", "optimizer", "gradients", "working"))
+    assert whole["device.at_last_block"].to("B") == held + whole["device.copies"].to("B") / layers + 800 * saved
     assert whole["device.at_loss"].to("B") == pytest.approx(
         sum(whole[f"device.{n}"].to("B") for n in ("weights", "copies", "optimizer", "activations", "loss"))
     )

@@ -166,3 +166,8 @@ def test_functions_of_formulas_carry_intervals() -> None:
     assert (ceil(x).lo, ceil(x).value, ceil(x).hi) == (2, 3, 4)
     with pytest.raises(UnitError, match="do not mix"):
         larger(a, x)
+
+
+def test_explanations_show_intervals_in_the_unit_shown() -> None:
+    assert explain(about(3, "GB", 1, key="room")).startswith("room = 3 GB  [2.5 .. 3.5]")
+    assert explain(about(4, "", 1, key="many")).startswith("many = 4  [3.5 .. 4.5]")

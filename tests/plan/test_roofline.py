@@ -82,6 +82,18 @@ def test_ramp() -> None:
     assert short["run.ramp0"].value == pytest.approx(run["run.ramp0"].value)
 
 
+def test_a_ramp_that_begins_with_one_window() -> None:
+    """1,000 steps of one window of 2,048 tokens, then steps of four."""
+    ramp = f"0:2048 {1000 * 2048}:8192"
+    cfg = dataclasses.replace(WEB, train=dataclasses.replace(WEB.train, batch_ramp=ramp, batch_size=4, micro_batch=0))
+    run = predict_small_run(cfg, NODE.replace(dp=1), H100, tokens=quantity(2000 * 2048, "token"))
+    alone = predict_small_run(
+        plain(batch_size=1, micro_batch=0), NODE.replace(dp=1), H100, tokens=quantity(2048, "token")
+    )  # a single step
+    assert run["run.ramp0"].to("s") == pytest.approx(1000 * alone["floor.step"].to("s"))
+    assert run["run.ramp1"].to("s") == pytest.approx(250 * run["floor.step"].to("s"))
+
+
 def test_tokens_of_a_configuration() -> None:
     assert run_tokens(WEB) == 9_000_000_000
     assert run_tokens(load_config("replica-1b")) == 20_000 * 128 * 2048

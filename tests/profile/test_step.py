@@ -11,7 +11,7 @@ import torch
 
 from moe import profile
 from moe.config import load_config
-from moe.kernels.stages import stage
+from moe.kernels.spans import span
 from moe.model import Transformer
 from moe.profile.step import trace_step
 from tests.hf_models import MODELS, build
@@ -39,10 +39,10 @@ def ticks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_time_belongs_to_the_innermost_part(model: Transformer, ticks: None) -> None:
     with profile.timing(model) as t:  # looks at 0
-        with stage("up"):  # 1
-            with stage("down", "backward"):  # 2
+        with span("up"):  # 1
+            with span("down", "backward"):  # 2
                 pass  # 3
-            with stage("down", "backward"):  # 4
+            with span("down", "backward"):  # 4
                 pass  # 5
         pass  # 6; the end is 7
     assert t.seconds == {
@@ -156,9 +156,9 @@ def test_traced_memory_is_what_was_allocated(model: Transformer) -> None:
     held: list[torch.Tensor] = []
 
     def allocate() -> None:
-        with stage("up"):
+        with span("up"):
             held.append(torch.empty(2**24))
-        with stage("up", "backward"):
+        with span("up", "backward"):
             held.append(torch.empty(2**24))
         held.clear()
 
@@ -174,7 +174,7 @@ def test_traced_memory_knows_nothing_of_an_earlier_trace(model: Transformer) -> 
 
     def free_and_allocate(elements: int) -> None:
         kept.clear()
-        with stage("up"):
+        with span("up"):
             kept.append(torch.empty(elements))
 
     for elements in (2**22, 2**21, 2**20):  # each larger one is there before the trace, and freed within it

@@ -1,6 +1,6 @@
-"""Named stages inside the ops, for whoever measures them (moe/profile/stopwatch.py).
+"""Named spans of time inside the ops, for whoever measures them (moe/profile/stopwatch.py).
 
-With nobody listening a stage is an empty context, a tenth of a microsecond. The listener is the process's: a backward
+With nobody listening a span is an empty context, a tenth of a microsecond. The listener is the process's: a backward
 runs in threads of autograd's own, which see no context variables.
 """
 
@@ -14,21 +14,21 @@ _SILENCE = nullcontext()
 _listener: Listener | None = None
 
 
-def stage(component: str, phase: str = "forward") -> AbstractContextManager[object]:
+def span(component: str, phase: str = "forward") -> AbstractContextManager[object]:
     """A context for one piece of work: "permute", "up", "down", "combine", "head"; "forward" or "backward"."""
     return _SILENCE if _listener is None else _listener(component, phase)
 
 
 @contextmanager
 def listening(listener: Listener) -> Iterator[None]:
-    """Inside the block, every stage is entered through `listener`.
+    """Inside the block, every span is entered through `listener`.
 
     Raises:
         RuntimeError: somebody listens already.
     """
     global _listener
     if _listener is not None:
-        raise RuntimeError("the stages of the ops are being measured already; end that measurement first")
+        raise RuntimeError("the spans of the ops are being measured already; end that measurement first")
     _listener = listener
     try:
         yield
