@@ -1,25 +1,28 @@
 # make demo   set up, prepare real data, train replica-nano, write samples, a checkpoint and pictures
 # make recipe the article's recipe at replica scale: epochs and batch ramp, more context, conversations, chat
 # make test   set up, lint, type-check, run the whole suite but the slow and GPU tests
+# make matrix that suite on Python 3.11 to 3.13 with the oldest and the newest torch, in .venv-matrix/
 # make docs   the pages of docs/ as a site in site/
 #
 # All create .venv first. TORCH= picks another torch: make test TORCH='torch==2.11.0'.
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+# torch 2.11 has Triton 3.6, in whose interpreter `range(0, n)` over an argument of a kernel fails from numpy 2.4 on.
+NUMPY := $(if $(findstring ==2.11,$(TORCH)),numpy<2.4,numpy)
 VENV := .venv
 BIN := $(VENV)/bin
 RUN ?= runs/demo
 RECIPE ?= runs/recipe
 
-.PHONY: demo recipe test test-all lint docs bench aot gpu clean
+.PHONY: demo recipe test test-all matrix lint docs bench aot gpu clean
 
 # torch goes in first and alone: an open range in a dependency could pull gigabytes of CUDA packages.
 $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python >= 3.11 is needed; set PYTHON="; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check '$(TORCH)'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check '$(TORCH)' '$(NUMPY)' -e '.[dev]'
 	touch $@
 
 demo: $(VENV)/.installed
@@ -39,6 +42,13 @@ test: lint
 
 test-all: $(VENV)/.installed
 	$(BIN)/python -m pytest -m "not gpu"
+
+# Narrowed down: make matrix PYTHONS=3.11 TORCHES=2.11.0 TESTS="tests/kernels tests/test_model.py"
+PYTHONS ?= 3.11 3.12 3.13
+TORCHES ?= 2.11.0 2.13.0
+TESTS ?= tests
+matrix:
+	.ci/matrix "$(PYTHONS)" "$(TORCHES)" $(TESTS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -64,4 +74,4 @@ gpu:
 	$(PYTHON) benchmarks/gpu.py $(FLAGS)
 
 clean:
-	rm -rf $(VENV) runs data dist site .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-matrix runs data dist site .pytest_cache .ruff_cache
