@@ -113,3 +113,19 @@ from moe.kernels import ops
 """
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env=environment)
+
+
+def test_what_stands_beside_the_package_is_valid_and_of_this_version() -> None:
+    """CITATION.cff has what its schema 1.2.0 requires and no version of its own; the changelog has this version."""
+    yaml = pytest.importorskip("yaml")
+    from moe import __version__
+
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert {"cff-version", "message", "title", "authors"} <= citation.keys()
+    assert "version" not in citation
+    assert f"\n## {__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    for form in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"):
+        content = yaml.safe_load(form.read_text(encoding="utf-8"))
+        assert content.keys() == {"blank_issues_enabled"} or {"name", "description", "body"} <= content.keys()
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"]
+    assert [repo["repo"] for repo in hooks] == ["local"], "a commit downloads nothing"
