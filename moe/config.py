@@ -119,8 +119,9 @@ class ExpertsConfig:
 
 @dataclass(frozen=True)
 class DenseConfig:
-    """Plain MLPs instead of experts in the first layers (as in DeepSeekMoE, Dai et al. 2024, section 4.1.2). The section
-    is absent by default: all layers have experts.
+    """Plain MLPs instead of experts in the first layers, as in DeepSeekMoE (Dai et al. 2024, section 4.1.2).
+
+    The section is absent by default: all layers have experts.
     """
 
     layers: int  # the first layers have a plain MLP

@@ -224,6 +224,7 @@ def test_parts_one_after_the_other_are_the_whole_model() -> None:
     loss.backward()
     for p in parts:
         for name, parameter in p.named_parameters():
+            assert parameter.grad is not None
             assert rel(parameter.grad, whole_gradients[name]) < 1e-12, name
 
 

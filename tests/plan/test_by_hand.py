@@ -200,6 +200,9 @@ def test_muons_update_moves_five_tensors_of_a_matrix() -> None:
     blocks = 2 * (2 * 192 * (384 + 64) + 16 * 3 * 192 * 512)
     assert found.bytes == 20 * blocks + 28 * (plan.params(cfg).total - blocks)
     assert found.wide
+    # Queries and outputs, keys and values, gates and ups together, downs: short side, long side, how many.
+    matrices = [(192, 384, 2), (64, 192, 2), (192, 1024, 16), (192, 512, 16)]
+    assert found.flop == 2 * sum(n * (4 * short**2 * long + 34 * short**3) for short, long, n in matrices)
 
 
 # ---------------------------------------------------------------------------------------------- serving on n chips

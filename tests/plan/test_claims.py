@@ -7,7 +7,11 @@ import pytest
 
 from moe.config import Config
 from moe.errors import ConfigError
-from moe.plan.claims import CLAIMS_FILE, Claim, check_claims, load_claims
+from moe.plan.claims import CLAIMS_FILE, Claim, check_claims, environment, load_claims
+from moe.plan.flops import flops_per_token
+from moe.plan.hardware import load_hardware
+from moe.plan.layout import load_layout
+from moe.plan.serving import decode
 
 CLAIMS = load_claims()
 
@@ -118,3 +122,14 @@ def test_expressions_that_fail_name_their_claim(expr: str) -> None:
     claims = [replace(c, expr=expr) if c.id == "C21" else c for c in CLAIMS]
     with pytest.raises(ConfigError, match="claim C21: "):
         check_claims(claims)
+
+
+def test_a_price_lies_between_a_batch_of_one_and_the_whole_peak() -> None:
+    found = environment(CLAIMS, "gpt4-8k")["price_range"]("a100-40", "bf16")
+    a100, serve = load_hardware("a100-40"), load_layout("gpt4-serve")
+    one = decode("gpt4-8k", serve, a100, batch=1, context=8192, collectives=False)["decode.cost"]
+    peak = 128 * 1 / 3600 / (128 * 312e12 / flops_per_token("gpt4-8k"))
+    assert found.hi == pytest.approx(one.value)
+    assert found.lo == pytest.approx(peak)
+    assert found.lo < found.value < found.hi
+    assert found.unknowns == {"batch per pass"}

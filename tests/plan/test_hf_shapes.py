@@ -38,6 +38,7 @@ LATENT = {"qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16, "kv_l
         ({"model_type": "mixtral"}, [0, 1, 2, 3, 4, 5]),
         ({"model_type": "llama"}, []),
         ({"model_type": "glm4_moe"}, [0, 1, 2, 3, 4, 5]),
+        ({"model_type": "glm4_moe", "first_k_dense_replace": 0}, [0, 1, 2, 3, 4, 5]),
         ({"model_type": "glm4_moe", "first_k_dense_replace": 2}, [2, 3, 4, 5]),
         ({"model_type": "deepseek_v2", **LATENT, "first_k_dense_replace": 1, "moe_layer_freq": 2}, [2, 4]),
         ({"model_type": "deepseek_v2", **LATENT, "n_routed_experts": None}, []),

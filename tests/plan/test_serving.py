@@ -267,7 +267,7 @@ def test_an_expert_on_each_node_serves_at_reading_speed_near_the_article_s_price
     assert article.per_user < 8.33 < 33.3 < other.per_user
     assert 0.0025 < other.usd_per_1k < 0.0075
     designs = redesign("gpt4-8k", A80, gpus=128, per_user=8.33)
-    assert designs
+    assert {design.layout.ep for design in designs} == {1, 2, 4, 8, 16}
     for design in designs:
         assert design.per_user >= 8.33
         assert design.memory <= A80.memory.value
