@@ -30,7 +30,6 @@ def tiny_model() -> tuple[Any, Callable[[str], list[int]], Callable[[int], str]]
         num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=16,
         num_experts=8,
         num_experts_per_tok=2,
     )
