@@ -133,3 +133,15 @@ def test_a_price_lies_between_a_batch_of_one_and_the_whole_peak() -> None:
     assert found.lo == pytest.approx(peak)
     assert found.lo < found.value < found.hi
     assert found.unknowns == {"batch per pass"}
+
+
+@pytest.mark.parametrize(
+    ("value", "verdict"),
+    [(0.5, "REPRODUCED"), (0.7, "CONFLICT"), (500, "UNIT-ERROR"), (50, "UNIT-ERROR"), (0.005, "UNIT-ERROR")],
+)
+def test_a_slip_of_a_unit_below_one(value: float, verdict: str) -> None:
+    claim = replace(CLAIMS[20], id="C", kind="derived", value=0.5, unit="GB", lo=0.4, hi=0.6, why="")
+    assert verdicts(claims=[replace(claim, expr=f"quantity({value}, 'GB')")]) == {"C": verdict}
+    # A bound that is far from being kept is none.
+    bound = replace(claim, kind="bound", lo=None, expr=f"quantity({value}, 'GB')")
+    assert verdicts(claims=[bound])["C"] == ("REPRODUCED" if value <= 0.6 else "CONFLICT")
