@@ -48,7 +48,8 @@ model.activation_checkpointing = cfg.train.activation_checkpointing
 optimizers = build(model, cfg.train)
 for _ in range(2):
     step(model, optimizers, cfg, micro_batch, seq_len)
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+# Not ru_maxrss: that begins with the size of the process that started this one.
+peak = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM:"))
 print(json.dumps([before, peak]))
 """
 
