@@ -220,6 +220,15 @@ def test_layouts_of_the_inputs(impl: str, how: str, which: int) -> None:
     assert_close((y, *got), by_autograd(inputs, upstream(inputs), "swiglu"), TOLERANCE[WIDEST[impl]])
 
 
+def test_weights_are_read_where_they_are_if_they_can_be() -> None:
+    w = torch.randn(3, 8, 12)
+    for how in ("transposed", "every second element", "rows a few bytes apart", "an element into its memory"):
+        moved = strided(w, how)
+        assert (grouped._operand(moved) is moved) == (how == "transposed")
+        assert torch.equal(grouped._operand(moved), w)
+    assert grouped._operand(w) is w
+
+
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_expanded_gradient(impl: str) -> None:
     inputs = make(T=17, E=7, K=3).to(WIDEST[impl])

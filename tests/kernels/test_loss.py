@@ -217,3 +217,17 @@ def test_what_does_not_fit_is_refused(change: dict, complaint: str) -> None:
     given = {"x_TD": torch.zeros(3, 4), "w_VD": torch.zeros(7, 4), "targets_T": torch.zeros(3, dtype=torch.int64)}
     with pytest.raises(ValueError, match=complaint):
         ops.linear_cross_entropy(**{**given, **change})
+
+
+def test_the_gradient_of_w_is_summed_in_at_least_float32_unless_there_is_one_chunk_of_its_dtype() -> None:
+    bf16, fp16, fp32, fp64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+    for w_dtype, dtype, chunks, want in (
+        (bf16, bf16, 1, bf16),
+        (bf16, bf16, 2, fp32),
+        (fp32, bf16, 1, fp32),
+        (fp16, fp32, 1, fp32),
+        (fp32, fp32, 3, fp32),
+        (fp64, fp64, 2, fp64),
+    ):
+        found = chunked.accumulator(torch.ones(2, 3, dtype=w_dtype), dtype, chunks)
+        assert (found.dtype, found.shape, found.abs().sum()) == (want, (2, 3), 0)

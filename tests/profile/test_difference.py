@@ -4,11 +4,14 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import moe
-from moe.profile.difference import log_probability_change
+from moe.profile import Recorder, Trace
+from moe.profile.difference import Reading, compare_readings, log_probability_change
+from moe.profile.observe import Pass
 from moe.tokenizer import train_bpe
 from tests.conftest import run_cli
 from tests.hf_models import build
@@ -84,6 +87,27 @@ def test_two_checkpoints(ours: bool, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert run_cli("profile", "compare", tmp_path / "before", tmp_path / "before", *text) == 0
     same = numbers(capsys.readouterr().out, "tale")
     assert [float(c) for c in same[2:]] == [0, 0, 0]
+
+
+def test_several_sources_are_summed_up(tmp_path: Path) -> None:
+    """Over all tokens, not over sources; a single source needs no sum."""
+    for name in ("one", "other"):
+        with Recorder(tmp_path / name, 4) as recorder:
+            ids = torch.tensor([[[0, 1]] * 3])
+            recorder.add(Pass(ids, torch.ones(ids.shape), torch.zeros(1), (1, 3), None))
+    window = np.arange(3)
+    log_p = {"prose": [-1.0, -2.0], "verse": [-3.0]}, {"prose": [-1.5, -2.5], "verse": [-1.0]}
+    for sources, want in ((["prose"], None), (["prose", "verse"], (-0.5 - 0.5 + 2.0) / 3)):
+        windows = [(source, window, window + 1) for source in sources]
+        readings = [
+            Reading(tmp_path / name, windows, {s: torch.tensor(found[s]) for s in sources}, Trace.open(tmp_path / name))
+            for name, found in zip(("one", "other"), log_p, strict=True)
+        ]
+        changes, _ = compare_readings(*readings)
+        assert list(changes) == sources + (["all"] if want is not None else [])
+        assert changes["prose"].gain == pytest.approx(-0.5)
+        if want is not None:
+            assert (changes["all"].tokens, changes["all"].gain) == (3, pytest.approx(want))
 
 
 def test_what_cannot_be_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

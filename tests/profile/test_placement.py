@@ -2,13 +2,14 @@
 
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe.profile import decode_steps, place, round_robin
+from moe.profile import decode_steps, place, placement, round_robin
 
 
 def busiest(load_E: np.ndarray, gpus: tuple[tuple[int, ...], ...]) -> float:
@@ -27,15 +28,38 @@ def test_every_expert_has_a_place_and_every_gpu_its_slots(
     E: int, n_gpus: int, more: int, seed: int, power: int
 ) -> None:
     redundant = min(more + (-(E + more)) % n_gpus, E * (n_gpus - 1))
-    load_LE = np.random.default_rng(seed).random((2, E)) ** power
-    placement = place(load_LE, n_gpus, redundant)
-    for layer, gpus in enumerate(placement.gpus):
+    check(np.random.default_rng(seed).random((2, E)) ** power, n_gpus, redundant)
+
+
+def check(load_LE: np.ndarray, n_gpus: int, redundant: int) -> None:
+    """Places, and checks what is promised of any placement."""
+    placed, E = place(load_LE, n_gpus, redundant), load_LE.shape[1]
+    for layer, gpus in enumerate(placed.gpus):
         assert [len(held) for held in gpus] == [(E + redundant) // n_gpus] * n_gpus
         assert all(len(set(held)) == len(held) for held in gpus), "no GPU holds an expert twice"
         assert set().union(*gpus) == set(range(E))
-        loads = placement.gpu_loads(load_LE[None])[0, layer]
+        loads = placed.gpu_loads(load_LE[None])[0, layer]
         assert loads.sum() == pytest.approx(load_LE[layer].sum())
         assert loads.max() == pytest.approx(busiest(load_LE[layer], gpus))
+
+
+def test_room_is_made_for_a_copy_that_no_free_slot_can_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rare case (once in a million of random loads): the last copy finds its expert wherever there is a slot."""
+    rooms, make_room = [], placement._make_room
+
+    def spy(e: int, *arguments: Any) -> None:
+        rooms.append(e)
+        make_room(e, *arguments)
+
+    monkeypatch.setattr(placement, "_make_room", spy)
+    check(np.array([[2.0, 3, 3, 4, 1, 2, 1, 1, 1, 1]]), n_gpus=3, redundant=14)
+    assert len(rooms) == 1
+
+
+def test_copies_go_to_the_most_load_per_copy() -> None:
+    """By hand: 12 -> 6 and 6, 10 -> 5 and 5; the third copy goes to the 7, not to the 12 again."""
+    gpus = place(np.array([[12.0, 10.0, 7.0, 1.0, 1.0]]), 4, redundant=3).gpus[0]
+    assert [sum(e in held for held in gpus) for e in range(5)] == [2, 2, 2, 1, 1]
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -64,12 +88,14 @@ def test_a_copy_goes_to_the_busiest_expert() -> None:
 
 
 def test_round_robin_and_per_pass_figures() -> None:
-    placement = round_robin(1, 5, 2)
-    assert placement.gpus == (((0, 2, 4), (1, 3)),)
+    in_turns = round_robin(1, 5, 2)
+    assert in_turns.gpus == (((0, 2, 4), (1, 3)),)
     counts_PLE = np.array([[[1, 0, 1, 0, 1]], [[0, 3, 0, 3, 0]], [[0, 0, 0, 0, 0]]])
-    assert placement.gpu_loads(counts_PLE)[:2, 0].tolist() == [[3, 0], [0, 6]]
+    assert in_turns.gpu_loads(counts_PLE)[:2, 0].tolist() == [[3, 0], [0, 6]]
     # Each pass waits for its own busiest GPU, though the sum of the passes is less uneven; an empty one waits for none.
-    assert placement.max_over_mean(counts_PLE)[0] == pytest.approx((2 + 2 + 1) / 3)
+    assert in_turns.max_over_mean(counts_PLE)[0] == pytest.approx((2 + 2 + 1) / 3)
+    # A single token, half a one per GPU, waits for the one that has it.
+    assert in_turns.max_over_mean(np.array([[[0, 0, 1, 0, 0]]]))[0] == pytest.approx(2)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from torch import Tensor
 import moe
 from moe.errors import NotObservable
 from moe.experts import Router
-from moe.profile import RoutingProfile, closest_pairs, expert_similarity, routing
+from moe.profile import RoutingProfile, closest_pairs, expert_similarity, observe, routing
 from moe.profile.observe import Pass
 from tests.conftest import rel
 from tests.hf_models import MODELS, build
@@ -202,6 +202,18 @@ def test_top_tokens_by_the_formula(passes: list[Pass], profile: RoutingProfile, 
             assert [x for _, x in profile.top_tokens(layer, e, n=2, at_least=at_least)] == falling[:2]
 
 
+def test_token_classes_are_counted_up_to_a_limit(passes: list[Pass], monkeypatch: pytest.MonkeyPatch) -> None:
+    for limit, counted in ((3 * E * V, True), (3 * E * V - 1, False)):
+        monkeypatch.setattr("moe.profile.statistics.MAX_TOKEN_COUNTS", limit)
+        profile = RoutingProfile(E, V)
+        profile.update(passes[0])
+        if counted:
+            assert int(profile.token_counts_LEV.sum()) == 3 * profile.tokens * K
+        else:
+            with pytest.raises(ValueError, match="tokens were not counted: give vocab_size"):
+                _ = profile.token_counts_LEV
+
+
 def test_duplicate_experts() -> None:
     """Against cosines of the joined weights; random experts are as close as chance has it, a scaled copy is not."""
     weights, others = torch.randn(E, 2, 30, 20), torch.randn(E, 20, 30)
@@ -271,6 +283,38 @@ def test_transformers_models(name: str) -> None:
         for t, v in enumerate(token):
             words[layer, ids[layer, t], v] += 1
     assert torch.equal(p.token_counts_LEV, words)
+
+
+def test_an_interrupted_pass_leaves_nothing_behind() -> None:
+    model: Any = moe.Transformer(moe.load_config("replica-tiny"))
+    first, second = torch.zeros(1, 4, dtype=torch.int64), torch.ones(1, 4, dtype=torch.int64)
+
+    def stop(*_arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    with routing(model, 512) as p:
+        handle = model.blocks[1].attention.register_forward_hook(stop)
+        with pytest.raises(KeyboardInterrupt):
+            model(first)  # the first layer's router has spoken
+        handle.remove()
+        out = model(second)
+    assert (p.passes, p.tokens) == (1, 4)
+    assert p.counts_LE.tolist() == [r.counts_E.tolist() for r in out.routing]
+    assert p.token_counts_LEV[:, :, 1].sum() == p.counts_LE.sum()
+
+
+def test_a_pass_without_token_ids_has_no_tokens_and_one_row() -> None:
+    """Nor those of the call before it, of as many tokens."""
+    model, seen = build("Mixtral"), []
+    tokens = torch.randint(3, 97, (2, 5), generator=torch.Generator().manual_seed(1))
+    with observe.observe(model, seen.append), torch.no_grad():
+        model(input_ids=tokens)
+        model(inputs_embeds=model.get_input_embeddings()(tokens))
+    with_ids, without = seen
+    assert with_ids.shape == (2, 5)
+    assert torch.equal(with_ids.tokens_T, tokens.flatten())
+    assert (without.shape, without.tokens_T) == ((1, 10), None)
+    assert torch.equal(without.ids_LTK, with_ids.ids_LTK)
 
 
 def test_a_model_without_routers() -> None:

@@ -130,6 +130,52 @@ def test_compare(tmp_path: Path) -> None:
     assert same.changed_L.tolist() == [0]
 
 
+def write(path: Path, ids_TLK: Tensor, tokens: list[int] | None, weighed: bool = True) -> Trace:
+    """A trace of one pass of one sequence."""
+    weights = torch.full(ids_TLK.shape, 0.5) if weighed else None
+    with Recorder(path, 16) as recorder:
+        shape = torch.tensor([[1, len(ids_TLK)]], dtype=torch.int32)
+        recorder._add(ids_TLK, weights, None if tokens is None else torch.tensor(tokens), shape)
+    return Trace.open(path)
+
+
+def test_only_the_same_tokens_are_compared(tmp_path: Path) -> None:
+    ids = torch.tensor([[[0, 1]], [[2, 3]], [[4, 5]]])
+    one = write(tmp_path / "one", ids, [7, 8, 9])
+    for name, tokens in (("same", [7, 8, 9]), ("unknown", None)):
+        other = write(tmp_path / name, ids, tokens)
+        for found in (compare(one, other), compare(other, one)):
+            assert (found.tokens, found.changed_L.tolist()) == (3, [0])
+    with pytest.raises(TraceError, match="have different tokens, the first of them after 0"):
+        compare(one, write(tmp_path / "different", ids, [7, 8, 10]))
+    with pytest.raises(TraceError, match=r"tokens = 3 in .*, 2 in .*: traces of the same tokens"):
+        compare(one, write(tmp_path / "shorter", ids[:2], [7, 8]))
+
+
+def test_weights_are_compared_where_both_traces_have_them(tmp_path: Path) -> None:
+    ids = torch.tensor([[[0, 1]], [[2, 3]]])
+    one, other = write(tmp_path / "one", ids, None), write(tmp_path / "other", ids, None, weighed=False)
+    for a, b in ((one, other), (other, one), (other, other)):
+        assert compare(a, b).log_weight_L is None
+    assert compare(one, one).log_weight_L is not None
+
+
+def test_the_first_tokens_and_the_counts_of_a_trace(tmp_path: Path) -> None:
+    g = torch.Generator().manual_seed(0)
+    passes = [torch.rand(T, 3, 16, generator=g).topk(2).indices for T in (5, 0, 4, 7)]
+    place = tmp_path / "a" / "new" / "directory"
+    with Recorder(place, 16, shard_tokens=6) as recorder:
+        for ids in passes:
+            shape = (1, len(ids))
+            recorder.add(Pass(ids.transpose(0, 1), torch.ones(3, len(ids), 2), torch.zeros(1), shape, None))
+    trace = Trace.open(place)
+    want = torch.cat(passes)
+    for n in (0, 1, 5, 6, 9, 15, 16, 100):
+        assert trace.ids_TLK(n).tolist() == want[:n].tolist()
+    counts = [[[int((ids[:, layer] == e).sum()) for e in range(16)] for layer in range(3)] for ids in passes]
+    assert trace.counts_PLE().tolist() == [c for c, ids in zip(counts, passes, strict=True) if len(ids)]
+
+
 def test_import_from_servers(tmp_path: Path) -> None:
     g = np.random.default_rng(0)
     arrays = [np.stack([[g.permutation(8)[:2] for _ in range(3)] for _ in range(n)]) for n in (5, 9)]
