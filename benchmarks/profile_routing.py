@@ -6,7 +6,6 @@ The two kinds of step take turns in one process, on the same model. Run: python 
 
 import argparse
 import contextlib
-import resource
 import statistics
 import time
 from pathlib import Path
@@ -19,6 +18,7 @@ import moe
 from moe import profile
 from moe.device import tune_cpu
 from moe.profile import Pass, RoutingProfile
+from moe.train.predicted import memory_peak
 
 BATCH, SEQ_LEN = 16, 256
 
@@ -72,8 +72,8 @@ def memory(routed: int) -> dict[str, Any]:
         tokens = torch.randint(V, (T,), generator=generator)
         p.update(Pass(ids, weights.softmax(-1), logits, (BATCH, SEQ_LEN), tokens))
         if begin <= total // 10 < begin + T:
-            marks["tenth_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    marks["all_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+            marks["tenth_mib"] = memory_peak(torch.device("cpu")) / 2**20
+    marks["all_mib"] = memory_peak(torch.device("cpu")) / 2**20
     print(
         f"{p.tokens * L * K:,} routed tokens: peak {marks['tenth_mib']:.0f} MiB after a tenth of them, "
         f"{marks['all_mib']:.0f} MiB after all"

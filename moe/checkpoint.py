@@ -22,7 +22,6 @@ from moe.io.tensorfiles import (
     check_tensors,
     copy_tensors,
     list_tensors,
-    read_metadata,
     some,
     write_tensors,
 )
@@ -179,8 +178,8 @@ def load_weights(
 ) -> None:
     """Gives `model` (usually on the meta device) new parameters and buffers from a checkpoint's tensors; as `load`."""
     stored = with_current_names(list_tensors(directory))
-    for file in {tensor.file for tensor in stored.values()}:
-        check_version(file, read_metadata(file).get(VERSION_KEY, "1"))
+    for file, metadata in {tensor.file: tensor.metadata for tensor in stored.values()}.items():
+        _check_version(file, metadata.get(VERSION_KEY, "1"))
     state = stored_state(model)
     hint = ""
     if any(n.startswith("model.layers.") for n in stored):
@@ -207,9 +206,9 @@ def with_current_names(tensors: Mapping[str, T]) -> dict[str, T]:
     return found
 
 
-def check_version(file: Path, version: object) -> None:
+def _check_version(file: Path, version: str) -> None:
     """Raises CheckpointError where a file is of a version that is newer than this program."""
-    if not (str(version).isdecimal() and int(str(version)) <= VERSION):
+    if not (version.isdecimal() and int(version) <= VERSION):
         raise CheckpointError(
             f"{file} is a checkpoint of version {version}, and this program knows versions up to {VERSION}: "
             "use the gpt4-moe that wrote it, or a newer one"

@@ -2,7 +2,7 @@
 
 Every default is the full GPT-4 shape of the article at 8k context, so a TOML file only says what differs. Loading is
 strict: an unknown key, a wrong type or an impossible value raises `ConfigError`, which names the field, the value
-and what would be right. Imports the standard library only.
+and what would be right (moe/io/toml.py). No package is imported.
 
 The comment beside or above a field is its meaning in docs/configuration.md, which docs/generated.py makes of them.
 """

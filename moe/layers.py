@@ -356,33 +356,30 @@ class KVCache:
 
     def rope(self, n: int) -> tuple[Tensor, Tensor]:
         """cos and sin, for `rotate`, of the next `n` positions of each sequence."""
-        if self.even:
-            cos, sin = (table[self.length : self.length + n] for table in self._rope)
-        else:
-            cos, sin = (table[self._next(n)] for table in self._rope)
+        places = slice(self.length, self.length + n) if self.even else self._next(n)
+        cos, sin = (table[places] for table in self._rope)
         return cos, sin
 
-    def attend(self, layer: int) -> Attend:
-        """Stores new keys and values of a layer behind those it has; their queries see these and all before them."""
-        cache = self.layers[layer]
-        return functools.partial(_extend_evenly if self.even else _extend, cache, self.lengths)
+    def attends(self, n: int) -> list[Attend]:
+        """For each layer: stores the next `n` keys and values; their queries see these and all before them."""
+        if self.even:
+            return [functools.partial(_extend_evenly, cache, self.length) for cache in self.layers]
+        at_BS = self._next(n)
+        return [functools.partial(_extend, cache, at_BS, self.length + n) for cache in self.layers]
 
     def advance(self, n: int) -> None:
         """The next `n` positions of each sequence are filled, in every layer."""
         self.lengths = [length + n for length in self.lengths]
 
     def _next(self, n: int) -> Tensor:
-        return _positions(self.lengths, n, self.layers[0].k_BNPC.device)
+        """The next `n` positions of each sequence, int64 [B, n]."""
+        device = self.layers[0].k_BNPC.device
+        return torch.tensor(self.lengths, device=device).unsqueeze(1) + torch.arange(n, device=device)
 
 
-def _positions(lengths: list[int], n: int, device: torch.device) -> Tensor:
-    """The next `n` positions of each sequence, int64 [B, n]."""
-    return torch.tensor(lengths, device=device).unsqueeze(1) + torch.arange(n, device=device)
-
-
-def _extend_evenly(cache: LayerCache, lengths: list[int], q_BSHC: Tensor, k_BSNC: Tensor, v_BSNC: Tensor) -> Tensor:
-    """Attention of the new positions of sequences that are equally long."""
-    (B, S, H, C), N, start = q_BSHC.shape, k_BSNC.shape[2], lengths[0]
+def _extend_evenly(cache: LayerCache, start: int, q_BSHC: Tensor, k_BSNC: Tensor, v_BSNC: Tensor) -> Tensor:
+    """Attention of the positions from `start` on, of sequences that are equally long."""
+    (B, S, H, C), N = q_BSHC.shape, k_BSNC.shape[2]
     end = start + S
     k_BNPC, v_BNPC = cache.k_BNPC[:, :, :end], cache.v_BNPC[:, :, :end]
     k_BNPC[:, :, start:] = k_BSNC.transpose(1, 2)
@@ -396,14 +393,11 @@ def _extend_evenly(cache: LayerCache, lengths: list[int], q_BSHC: Tensor, k_BSNC
     return _attention(q_BSHC, k_BNPC.transpose(1, 2), v_BNPC.transpose(1, 2), attn_mask=sees_SP)
 
 
-def _extend(cache: LayerCache, lengths: list[int], q_BSHC: Tensor, k_BSNC: Tensor, v_BSNC: Tensor) -> Tensor:
-    """Attention of the new positions of sequences of different lengths."""
-    B, S = q_BSHC.shape[:2]
-    at_BS = _positions(lengths, S, q_BSHC.device)
-    end = max(lengths) + S
-    rows_B1 = torch.arange(B, device=q_BSHC.device).unsqueeze(1)
+def _extend(cache: LayerCache, at_BS: Tensor, end: int, q_BSHC: Tensor, k_BSNC: Tensor, v_BSNC: Tensor) -> Tensor:
+    """Attention of the positions `at_BS` of sequences of different lengths, all of them before `end`."""
+    rows_B1 = torch.arange(len(at_BS), device=at_BS.device).unsqueeze(1)
     cache.k_BNPC[rows_B1, :, at_BS] = k_BSNC
     cache.v_BNPC[rows_B1, :, at_BS] = v_BSNC
-    sees_B1SP = (torch.arange(end, device=q_BSHC.device) <= at_BS.unsqueeze(2)).unsqueeze(1)
+    sees_B1SP = (torch.arange(end, device=at_BS.device) <= at_BS.unsqueeze(2)).unsqueeze(1)
     k_BPNC, v_BPNC = (x[:, :, :end].transpose(1, 2) for x in cache)
     return _attention(q_BSHC, k_BPNC, v_BPNC, attn_mask=sees_B1SP)

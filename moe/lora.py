@@ -231,7 +231,8 @@ def load_adapter(model: Transformer, file: str | os.PathLike[str]) -> LoraConfig
 
 
 def _base_mark(model: Transformer) -> str:
-    """A sha256 of some of the frozen weights: all routers, and of the first layer one projection and one expert.
+    """A sha256 of some of the frozen weights: all routers, a projection of the first layer, an expert of the first with
+    experts.
 
     They are rounded to bfloat16, so that a model loaded in that dtype has the same mark.
     """

@@ -199,15 +199,15 @@ class Transformer(nn.Module):
                 another batch size than the cache's, or (on CPU, where looking costs nothing) ids outside the
                 vocabulary.
         """
-        (B, S), L = tokens_BS.shape[:2], len(self.blocks)
+        B, S = tokens_BS.shape[:2]
         self._check_input(tokens_BS, targets_BS, documents_BS, cache)
         x_BSD = tokens_BS if self.embedding is None else self.embedding(tokens_BS)
         if cache is not None:
-            rope, attends = cache.rope(S), [cache.attend(layer) for layer in range(L)]
+            rope, attends = cache.rope(S), cache.attends(S)
         else:
             attention = self.cfg.attention
             rope = rope_tables(0, S, attention.head_dim, attention.rope, x_BSD.dtype, x_BSD.device)
-            attends = [_seen(documents_BS, x_BSD.device)] * L
+            attends = [_seen(documents_BS, x_BSD.device)] * len(self.blocks)
         out = Output(self.cfg.router)
         mode = self.activation_checkpointing if cache is None else "none"
         for block, attend in zip(self.blocks, attends, strict=True):

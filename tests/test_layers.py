@@ -241,7 +241,7 @@ def kv_cache(batch: int, max_len: int, n_heads: int, n_kv_heads: int) -> KVCache
 
 
 def extend(module: Attention, x: torch.Tensor, cache: KVCache) -> torch.Tensor:
-    y = module(x, cache.rope(x.shape[1]), cache.attend(0))
+    y = module(x, cache.rope(x.shape[1]), cache.attends(x.shape[1])[0])
     cache.advance(x.shape[1])
     return y
 

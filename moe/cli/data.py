@@ -2,10 +2,13 @@
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import tyro
 from tyro.conf import Positional
+
+from moe.cli.flags import Flag
+from moe.cli.show import print_left_out, print_notices, progress_bar
 
 if TYPE_CHECKING:
     from moe.config import Config
@@ -24,7 +27,7 @@ def prepare(
     vocab_size: int = 4096,
     tokenizer: str | None = None,
     sample: float = 1.0,
-    overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
+    overwrite: Flag = False,
 ) -> int:
     """Turn documents into token shards.
 
@@ -57,12 +60,9 @@ def default_data(cfg: "Config") -> Path:
 
 def _prepare(sources: list[str] | None, out: Path, vocab_size: int, tokenizer: str | None, **how: Any) -> Any:
     """`moe.data.prepare` under a progress bar, on a terminal."""
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
     from moe.data import prepare
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, disable=not sys.stdout.isatty()) as bar:
+    with progress_bar() as bar:
         reading = bar.add_task("reading", total=None)
         tasks: dict[str, Any] = {}
 
@@ -88,11 +88,8 @@ def _print_data(info: "DataInfo") -> None:
             table.add_row(source, split, f"{size.documents:,}", f"{size.tokens:,}", f"{size.bytes:,}")
     console = Console(highlight=False)
     console.print(table)
-    for notice in info.notices:
-        console.print(f"notice: {notice}", markup=False, soft_wrap=True)
-    if info.skipped:
-        shown = ", ".join(info.skipped[:3]) + (", ..." if len(info.skipped) > 3 else "")
-        console.print(f"not text, left out: {len(info.skipped):,} ({shown})", markup=False, soft_wrap=True)
+    print_notices(console, info.notices)
+    print_left_out(console, "not text", info.skipped)
 
 
 # ----------------------------------------------------------------------------------------------------- conversations
@@ -105,7 +102,7 @@ def instructions(
     *,
     tokenizer: str,
     out: Path,
-    overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
+    overwrite: Flag = False,
 ) -> int:
     """Turn conversations into tokens for moe finetune.
 
@@ -152,10 +149,7 @@ def _print_conversations(made: "Prepared") -> None:
             table.add_row(source, split, *(f"{n:,}" for n in figures))
     console = Console(highlight=False)
     console.print(table)
-    for notice in index["notices"]:
-        console.print(f"notice: {notice}", markup=False, soft_wrap=True)
+    print_notices(console, index["notices"])
     if index["empty"]:
         console.print(f"without a response, left out: {index['empty']:,}", markup=False)
-    if index["skipped"]:
-        shown = ", ".join(index["skipped"][:3]) + (", ..." if len(index["skipped"]) > 3 else "")
-        console.print(f"not valid text, left out: {len(index['skipped']):,} ({shown})", markup=False, soft_wrap=True)
+    print_left_out(console, "not valid text", index["skipped"])

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from tyro.conf import Positional
 
+from moe.cli.show import progress_bar
+
 if TYPE_CHECKING:
     from moe.evaluate import HeldOut, Score
     from moe.model import Transformer
@@ -148,10 +150,7 @@ def _figures(score: "Score") -> dict[str, float]:
 @contextmanager
 def _progress(what: str, total: int) -> "Iterator[Callable[[int], None]]":
     """A bar on a terminal, nothing in a pipe."""
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, disable=not sys.stdout.isatty(), transient=True) as bar:
+    with progress_bar(transient=True) as bar:
         task = bar.add_task(what, total=total)
         yield lambda done: bar.update(task, completed=done)
 

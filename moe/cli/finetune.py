@@ -4,10 +4,11 @@ As in main.py, the command imports what it needs when it runs.
 """
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import tyro
-from tyro.conf import Positional, UseAppendAction, arg
+from tyro.conf import Positional
+
+from moe.cli.flags import Flag, Settings, assignments
 
 
 def finetune(
@@ -17,13 +18,13 @@ def finetune(
     data: Path,
     out: Path,
     epochs: float = 2.0,
-    lora: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
+    lora: Flag = False,
     rank: int = 8,
     alpha: float = 16.0,
     on: tuple[str, ...] = ("attention", "experts"),
-    set_: Annotated[UseAppendAction[tuple[tuple[str, ...], ...]], arg(name="set", metavar="KEY=VALUE ...")] = (),
+    set_: Settings = (),
     device: str | None = None,
-    fresh: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
+    fresh: Flag = False,
 ) -> int:
     """Teach a pre-trained model to answer; interrupted, the same command goes on where it stopped.
 
@@ -46,7 +47,7 @@ def finetune(
     from moe.train.finetune import recipe
 
     adapters = LoraConfig(rank, alpha, on) if lora else None
-    overrides = [assignment for group in set_ for assignment in group]
+    overrides = assignments(set_)
     cfg = recipe(checkpoint, ConversationData.open(data), epochs=epochs, lora=lora, overrides=overrides)
     how: dict[str, Any] = {"resume": "never" if fresh else "auto", "device": device, "reporter": console.reporter()}
     result = train(cfg, data, out, start_from=checkpoint, lora=adapters, **how)

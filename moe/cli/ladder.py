@@ -1,11 +1,11 @@
 """`moe ladder`: small replicas, a prediction, a larger replica. As in main.py, imports wait until it runs."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import tyro
-from tyro.conf import Positional, UseAppendAction, arg
+from tyro.conf import Positional
 
+from moe.cli.flags import Flag, Settings, assignments
 from moe.cli.show import draw_table
 
 if TYPE_CHECKING:
@@ -21,9 +21,9 @@ def ladder(
     rungs: tuple[str, ...],
     held_out: str,
     tokens_per_parameter: float = 20.0,
-    set_: Annotated[UseAppendAction[tuple[tuple[str, ...], ...]], arg(name="set", metavar="KEY=VALUE ...")] = (),
+    set_: Settings = (),
     device: str | None = None,
-    dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
+    dry_run: Flag = False,
 ) -> int:
     """Train replicas of growing size, predict a larger one's loss, train it and print the error.
 
@@ -46,7 +46,7 @@ def ladder(
     from moe.ladder.rungs import LADDER_FILE, climb, plan_ladder
     from moe.train import console
 
-    cfg = load_config(config).with_overrides([assignment for group in set_ for assignment in group])
+    cfg = load_config(config).with_overrides(assignments(set_))
     steps = plan_ladder(cfg, data, rungs, held_out, tokens_per_parameter=tokens_per_parameter)
     _print_plan(steps, device)
     if dry_run:

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
-from tyro.conf import FlagCreatePairsOff, Positional, arg
+from tyro.conf import Positional, arg
 
+from moe.cli.flags import Flag, Words
 from moe.cli.plan_check import calibrate, check, report
-from moe.cli.plan_flags import MODEL, SERVE, TRAIN, Batch, Context, Model, On, Settings, Weights, Words, read_layout
+from moe.cli.plan_flags import MODEL, SERVE, TRAIN, Batch, Context, Model, On, Settings, Weights, read_layout
 from moe.cli.show import SHOW, Output, show_rows, show_sheet
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def train(
     on: On = TRAIN,
     tokens: str | None = None,
     mfu: float | None = None,
-    floor: FlagCreatePairsOff[bool] = False,
+    floor: Flag = False,
     gemm: float = 0.735,
     bus: str = "80 GB/s",
     imbalance: float = 1.0,
@@ -109,9 +110,9 @@ def memory(
     /,
     *,
     on: On = TRAIN,
-    serve: FlagCreatePairsOff[bool] = False,
-    cards: FlagCreatePairsOff[bool] = False,
-    device: FlagCreatePairsOff[bool] = False,
+    serve: Flag = False,
+    cards: Flag = False,
+    device: Flag = False,
     context: int = 8192,
     optimizer: str = "adamw",
     show: Output = SHOW,
@@ -174,7 +175,7 @@ def decode(
     utilisation: float | None = None,
     reclaimed: float = 0.0,
     lifetime: str | None = None,
-    floor: FlagCreatePairsOff[bool] = False,
+    floor: Flag = False,
     show: Output = SHOW,
 ) -> int:
     """One decoding step: latency, throughput, utilisation, price.
@@ -264,7 +265,7 @@ def sweep(
     batch: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024),
     context: tuple[int, ...] = (8192,),
     weights: tuple[str, ...] = ("bf16",),
-    partitions: FlagCreatePairsOff[bool] = False,
+    partitions: Flag = False,
     chips: tuple[int, ...] = (8, 16, 32, 64, 128),
     pictures: Path | None = None,
     show: Output = SHOW,

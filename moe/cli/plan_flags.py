@@ -6,7 +6,9 @@ As in main.py, what reads them is imported on use.
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
-from tyro.conf import OmitArgPrefixes, UseAppendAction, arg
+from tyro.conf import OmitArgPrefixes, arg
+
+from moe.cli.flags import Words, assignments
 
 if TYPE_CHECKING:
     from moe.plan.hardware import Hardware
@@ -17,8 +19,6 @@ Model = Annotated[str, arg(metavar="MODEL", help="A shipped name, a .toml, or a 
 Context = Annotated[int, arg(help="Tokens that each sequence has.")]
 Batch = Annotated[int, arg(help="Sequences that share one pass; a pipeline has that many in each stage.")]
 Weights = Annotated[str, arg(help="Precision of the weights: bf16, fp8, int8, fp4, ...")]
-# Repeatable, each with one or more words.
-Words = UseAppendAction[tuple[tuple[str, ...], ...]]
 Settings = Annotated[
     Words,
     arg(name="set", metavar="KEY=VALUE ...", help="Settings of the layout, such as interleave=4 recompute=selective."),
@@ -59,18 +59,14 @@ def read_layout(name: str, settings: tuple[tuple[str, ...], ...]) -> "Layout":
     Raises:
         ConfigError: no such file, or a setting that cannot be.
     """
-    import tomllib
-
     from moe.errors import ConfigError
+    from moe.io.toml import parse_value
     from moe.plan.layout import layout_from, load_layout
 
     table: dict[str, Any] = {}
-    for text in (t for group in settings for t in group):
+    for text in assignments(settings):
         key, equals, value = text.partition("=")
         if not equals:
             raise ConfigError(f"--set {text!r}: must be key=value, such as tp=8")
-        try:
-            table[key] = tomllib.loads(f"value = {value}")["value"]
-        except tomllib.TOMLDecodeError:
-            table[key] = value  # a bare word, as in recompute=full
+        table[key] = parse_value(value)
     return layout_from(table, base=load_layout(name))

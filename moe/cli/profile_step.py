@@ -3,10 +3,11 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Literal
 
-from tyro.conf import Positional, UseAppendAction, arg
+from tyro.conf import Positional
 
+from moe.cli.flags import Settings, assignments
 from moe.cli.show import print_table
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ def step(
     seq_len: int | None = None,
     context: int | None = None,
     dtype: Literal["auto", "bf16", "fp32"] = "auto",
-    set_: Annotated[UseAppendAction[tuple[tuple[str, ...], ...]], arg(name="set", metavar="KEY=VALUE ...")] = (),
+    set_: Settings = (),
     rounds: int = 5,
     out: Path | None = None,
     pictures: Path | None = None,
@@ -102,7 +103,7 @@ def _prepare_step(
     if trained and changes:
         raise ConfigError(f"--set {' '.join(changes[0])}: {name} is a checkpoint, whose shape is given")
     cfg = checkpoint.load_config_of(name) if trained else load_config(name)
-    cfg = cfg.with_overrides([assignment for group in changes for assignment in group])
+    cfg = cfg.with_overrides(assignments(changes))
     length = seq_len or cfg.train.seq_len or cfg.max_seq_len
     for flag, value, low, high in (("batch", batch, 1, 2**20), ("seq-len", length, 1, cfg.max_seq_len)):
         if not low <= value <= high:

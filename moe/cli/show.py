@@ -10,9 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, arg
+from tyro.conf import OmitArgPrefixes, arg
+
+from moe.cli.flags import Flag
 
 if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
     from moe.plan.quantities import Sheet
     from moe.profile.tables import Table
 
@@ -28,6 +33,14 @@ def printable(text: str) -> str:
     if not sys.stdout.isatty():
         return text
     return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+
+
+def progress_bar(transient: bool = False) -> "Progress":
+    """rich's bar for a piece of work whose size is known, on a terminal; nothing in a pipe."""
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    return Progress(*columns, disable=not sys.stdout.isatty(), transient=transient)
 
 
 # ------------------------------------------------------------------------------------------------------------- tables
@@ -50,6 +63,19 @@ def draw_table(title: str, columns: list[str], rows: list[list[str]], words: Col
     console.print(drawn)
 
 
+def print_notices(console: "Console", notices: Sequence[str]) -> None:
+    """What there is to say about data that were read, a line each."""
+    for notice in notices:
+        console.print(f"notice: {notice}", markup=False, soft_wrap=True)
+
+
+def print_left_out(console: "Console", what: str, skipped: Sequence[str]) -> None:
+    """How many names were left out since they are `what`, and the first of them."""
+    if skipped:
+        shown = ", ".join(skipped[:3]) + (", ..." if len(skipped) > 3 else "")
+        console.print(f"{what}, left out: {len(skipped):,} ({shown})", markup=False, soft_wrap=True)
+
+
 def print_table(table: "Table") -> None:
     """Prints a table of a profile."""
     draw_table(table.title, table.columns, table.rows, table.words)
@@ -66,7 +92,7 @@ WORDS = {  # columns of words; the others hold numbers
 class Show:
     """How results are shown."""
 
-    json: Annotated[FlagCreatePairsOff[bool], arg(help="Print JSON.")] = False
+    json: Annotated[Flag, arg(help="Print JSON.")] = False
     csv: Annotated[Path | None, arg(help="Write the results to this CSV file.")] = None
     explain: Annotated[str | None, arg(help="Print a result's formula, with the numbers.", metavar="KEY")] = None
 

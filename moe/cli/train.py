@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import tyro
-from tyro.conf import Positional, UseAppendAction, arg
+from tyro.conf import Positional, arg
 
 from moe.cli.data import default_data
+from moe.cli.flags import Flag, Settings, assignments
 
 if TYPE_CHECKING:
     from moe.config import Config
@@ -17,12 +17,12 @@ def train(
     /,
     data: Path | None = None,
     out: Path | None = None,
-    set_: Annotated[UseAppendAction[tuple[tuple[str, ...], ...]], arg(name="set", metavar="KEY=VALUE ...")] = (),
+    set_: Settings = (),
     from_: Annotated[Path | None, arg(name="from")] = None,
     device: str | None = None,
-    fresh: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
+    fresh: Flag = False,
     trace_every: int = 0,
-    dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
+    dry_run: Flag = False,
 ) -> int:
     """Train a model; interrupted, the same command goes on where it stopped.
 
@@ -39,7 +39,7 @@ def train(
     """
     from moe.config import load_config
 
-    cfg = load_config(config).with_overrides([assignment for group in set_ for assignment in group])
+    cfg = load_config(config).with_overrides(assignments(set_))
     from moe.train import console, train
 
     data_dir = data if data is not None else default_data(cfg)

@@ -1,1 +1,1 @@
-"""Files and tensors that appear on disk whole or not at all, and the look of pictures."""
+"""What is read and written: files and tensors whole or not at all, dataclasses as TOML, pages and pictures."""

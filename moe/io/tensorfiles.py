@@ -44,6 +44,7 @@ class StoredTensor:
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    metadata: Mapping[str, str]  # the words in the header of its file
 
 
 # ---------------------------------------------------------------------------------------------------------- writing
@@ -151,16 +152,6 @@ def list_tensors(directory: str | os.PathLike[str]) -> dict[str, StoredTensor]:
     return found
 
 
-def read_metadata(file: Path) -> dict[str, str]:
-    """The words in the header of a safetensors file.
-
-    Raises:
-        CheckpointError: no such file, or not a safetensors file.
-    """
-    with _opened(file) as source:
-        return source.metadata() or {}
-
-
 def copy_tensors(stored: Mapping[str, StoredTensor], targets: Mapping[str, Tensor]) -> None:
     """Copies stored tensors into `targets` of the same keys and shapes, one at a time, converting dtype and device.
 
@@ -212,6 +203,7 @@ def some(items: list[str], separator: str = ", ", limit: int = 3) -> str:
 def _list_file(path: Path) -> dict[str, StoredTensor]:
     with _opened(path) as source:
         slices = {name: source.get_slice(name) for name in source.keys()}  # noqa: SIM118
+        metadata = source.metadata() or {}
     dtypes = {text: dtype for dtype, text in _FORMAT_NAMES.items()}
     for name, found in slices.items():
         if found.get_dtype() not in dtypes:
@@ -219,7 +211,10 @@ def _list_file(path: Path) -> dict[str, StoredTensor]:
                 f"{path}: {name} is stored as {found.get_dtype()}, known are {', '.join(dtypes)}; "
                 "quantised weights have to be converted to one of these first"
             )
-    return {name: StoredTensor(path, name, tuple(s.get_shape()), dtypes[s.get_dtype()]) for name, s in slices.items()}
+    return {
+        name: StoredTensor(path, name, tuple(s.get_shape()), dtypes[s.get_dtype()], metadata)
+        for name, s in slices.items()
+    }
 
 
 @contextmanager

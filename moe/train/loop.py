@@ -21,7 +21,6 @@ from moe import checkpoint, evaluate, plan
 from moe.config import Config
 from moe.data import Batch, TokenData, compression
 from moe.errors import ConfigError, TrainError
-from moe.experts import Router
 from moe.io.files import write_whole
 from moe.kernels.loss import IGNORE_INDEX
 from moe.lora import ADAPTER_FILE, LoraConfig, merged, save_adapter
@@ -166,9 +165,9 @@ def _train_step(run: Run, traced: bool) -> None:
     run.optimizers.set_lr(run.schedule.lr_scale(run.sample + count))
     run.optimizers.step()
     run.optimizers.zero_grad()
-    routers = [module for module in run.model.modules() if isinstance(module, Router)]
-    for router, counts_E in zip(routers, counts_LE, strict=True):
-        router.update_bias(counts_E)
+    layers = [block.moe for block in run.model.blocks if block.moe is not None]
+    for moe, counts_E in zip(layers, counts_LE, strict=True):
+        moe.router.update_bias(counts_E)  # type: ignore[union-attr]
     run.meter.add(scalars, counts_LE)
     run.step += 1
     run.sample += count

@@ -16,12 +16,13 @@ ROOT = Path(__file__).parents[2]
 
 # Two optimizer steps as moe.train makes them; peak resident memory beside what the process had before the model.
 MEASURE = """
-import json, resource, sys
+import json, sys
 import torch
 from moe.config import load_config
 from moe.model import Transformer
 from moe.device import tune_cpu
 from moe.train.optimizer import build
+from moe.train.predicted import memory_in_use, memory_peak
 
 name, micro_batch, seq_len, tuned, *changes = sys.argv[1:]
 micro_batch, seq_len = int(micro_batch), int(seq_len)
@@ -42,16 +43,13 @@ cfg = load_config(name).with_overrides(changes)
 tiny = Transformer(cfg.scaled(d_model=192, n_layers=1, vocab_size=64))
 step(tiny, build(tiny, cfg.train), cfg, cfg.train.batch_size, 8)
 del tiny
-before = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+before = memory_in_use(torch.device("cpu"))
 model = Transformer(cfg, 0)
 model.activation_checkpointing = cfg.train.activation_checkpointing
 optimizers = build(model, cfg.train)
 for _ in range(2):
     step(model, optimizers, cfg, micro_batch, seq_len)
-# Not getrusage: it counts, from before exec, what the process that started this one held.
-status = open("/proc/self/status").read().splitlines()
-peak = next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) * 1024
-print(json.dumps([before, peak]))
+print(json.dumps([before, memory_peak(torch.device("cpu"))]))
 """
 
 

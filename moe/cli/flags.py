@@ -1,0 +1,17 @@
+"""The flags that several groups of commands share."""
+
+from collections.abc import Iterable
+from typing import Annotated
+
+from tyro.conf import FlagCreatePairsOff, UseAppendAction, arg
+
+# Given or not: there is no --no-NAME.
+Flag = FlagCreatePairsOff[bool]
+# Repeatable, each with one or more words.
+Words = UseAppendAction[tuple[tuple[str, ...], ...]]
+Settings = Annotated[Words, arg(name="set", metavar="KEY=VALUE ...")]
+
+
+def assignments(settings: Iterable[Iterable[str]]) -> list[str]:
+    """All the KEY=VALUE of a command's --set, in order."""
+    return [assignment for group in settings for assignment in group]
