@@ -22,6 +22,7 @@ from moe.io.tensorfiles import (
     MAX_SHARD_BYTES,
     check_tensors,
     copy_tensors,
+    join_tied,
     list_tensors,
     some,
     write_tensors,
@@ -184,10 +185,13 @@ def load_weights(
     stored = with_current_names(list_tensors(directory))
     for file, metadata in {tensor.file: tensor.metadata for tensor in stored.values()}.items():
         _check_version(file, metadata.get(VERSION_KEY, "1"))
+    if model.cfg.tie_embeddings:
+        remedy = f"set tie_embeddings = false in {CONFIG_FILE} to keep both"
+        join_tied(directory, stored, "embedding.weight", "head.weight", remedy)
     state = stored_state(model)
     hint = ""
     if any(n.startswith("model.layers.") for n in stored):
-        hint = "; these are Hugging Face's names: use moe.hf.load"
+        hint = "; these are Hugging Face's names: use moe.hf.load, or convert the model with `moe export`"
     elif any(".lora_" in n for n in stored):
         hint = "; a fine-tune with LoRA saved this to go on from: load what it left in final/"
     check_tensors(directory, stored, {name: tuple(t.shape) for name, t in state.items()}, hint)
@@ -231,7 +235,11 @@ def load_config_of(directory: str | os.PathLike[str]) -> Config:
         raise CheckpointError(f"{place}: {problem}; give the directory that moe.save wrote")
     if not (place / CONFIG_FILE).is_file():
         foreign = (place / "config.json").is_file()
-        remedy = "it looks like a Hugging Face model, use moe.hf.load" if foreign else "give one that moe.save wrote"
+        remedy = (
+            "it looks like a Hugging Face model, use moe.hf.load, or convert it with `moe export --format moe`"
+            if foreign
+            else "give one that moe.save wrote"
+        )
         raise CheckpointError(f"{place} has no {CONFIG_FILE}, so it is not a checkpoint of this program: {remedy}")
     try:
         return load_config(place / CONFIG_FILE)

@@ -18,7 +18,15 @@ from moe.errors import ConfigError
 def require(ok: bool, name: str, value: object, rule: str) -> None:
     """Raises ConfigError, naming the setting, its value and the rule, unless `ok`."""
     if not ok:
-        raise ConfigError(f"{name} = {value!r}: {rule}")
+        raise ConfigError(f"{name} = {shown(value)}: {rule}")
+
+
+def shown(value: object) -> str:
+    """`repr`, but short for what is long; Python refuses to write an integer of thousands of digits."""
+    if isinstance(value, int) and abs(value) >= 2**64:
+        return f"an integer of {value.bit_length()} bits"
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:80]}... ({len(text)} characters)"
 
 
 def from_table(kind: Any, table: dict[str, Any], section: str = "", base: Any = None, root: Any = None) -> Any:
@@ -60,6 +68,8 @@ def section_of(hint: Any) -> Any:
 
 def _check_type(name: str, value: Any, hint: Any) -> Any:
     """The value as the annotated type, or a ConfigError. bool is not an int here, and an int serves as a float."""
+    size = abs(value) if type(value) is int else 0
+    require(size < 2**63, name, value, "is more than any setting takes; write a smaller number")
     if typing.get_origin(hint) is Literal:
         choices = typing.get_args(hint)
         require(value in choices, name, value, f"must be one of {', '.join(map(repr, choices))}")
@@ -119,7 +129,7 @@ def parse_value(text: str) -> Any:
     """A value as TOML writes it; what is none is a string, such as a bare word in train.schedule=wsd."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):  # not TOML, more digits than Python reads, or nested without end
         return text
 
 
