@@ -68,8 +68,7 @@ def section_of(hint: Any) -> Any:
 
 def _check_type(name: str, value: Any, hint: Any) -> Any:
     """The value as the annotated type, or a ConfigError. bool is not an int here, and an int serves as a float."""
-    size = abs(value) if type(value) is int else 0
-    require(size < 2**63, name, value, "is more than any setting takes; write a smaller number")
+    require(not _is_huge(value), name, value, "is more than any setting takes; write a smaller number")
     if typing.get_origin(hint) is Literal:
         choices = typing.get_args(hint)
         require(value in choices, name, value, f"must be one of {', '.join(map(repr, choices))}")
@@ -92,6 +91,10 @@ def _check_type(name: str, value: Any, hint: Any) -> Any:
         type(value) is hint, name, value, f"must be {_TYPE_NAMES[hint]}, not {_TYPE_NAMES.get(type(value), 'this')}"
     )
     return value
+
+
+def _is_huge(value: Any) -> bool:
+    return isinstance(value, int) and abs(value) >= 2**63
 
 
 _TYPE_NAMES: dict[Any, str] = {

@@ -1,4 +1,4 @@
-"""Directories with more, less or other files than one model's: what transformers reads is read, or an error says why."""
+"""Directories with other files than one model's: what transformers reads is read, or an error says why not."""
 
 import json
 import os
