@@ -48,7 +48,7 @@ def params(
     names = ("total", "active", "attention", "expert", "experts", "shared", "dense", "router", "norms")
     contract = {name: getattr(counts, name) for name in (*names, "embedding", "head")}
     sheet = plan.params_sheet(shape, context)
-    return show_sheet(f"{shape.name}: {shape.n_layers} layers, {shape.d_model} wide", sheet, show, contract)
+    return show_sheet(f"{shape.name}: {shape.n_layers} layers, {shape.d_model:,} wide", sheet, show, contract)
 
 
 @plan_app.command
