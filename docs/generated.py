@@ -38,11 +38,13 @@ def keys() -> str:
     parts = []
     for section in sections(Config):
         title = f"`[{section.name}]`" if section.name else "The model"
-        rows = [
-            (f"`{k.name}`", re.sub(r'"\w+"', r"`\g<0>`", k.type), _code(k.default), k.meaning) for k in section.keys
-        ]
+        rows = [(f"`{k.name}`", _choices(k.type), _code(k.default), k.meaning) for k in section.keys]
         parts.append(f"## {title}\n\n{section.about}\n\n{_table(('key', 'type', 'default', 'meaning'), rows)}")
     return "\n\n".join(parts)
+
+
+def _choices(kind: str) -> str:
+    return re.sub(r'"\w+"', r"`\g<0>`", kind)
 
 
 def _code(default: str) -> str:

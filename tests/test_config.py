@@ -236,7 +236,7 @@ def configs(draw: st.DrawFn) -> Config:
     n_kv_heads, n_experts = draw(st.integers(1, 8)), draw(st.integers(1, 64))
     scaling: Any = draw(st.sampled_from(["none", "linear", "yarn"]))
     rope = RopeConfig(
-        theta=draw(positive_float),
+        theta=draw(st.floats(1.5, 1e9)),
         scaling=scaling,
         factor=1.0 if scaling == "none" else draw(positive_float),
     )

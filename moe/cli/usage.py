@@ -24,11 +24,15 @@ from moe.errors import ConfigError
 from moe.io.toml import did_you_mean, shortened, shown
 
 LARGEST = 2**63 - 1  # of a whole number: what sizes and counts are stored in
-# Arguments of the library whose flags have other names.
-FLAGS = {"run_dir": "out", 'resume="never"': "fresh", "start_from": "from", "assignments": "set"}
+# Arguments of the library whose flags have other names, where a command has no flag of the same name.
+FLAGS = {
+    "run_dir": "out", 'resume="never"': "fresh", "start_from": "from", "expert_imbalance": "imbalance",
+    "n_experts": "experts", "n_kv_heads": "kv_heads", "tokens": "batch", "batches": "batch", "contexts": "context",
+    "lifetime_tokens": "lifetime",
+}  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------------------- what flags take
+# ------------------------------------------------------------------------------------------------------ what flags take
 
 
 def _whole(text: str) -> int:
@@ -219,9 +223,8 @@ def in_flags(message: str, flags: Sequence[str]) -> str:
     """
 
     def flag(name: str, value: str = "") -> str | None:
-        called = FLAGS.get(name + value, FLAGS.get(name, name))
-        found = f"--{called.replace('_', '-')}"
-        return found if found in flags else None
+        names = (name, FLAGS.get(name + value), FLAGS.get(name))
+        return next((f for n in names if n and (f := f"--{n.replace('_', '-')}") in flags), None)
 
     def in_backticks(match: re.Match[str]) -> str:
         found = flag(match[1], match[2] or "")

@@ -95,7 +95,7 @@ def _check_type(name: str, value: Any, hint: Any) -> Any:
     if hint is float and type(value) is int:
         return float(value)
     if hint is float and type(value) is float:
-        require(math.isfinite(value), name, value, "must be a finite number")
+        require(abs(value) != math.inf, name, value, "must be a finite number")
     require(
         type(value) is hint, name, value, f"must be {_TYPE_NAMES[hint]}, not {_TYPE_NAMES.get(type(value), 'this')}"
     )
