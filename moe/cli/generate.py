@@ -19,7 +19,7 @@ def generate(
     top_k: int = 0,
     top_p: float = 0.95,
     seed: int = 0,
-    stop: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="STR")] = (),
+    stop: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="TEXT")] = (),
     trace: Path | None = None,
     device: str | None = None,
 ) -> int:

@@ -7,9 +7,11 @@ choices, tuples of fixed length and dictionaries of one type are known.
 
 import dataclasses
 import difflib
+import math
 import tomllib
 import types
 import typing
+from pathlib import Path
 from typing import Any, Literal
 
 from moe.errors import ConfigError
@@ -22,11 +24,15 @@ def require(ok: bool, name: str, value: object, rule: str) -> None:
 
 
 def shown(value: object) -> str:
-    """`repr`, but short for what is long; Python refuses to write an integer of thousands of digits."""
-    if isinstance(value, int) and abs(value) >= 2**64:
-        return f"an integer of {value.bit_length()} bits"
-    text = repr(value)
-    return text if len(text) <= 100 else f"{text[:80]}... ({len(text)} characters)"
+    """A value in a message: its repr, of what is long only the ends."""
+    if isinstance(value, int) and abs(value) >= 10**40:  # Python refuses to write the longest
+        return f"a whole number of {int(value.bit_length() * math.log10(2)) + 1:,} digits"
+    return shortened(repr(value))
+
+
+def shortened(text: str) -> str:
+    """Text in a message: what is longer than a line, by its ends."""
+    return text if len(text) <= 120 else f"{text[:60]}...{text[-20:]} ({len(text):,} characters)"
 
 
 def from_table(kind: Any, table: dict[str, Any], section: str = "", base: Any = None, root: Any = None) -> Any:
@@ -68,7 +74,6 @@ def section_of(hint: Any) -> Any:
 
 def _check_type(name: str, value: Any, hint: Any) -> Any:
     """The value as the annotated type, or a ConfigError. bool is not an int here, and an int serves as a float."""
-    require(not _is_huge(value), name, value, "is more than any setting takes; write a smaller number")
     if typing.get_origin(hint) is Literal:
         choices = typing.get_args(hint)
         require(value in choices, name, value, f"must be one of {', '.join(map(repr, choices))}")
@@ -83,18 +88,18 @@ def _check_type(name: str, value: Any, hint: Any) -> Any:
             isinstance(value, dict), name, value, f"is a table: write {name.rpartition('.')[2]} = {{name = number}}"
         )
         return {key: _check_type(f"{name}.{key}", v, typing.get_args(hint)[1]) for key, v in value.items()}
+    if type(value) is int:
+        require(abs(value) < 2**63, name, value, "must be a number below 2^63")
     if hint == int | str and type(value) in (int, str):
         return value
     if hint is float and type(value) is int:
         return float(value)
+    if hint is float and type(value) is float:
+        require(abs(value) != math.inf, name, value, "must be a finite number")
     require(
         type(value) is hint, name, value, f"must be {_TYPE_NAMES[hint]}, not {_TYPE_NAMES.get(type(value), 'this')}"
     )
     return value
-
-
-def _is_huge(value: Any) -> bool:
-    return isinstance(value, int) and abs(value) >= 2**63
 
 
 _TYPE_NAMES: dict[Any, str] = {
@@ -131,9 +136,31 @@ def did_you_mean(key: str, valid: list[str]) -> str:
 def parse_value(text: str) -> Any:
     """A value as TOML writes it; what is none is a string, such as a bare word in train.schedule=wsd."""
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except (ValueError, RecursionError):  # not TOML, more digits than Python reads, or nested without end
+        return read_toml(f"value = {text}")["value"]
+    except ConfigError:
         return text
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """The table of a TOML file. Raises ConfigError, which names the file and says why, where there is none."""
+    try:
+        return read_toml(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except (ConfigError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not a TOML file: {error}") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def read_toml(text: str) -> dict[str, Any]:
+    """A TOML table. Raises ConfigError, which says why, for text that is none, or that nobody can read."""
+    try:
+        return tomllib.loads(text)
+    except ValueError as error:  # also for a number of more than 4,300 digits
+        raise ConfigError(str(error)) from None
+    except RecursionError:
+        raise ConfigError("its brackets are nested too deeply") from None
 
 
 # ---------------------------------------------------------------------------------------------------------- writing

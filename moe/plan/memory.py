@@ -7,7 +7,7 @@ ranks with ZeRO-1 (Rajbhandari et al. 2020, arXiv:1910.02054), those of routed e
 
 from dataclasses import dataclass, replace
 
-from moe.errors import ConfigError
+from moe.plan.bounds import whole
 from moe.plan.hardware import Hardware
 from moe.plan.layout import Layout
 from moe.plan.models import Model, load_shape
@@ -56,9 +56,9 @@ def stage_counts(model: Model, layout: Layout) -> list[StageCounts]:
 
 def _layer_counts(shape: Shape, layer: Layer, tp: int) -> tuple[int, int, int]:
     d, a, m = shape.d_model, layer.attention, layer.mlp
-    everywhere = _kv_on_every_gpu(d, a, tp)
-    replicated = layer.norms + a.norms + a.biases + everywhere
-    sharded = attention_weights(d, a) - everywhere + shared_weights(d, m)
+    unsplit, held = _kv_unsplit(d, a, tp)
+    replicated = layer.norms + a.norms + a.biases + held
+    sharded = attention_weights(d, a) - unsplit + shared_weights(d, m)
     routed = m.n_experts * (mlp_weights(d, m) + m.biases)
     if m.n_experts:
         replicated += router_weights(d, m) + m.router_biases
@@ -67,11 +67,14 @@ def _layer_counts(shape: Shape, layer: Layer, tp: int) -> tuple[int, int, int]:
     return sharded, replicated, routed
 
 
-def _kv_on_every_gpu(d: int, a: Attention, tp: int) -> int:
-    """Key and value weights that tp GPUs cannot split: of fewer heads than GPUs, or of a latent."""
+def _kv_unsplit(d: int, a: Attention, tp: int) -> tuple[int, int]:
+    """Key and value weights that tp GPUs cannot split, and how many of them each holds: of fewer heads than GPUs one
+    head, of a latent everything."""
     if a.kv_rank:
-        return d * (a.kv_rank + a.rope_dim) + d * a.q_rank if tp > 1 else 0
-    return 2 * d * a.head_dim if a.n_kv_heads < tp else 0
+        latent = d * (a.kv_rank + a.rope_dim) + d * a.q_rank if tp > 1 else 0
+        return latent, latent
+    head = d * (a.head_dim + a.v_dim)
+    return (a.n_kv_heads * head, head) if a.n_kv_heads < tp else (0, 0)
 
 
 # ---------------------------------------------------------------------------------------------------------- training
@@ -232,8 +235,7 @@ def serving_memory(
         ConfigError: the model does not divide so, or a context that cannot be.
     """
     shape = load_shape(model)
-    if context < 1:
-        raise ConfigError(f"context = {context}: must be at least 1 token")
+    whole(context=context)
     reserve = reserve if reserve is not None else assumed("2 GB", "serving.reserve", note="activations, runtime")
     sheet = Sheet()
     sheet.put("kv.token", kv_bytes_per_token(shape, layout.kv_cache), "B/token")

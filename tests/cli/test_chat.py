@@ -82,7 +82,7 @@ def test_a_full_context_forgets_the_oldest_turns_and_keeps_the_system_message(ch
     [
         (["--message", "what " * 200], 2, "shorten it"),
         (["--message", "a", "--temperature", -1], 2, "temperature = -1"),
-        (["--message", "a", "--max-tokens", 0], 2, "max_tokens = 0"),
+        (["--message", "a", "--max-tokens", 0], 2, "--max-tokens = 0"),
         (["--message", "a", "--adapter", "nowhere"], 1, "nowhere: no such file"),
     ],
 )

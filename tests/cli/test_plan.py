@@ -165,7 +165,7 @@ def test_pictures(tmp_path) -> None:
         (("fit", "--target", "total=big"), "must be name=number"),
         (("fit", "--layers", "0"), "layers = 0: must be at least 1"),
         (("fit", "--kv-heads", "0"), "kv_heads = 0: must be at least 1"),
-        (("fit", "--top-k", "17"), "top_k = 17: must not be greater than the 16 experts"),
+        (("fit", "--top-k", "17"), "--top-k = 17: must not be greater than the 16 experts"),
         (("calibrate", "missing.csv"), "cannot be read"),
     ],
 )
