@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from moe.checkpoint import (
-    TOKENIZER_FILE,
     cannot_write,
     check_model,
     check_replaceable,
@@ -29,6 +28,7 @@ from moe.checkpoint import (
 from moe.config import Config
 from moe.errors import CheckpointError, HFError
 from moe.hf.families.mixtral_config import config_from_hf, config_to_hf
+from moe.hf.tokenizers import TOKENIZER_FILES, end_id, write_tokenizer
 from moe.io.files import atomic_directory
 from moe.io.tensorfiles import (
     INDEX_FILE,
@@ -41,11 +41,9 @@ from moe.io.tensorfiles import (
     write_tensors,
 )
 from moe.model import Transformer
-from moe.tokenizer import END_OF_TEXT, Tokenizer
+from moe.tokenizer import Tokenizer
 
 CONFIG_FILE = "config.json"
-_TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
-_OWN_FILES = {CONFIG_FILE, INDEX_FILE, TOKENIZER_FILE, _TOKENIZER_CONFIG_FILE, "generation_config.json"}
 
 
 # ---------------------------------------------------------------------------------------------------------- loading
@@ -172,7 +170,8 @@ def save(
     """Writes a directory that `MixtralForCausalLM.from_pretrained` reads; an older one there is replaced at once.
 
     Args:
-        tokenizer: a trained one, which `AutoTokenizer` then reads; its end of text becomes the model's.
+        tokenizer: a trained one, which `AutoTokenizer` then reads; its end of text, or of a turn, becomes the model's.
+            A chat template comes along, and `apply_chat_template` renders what `moe chat` does.
         dtype: of the weights; None keeps what they are.
         max_shard_bytes: above this many bytes of weights there are several files and an index.
 
@@ -183,35 +182,19 @@ def save(
     check_model(model)
     config = config_to_hf(model.cfg)
     config["dtype"] = str(dtype or model.embedding.weight.dtype).removeprefix("torch.")
-    config["eos_token_id"] = tokenizer.eot_id if tokenizer is not None else None
+    config["eos_token_id"] = end_id(tokenizer) if tokenizer is not None else None
     check_vocabulary(model.cfg, tokenizer)
-    check_replaceable(directory, _OWN_FILES, CONFIG_FILE)
+    check_replaceable(directory, {CONFIG_FILE, INDEX_FILE, *TOKENIZER_FILES}, CONFIG_FILE)
     views = hf_views(stored_state(model))
     views = {name.replace(".mlp.", ".block_sparse_moe."): view for name, view in views.items()}
     try:
         with atomic_directory(directory) as temporary:
             (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             if tokenizer is not None:
-                _write_tokenizer(temporary, tokenizer, model.cfg)
+                write_tokenizer(temporary, tokenizer, model.cfg.max_seq_len)
             write_tensors(temporary, views, dtype=dtype, max_shard_bytes=max_shard_bytes)
     except OSError as error:
         raise CheckpointError(cannot_write(directory, error)) from error
-
-
-def _write_tokenizer(directory: Path, tokenizer: Tokenizer, cfg: Config) -> None:
-    file = tokenizer.save(directory / TOKENIZER_FILE)
-    if "model" not in json.loads(file.read_bytes()):
-        raise HFError(
-            f"tokenizer {tokenizer.name} is stored by name only, which Hugging Face's libraries do not read: "
-            "leave tokenizer out and pair the model with a Hugging Face copy of that tokenizer"
-        )
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": END_OF_TEXT,
-        "model_max_length": cfg.max_seq_len,
-        "clean_up_tokenization_spaces": False,
-    }
-    (directory / _TOKENIZER_CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------------------------------------ names
