@@ -95,7 +95,7 @@ class Router(nn.Module):
 
 
 def expert_counts(ids_BR: Tensor, n_experts: int, text_BR: Tensor | None = None) -> Tensor:
-    """How often each expert occurs in each row, where `text_BR` is True -> int64 [B, E]. No host sync, as of bincount."""
+    """How often each expert occurs in each row, where `text_BR` is True -> int64 [B, E]. No host sync."""
     zeros = ids_BR.new_zeros(ids_BR.shape[0], n_experts, dtype=torch.int64)
     ones = torch.ones_like(ids_BR, dtype=torch.int64) if text_BR is None else text_BR.long()
     return zeros.scatter_add(1, ids_BR, ones)
@@ -117,7 +117,7 @@ def balance_loss(logits_BSE: Tensor, counts_BE: Tensor, text_BS: Tensor | None =
 
 
 def z_loss(logits: Tensor) -> Tensor:
-    """logsumexp(logits [..., E])^2 per token -> [...], which keeps the logits small (ST-MoE, Zoph et al. 2022, eq. 5)."""
+    """logsumexp(logits [..., E])^2 -> [...], which keeps the logits small (ST-MoE, Zoph et al. 2022, eq. 5)."""
     return logits.logsumexp(-1).square()
 
 

@@ -109,17 +109,27 @@ class Output:
 
 # A tree of tensors: so DistributedDataParallel, FSDP and torch.export see what they have to handle.
 _PARTS = ("logits_BSV", "hidden_BSD", "sums", "counts", "routing")
-for _part in (Sums, Counts, Routing):
-    pytree._register_namedtuple(_part, serialized_type_name=f"moe.{_part.__name__}")
+
+
+def _flatten(out: Any) -> tuple[list[Any], RouterConfig]:
+    return [getattr(out, name) for name in _PARTS], out.router
+
+
+def _flatten_with_keys(out: Any) -> tuple[list[tuple[Any, Any]], RouterConfig]:
+    return [(pytree.GetAttrKey(name), getattr(out, name)) for name in _PARTS], out.router
+
+
 pytree.register_pytree_node(
     Output,
-    lambda out: ([getattr(out, name) for name in _PARTS], out.router),
+    _flatten,
     lambda parts, router: Output(router, *parts),
-    flatten_with_keys_fn=lambda out: ([(pytree.GetAttrKey(n), getattr(out, n)) for n in _PARTS], out.router),
+    flatten_with_keys_fn=_flatten_with_keys,
     serialized_type_name="moe.Output",
     to_dumpable_context=asdict,
     from_dumpable_context=lambda content: RouterConfig(**content),
 )
+for _part in (Sums, Counts, Routing):
+    pytree._register_namedtuple(_part, serialized_type_name=f"moe.{_part.__name__}")
 
 
 # ------------------------------------------------------------------------------------------------------------ model

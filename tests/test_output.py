@@ -1,4 +1,4 @@
-"""What others do with a model: its Output as a tree, export, fake and meta tensors, transforms, DistributedDataParallel.
+"""What others do with a model: its Output as a tree, export, tensors without values, torch.func, data parallelism.
 
 B batch, S sequence.
 """
@@ -88,6 +88,7 @@ def test_gradients_by_torch_func_are_those_of_backward():
     model(x, x).loss.backward()
     got = grad(lambda w: functional_call(model, w, (x, x)).loss)(weights)
     for name, p in model.named_parameters():
+        assert p.grad is not None
         assert rel(got[name], p.grad) < 1e-12
 
 
@@ -127,7 +128,9 @@ def test_ranks_of_a_static_graph_stay_together(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(_steps, (port, str(tmp_path)), nprocs=2)
+    mp.spawn(  # type: ignore[attr-defined]
+        _steps, (port, str(tmp_path)), nprocs=2
+    )
     model = Transformer(tiny_config()).double()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for step in range(3):
