@@ -25,7 +25,6 @@ from moe.checkpoint import (
     put_tensors,
     stored_state,
 )
-from moe.config import Config
 from moe.errors import CheckpointError, HFError
 from moe.hf.families.mixtral_config import config_from_hf, config_to_hf
 from moe.hf.tokenizers import TOKENIZER_FILES, end_id, write_tokenizer
