@@ -56,9 +56,9 @@ def stage_counts(model: Model, layout: Layout) -> list[StageCounts]:
 
 def _layer_counts(shape: Shape, layer: Layer, tp: int) -> tuple[int, int, int]:
     d, a, m = shape.d_model, layer.attention, layer.mlp
-    unsplit, held = _kv_unsplit(d, a, tp)
-    replicated = layer.norms + a.norms + a.biases + held
-    sharded = attention_weights(d, a) - unsplit + shared_weights(d, m)
+    everywhere = _kv_on_every_gpu(d, a, tp)
+    replicated = layer.norms + a.norms + a.biases + everywhere
+    sharded = attention_weights(d, a) - everywhere + shared_weights(d, m)
     routed = m.n_experts * (mlp_weights(d, m) + m.biases)
     if m.n_experts:
         replicated += router_weights(d, m) + m.router_biases
@@ -67,14 +67,14 @@ def _layer_counts(shape: Shape, layer: Layer, tp: int) -> tuple[int, int, int]:
     return sharded, replicated, routed
 
 
-def _kv_unsplit(d: int, a: Attention, tp: int) -> tuple[int, int]:
-    """Key and value weights that tp GPUs cannot split, and how many of them each holds: of fewer heads than GPUs one
-    head, of a latent everything."""
+def _kv_on_every_gpu(d: int, a: Attention, tp: int) -> int:
+    """Key and value weights that tp GPUs cannot split: of fewer heads than GPUs, or of a latent."""
     if a.kv_rank:
-        latent = d * (a.kv_rank + a.rope_dim) + d * a.q_rank if tp > 1 else 0
-        return latent, latent
-    head = d * (a.head_dim + a.v_dim)
-    return (a.n_kv_heads * head, head) if a.n_kv_heads < tp else (0, 0)
+        return d * (a.kv_rank + a.rope_dim) + d * a.q_rank if tp > 1 else 0
+    if a.n_kv_heads >= tp:
+        return 0
+    # Each GPU holds one head. As a part r that all hold and a rest that is split: r + (heads - r) / tp = 1 head.
+    return d * (a.head_dim + a.v_dim) * (tp - a.n_kv_heads) // (tp - 1)
 
 
 # ---------------------------------------------------------------------------------------------------------- training
