@@ -263,8 +263,8 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
         raise CheckpointError(f"{place}: no such checkpoint directory")
     if not (place / TOKENIZER_FILE).is_file():
         raise CheckpointError(
-            f"{place} has no {TOKENIZER_FILE}: the checkpoint was saved without one; give it to moe.save as "
-            "tokenizer=, or read another with moe.tokenizer.Tokenizer.load"
+            f"{place} has no {TOKENIZER_FILE}: the checkpoint was saved without one; copy there the one that the model "
+            "was trained with, or give it to moe.save as tokenizer="
         )
     try:
         tokenizer = Tokenizer.load(place / TOKENIZER_FILE)
