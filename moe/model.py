@@ -8,7 +8,7 @@ import math
 import sys
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, Unpack, overload
 
 import torch
 import torch.nn as nn
@@ -131,6 +131,24 @@ pytree.register_pytree_node(
 )
 for _part in (Sums, Counts, Routing):
     pytree._register_namedtuple(_part, serialized_type_name=f"moe.{_part.__name__}")
+
+
+if TYPE_CHECKING:  # what is surely there, for type checkers; `sums` and `counts` unless there is a cache
+
+    class OutputWithLogits(Output):
+        logits_BSV: Tensor
+        sums: Sums
+        counts: Counts
+
+    class OutputWithLoss(Output):
+        loss: Tensor
+        sums: Sums
+        counts: Counts
+
+    class _How(TypedDict, total=False):
+        documents_BS: Tensor | None
+        mask_BS: Tensor | None
+        cache: KVCache | None
 
 
 # ------------------------------------------------------------------------------------------------------------ model
@@ -282,6 +300,14 @@ class Transformer(nn.Module):
             out.sums = Sums(lm, *_router_sums(out.routing, x_BSD))
             out.counts = Counts(n_targets, sequences, tokens)
         return out
+
+    if TYPE_CHECKING:
+        # Of nn.Module it is Any.
+        @overload
+        def __call__(self, tokens_BS: Tensor, targets_BS: None = None, **how: Unpack[_How]) -> OutputWithLogits: ...
+        @overload
+        def __call__(self, tokens_BS: Tensor, targets_BS: Tensor, **how: Unpack[_How]) -> OutputWithLoss: ...
+        def __call__(self, *args: Any, **how: Any) -> Any: ...
 
     @torch.no_grad()
     def generate(

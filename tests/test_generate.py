@@ -139,7 +139,7 @@ def test_bad_input(model: Transformer, prompt: Tensor, settings: dict, message: 
 def test_an_unknown_setting_is_an_error(model: Transformer, name: str) -> None:
     for call in (model.generate, lambda *args, **settings: list(stream(model, *args, **settings))):
         with pytest.raises(TypeError, match=name):
-            call(PROMPT, 2, **{name: 1})
+            call(PROMPT, 2, **{name: 1})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("n", [-1, -(2**40)])

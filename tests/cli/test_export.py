@@ -11,7 +11,7 @@ import torch
 
 import moe
 from moe import hf
-from moe.config import RouterConfig
+from moe.config import DenseConfig, RouterConfig
 from moe.data.chat import ChatTemplate
 from moe.io import tensorfiles
 from moe.tokenizer import train_bpe
@@ -134,7 +134,7 @@ def test_nothing_is_replaced_and_nothing_half_written(run: Path, tmp_path: Path,
     [
         ({"router": RouterConfig(bias_update_rate=0.01)}, "router.bias_update_rate = 0.01"),
         ({"experts": dataclasses.replace(SMALL.experts, activation="gelu")}, "experts.activation = 'gelu'"),
-        ({"dense": moe.config.DenseConfig(1, 8)}, "dense.layers = 1"),
+        ({"dense": DenseConfig(1, 8)}, "dense.layers = 1"),
     ],
 )
 def test_what_mixtral_lacks_is_named_before_the_weights_are_read(change, message, tmp_path: Path, capsys) -> None:

@@ -70,7 +70,8 @@ def test_generate_says_what_a_chat_model_is_for_and_ends_with_its_turn(markers: 
     checkpoint = made(tmp_path / "model", markers=markers, template="", bias={end: 1.0})
     text, err = generated(capsys, checkpoint)
     assert err == (
-        f"notice: this model was taught to answer: `moe chat {checkpoint}` talks with it; here it goes on with your text\n"
+        f"notice: this model was taught to answer: `moe chat {checkpoint}` talks with it; "
+        "here it goes on with your text\n"
     )
     name = IM_END if markers else "<|endoftext|>"
     assert name not in text
