@@ -2,7 +2,6 @@
 
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -126,15 +125,14 @@ def test_a_tokenizer_that_marks_spaces(tmp_path: Path) -> None:
 
 
 def test_files_of_one_name_are_one_source(tmp_path: Path, texts: Path, tokenizer: Tokenizer) -> None:
-    """Of a checkpoint of ours, with an end-of-text between them: its documents."""
+    """With an end-of-text between them where it is ours: its documents."""
     saved("Mixtral", tmp_path / "theirs", tokenizer)
-    moe.save(moe.Transformer(tiny_config(vocab_size=400)), tmp_path / "ours", tokenizer=tokenizer)
-    code, prose, files = tokenizer.encode(CODE), tokenizer.encode(PROSE), (texts / "a.py", texts / "tale.txt")
+    moe.save(moe.Transformer(tiny_config(vocab_size=400, max_seq_len=512)), tmp_path / "ours", tokenizer=tokenizer)
+    code, prose = tokenizer.encode(CODE), tokenizer.encode(PROSE)
     for name, between in (("theirs", []), ("ours", [tokenizer.eot_id])):
-        subject = replace(open_subject(tmp_path / name), context=10**6)
-        ((source, inputs, _, _, documents, _),) = text_of_files(
-            subject, [f"all={file}" for file in files], 10**6, 10**6
-        ).windows
+        subject = open_subject(tmp_path / name)
+        found = text_of_files(subject, [f"all={texts / 'a.py'}", f"all={texts / 'tale.txt'}"], 10**6, 10**6)
+        ((source, inputs, _, _, documents, _),) = found.windows
         assert source == "all"
         assert inputs.tolist() == [*code, *between, *prose][:-1]
         if between:

@@ -108,22 +108,17 @@ def test_the_first_loss_is_that_of_the_responses_each_seen_alone(
     assert records(tmp_path / "run", "train")[0]["lm"] == pytest.approx(total / count, rel=tolerance)
 
 
-def test_padding_counts_nowhere(data: ConversationData, base: Path, short: Config, tmp_path: Path) -> None:
+def test_padding_counts_nowhere(data: ConversationData, cfg: Config, tmp_path: Path) -> None:
     """Losses, loads, biases, tokens: of one window that is mostly padding, as of its conversation alone."""
-    stream = ConversationStream(data, 64, short.train.seed)
-    batch = stream.batch(0, 1)
+    batch = ConversationStream(data, 64, 0).batch(0, 1)
     assert batch.text is not None
     n = int(batch.text.sum())
-    changes = [
-        "train.seq_len=64",
-        "train.steps=1",
-        "train.micro_batch=1",
-        "train.batch_size=1",
-        "train.dtype=fp32",
-        "train.eval_every=0",
-    ]
-    cfg = short.with_overrides([*changes, "router.bias_update_rate=0.01", "train.log_every=1"])
-    train(cfg, data.path, tmp_path / "run", start_from=base, lora=LORA)
+    base = tmp_path / "base"
+    biased = cfg.with_overrides(["max_seq_len=64", "router.bias_update_rate=0.01"])
+    checkpoint.save(Transformer(biased, seed=5), base, tokenizer=data.tokenizer())
+    changes = ["steps=1", "seq_len=64", "batch_size=1", "micro_batch=1", "dtype=fp32", "eval_every=0", "log_every=1"]
+    overrides = [f"train.{change}" for change in changes]
+    train(recipe(base, data, epochs=1, lora=True, overrides=overrides), data.path, tmp_path / "run", start_from=base)
     (record,) = records(tmp_path / "run", "train")
     assert n < 60
     assert record["tokens"] == record["batch_tokens"] == n
