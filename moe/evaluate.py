@@ -172,7 +172,8 @@ def count_scored(data: HeldOut | ConversationData) -> int:
 
 def batches(windows: Iterable[Window], size: int) -> Iterator[tuple[str, Batch]]:
     """Up to `size` windows at a time, of one source and length, in order; targets that are not scored are -100."""
-    for (source, _), group in groupby(windows, key=lambda w: (w.source, len(w.inputs))):
+    whole = (Window(*window) for window in windows)
+    for (source, _), group in groupby(whole, key=lambda w: (w.source, len(w.inputs))):
         while chunk := list(islice(group, size)):
             inputs, targets, scored = (np.stack(part) for part in list(zip(*chunk, strict=True))[1:4])
             text = [np.ones(len(w.inputs), dtype=bool) if w.text is None else w.text for w in chunk]

@@ -177,7 +177,7 @@ def _tokenizer(file: Path) -> tuple[Callable[[str], list[int]], Callable[[int], 
             "one: AutoTokenizer.from_pretrained(...).save_pretrained(...)), or give --data"
         )
     content = _json(file)
-    if "moe_tokenizer" in content:
+    if (file.parent / checkpoints.CONFIG_FILE).is_file() or "moe_tokenizer" in content:
         ours = Tokenizer.load(file)
         return ours.encode, lambda i: repr(ours.decode([i]))[1:-1], ours.eot_id
     try:
