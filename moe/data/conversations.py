@@ -18,6 +18,7 @@ import numpy as np
 
 from moe.data import instructions
 from moe.data.chat import ChatTemplate, Message, check_messages
+from moe.data.rows import clean, json_rows, parquet_rows
 from moe.data.shards import (
     INDEX_FILE,
     SPLITS,
@@ -33,7 +34,7 @@ from moe.data.shards import (
     read_table,
     token_dtype,
 )
-from moe.data.sources import Source, clean, is_held_out, json_rows, parquet_rows, parse_source, walk
+from moe.data.sources import Source, is_held_out, parse_source, walk
 from moe.errors import DataError
 from moe.io.files import atomic_directory, is_taken
 from moe.tokenizer import Tokenizer, cl100k

@@ -46,12 +46,19 @@ class ShardWriter:
         self._digest = hashlib.sha256()  # of the stream, hence the same however it is cut into shards
         self._shards: list[dict[str, Any]] = []
         self._table = _TableWriter(directory / f"{stem}-documents.json")
+        self._open = (0, 0)  # tokens and bytes of the document that is being written
 
-    def add(self, name: str, n_bytes: int, ids: Sequence[int]) -> None:
-        """Appends one document: its ids, end-of-text included, and the length of its UTF-8 text in bytes."""
+    def add(self, name: str, n_bytes: int, ids: Sequence[int], *, ends: bool = True) -> None:
+        """Appends a document: its ids, end-of-text included, and the length of its UTF-8 text in bytes.
+
+        Or, without `ends`, a part of one that the next call goes on with.
+        """
         values = np.asarray(ids, dtype=self._dtype)
         self._digest.update(values.tobytes())
-        self._table.add(name, len(values), n_bytes)
+        self._open = (self._open[0] + len(values), self._open[1] + n_bytes)
+        if ends:
+            self._table.add(name, *self._open)
+            self._open = (0, 0)
         while len(values):
             if self._file is None or self._shards[-1]["tokens"] == self._shard_tokens:
                 self._next_shard()
