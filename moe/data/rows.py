@@ -44,10 +44,10 @@ def opened(path: Path) -> Iterator[IO[bytes]]:
     try:
         with _OPENERS.get(path.suffix, open)(path, "rb") as file:
             yield file
-    except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError) as error:
-        raise DataError(f"{path}: cut short or not compressed as its name says ({error}); copy it again") from None
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}; make it readable or leave it out") from None
+    except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise DataError(f"cannot read {path}: {error.strerror}; make it readable or leave it out") from None
+        raise DataError(f"{path}: cut short, or not compressed as its name says ({error}); copy it again") from None
 
 
 # ------------------------------------------------------------------------------------------------------------- texts
@@ -69,10 +69,11 @@ def text_pieces(path: Path) -> Iterator[str]:
             chunk = file.read(PIECE)
             if b"\0" in chunk:
                 raise NotText(f"a NUL byte (byte {size + chunk.index(0):,}): it is binary, or UTF-16")
+            begin = size - len(decoder.getstate()[0])  # of what is decoded now
             try:
                 decoder.decode(chunk, final=not chunk)
             except UnicodeDecodeError as error:
-                raise NotText(f"not UTF-8 (near byte {size + error.start:,}): convert it with iconv") from None
+                raise NotText(f"not UTF-8 (byte {begin + error.start:,}): convert it with iconv") from None
             if not chunk:
                 break
             size += len(chunk)

@@ -138,7 +138,8 @@ def parse_source(argument: str | Path, text_field: str = "text") -> Source:
         dataset, settings = hub.parse_hub(path, text_field)
         return Source(_checked_name(name or Path(dataset.repo).resolve().name, argument), dataset, **settings)
     settings, place = {"text_field": text_field}, argument
-    if not Path(argument).exists() and (found := _SETTINGS.search(argument)):
+    there = Path(argument).exists() or (equals and Path(path).exists())
+    if not there and (found := _SETTINGS.search(argument)):
         pairs = [part.split("=", 1) for part in found[0][1:].split(",")]
         settings |= {"text_field" if key == "text" else key: value for key, value in pairs}
         place = argument[: found.start()]
