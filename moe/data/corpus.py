@@ -205,7 +205,7 @@ class Corpus:
 
     def _bounds(self, size: int) -> list[tuple[float, str]]:
         """(byte at which a part ends, its split; "" drops it) of a document that is cut."""
-        train = int(size * (1 - self.fraction))
+        train = max(1, int(size * (1 - self.fraction)))
         taken = [(int(train * self.sample), "train"), (train, "")] if self.sample < 1 else [(train, "train")]
         return [*taken, (inf, "val")]
 
