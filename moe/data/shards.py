@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import mmap
+import os
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -185,6 +186,14 @@ class TokenStream:
         key = int(key) % len(self)
         return int(self._range(key, key + 1)[0])
 
+    def __reduce__(self) -> Any:
+        """Mapped shards are pickled as their places, not their tokens."""
+        mapped = [s for s in self._shards if isinstance(s, np.memmap) and s.filename is not None]
+        if len(mapped) < len(self._shards):
+            return TokenStream, (self._shards, self.dtype)
+        files = [(os.path.abspath(shard.filename), len(shard)) for shard in mapped]
+        return _map_files, (files, self.dtype)
+
     def _range(self, start: int, stop: int) -> np.ndarray:
         if start >= stop:
             return np.empty(0, self.dtype)
@@ -231,16 +240,28 @@ def read_index(path: Path, format_name: str, version: int, maker: str) -> dict[s
 
 def map_stream(directory: Path, shards: Sequence[dict[str, Any]], dtype: np.dtype) -> TokenStream:
     """The memory-mapped stream of the shards of an index. Raises DataError where one is missing or cut short."""
+    return _map_files([(directory / shard["file"], shard["tokens"]) for shard in shards], dtype)
+
+
+def _map_files(files: Sequence[tuple[str | Path, int]], dtype: np.dtype) -> TokenStream:
+    """The stream of shards given as (file, tokens)."""
     parts = []
-    for shard in shards:
-        file = directory / shard["file"]
-        expected = shard["tokens"] * dtype.itemsize
+    for file, n_tokens in files:
+        file, expected = Path(file), n_tokens * dtype.itemsize
         found = file.stat().st_size if file.is_file() else None
         if found != expected:
             state = "is missing" if found is None else f"has {found:,} bytes"
             raise DataError(f"{file} {state}, expected {expected:,} bytes: prepare the data again (overwrite)")
         parts.append(_map(file, dtype))
     return TokenStream(parts, dtype)
+
+
+def reopened(kind: Any, path: str, fingerprint: str) -> Any:
+    """Prepared data, opened again where they were pickled. Raises DataError where others are there now."""
+    data = kind.open(path)
+    if data.fingerprint != fingerprint:
+        raise DataError(f"{path} holds other data than when they were pickled: open them anew")
+    return data
 
 
 def read_table(directory: Path, entry: dict[str, Any]) -> DocumentTable:
@@ -308,6 +329,9 @@ class TokenData:
         path = Path(path)
         index = read_index(path, FORMAT, VERSION, "moe.data.preparation")
         return TokenData(path, index)
+
+    def __reduce__(self) -> Any:
+        return reopened, (TokenData, os.path.abspath(self.path), self.fingerprint)  # not the tokens
 
     def tokens(self, source: str, split: str) -> TokenStream:
         """The token stream of a source's "train" or "val" split. Raises DataError for an unknown source or split."""
