@@ -190,7 +190,9 @@ def compression(data: DataInfo | TokenData) -> dict[str, float]:
 
 
 def compressed(text: bytes) -> dict[str, float]:
-    """Bits per byte of `text` under `gzip -9` and `xz -9e`."""
+    """Bits per byte of `text` under `gzip -9` and `xz -9e`. Raises DataError where it is empty."""
+    if not text:
+        raise DataError("the text is empty, so it has no bits per byte: give one of at least a byte")
     return {
         "gzip": 8 * len(gzip.compress(text, 9, mtime=0)) / len(text),
         "xz": 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text),
