@@ -19,7 +19,8 @@ from moe.data.dialogues import SUFFIXES, read_conversations
 from moe.data.instructions import small_talk, standard_library
 from moe.data.mixture import IGNORE
 from moe.data.packing import best_fit
-from moe.errors import DataError
+from moe.errors import DataError, InUseError
+from moe.io.files import locked
 from moe.tokenizer import Tokenizer, train_bpe
 
 MARK = "<|endoftext|>"
@@ -242,6 +243,15 @@ def test_prepared_data_are_found_again_and_never_overwritten_unasked(
     whole = prepare_conversations([other], tmp_path / "whole", tokenizer=tokenizer, shard_tokens=10**6)
     cut = prepare_conversations([other], tmp_path / "cut", tokenizer=tokenizer, shard_tokens=64)
     assert whole.data.fingerprint == cut.data.fingerprint != prepared.data.fingerprint
+
+
+def test_two_preparations_of_one_directory(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    file = write(tmp_path / "x.jsonl", [{"messages": talk(i)} for i in range(60)])
+    with locked(tmp_path / "out"), pytest.raises(InUseError, match=r"out is in use by process"):
+        prepare_conversations([file], tmp_path / "out", tokenizer=tokenizer)
+    prepare_conversations([file], tmp_path / "out", tokenizer=tokenizer)
+    with locked(tmp_path / "out"):
+        assert prepare_conversations([file], tmp_path / "out", tokenizer=tokenizer).reused
 
 
 def test_rows_without_a_response_or_not_unicode_are_left_out_and_counted(tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -148,7 +148,7 @@ def test_documents_are_told_apart_where_one_ends(data: TokenData) -> None:
 @given(start=st.integers(0, 2000), cuts=st.lists(st.integers(1, 9), min_size=1, max_size=6))
 def test_order_does_not_depend_on_how_batches_are_cut(data: TokenData, start: int, cuts: list[int]) -> None:
     mixture = Mixture(data, seq_len=32, seed=11)
-    inputs, targets, _ = mixture.batch(start, sum(cuts))
+    inputs, targets, *_ = mixture.batch(start, sum(cuts))
     assert inputs.shape == targets.shape == (sum(cuts), 32)
     assert inputs.dtype == targets.dtype == np.int64
     # A resume is a new object that goes on from an integer.

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from moe.data import DataInfo, TokenData, compressed, compression, held_out_text, prepare
-from moe.errors import DataError, TokenizerError
+from moe.errors import DataError, InUseError, TokenizerError
+from moe.io.files import locked
 from moe.tokenizer import Tokenizer, cl100k, train_bpe
 from tests.data.small_corpus import held_out_by_hand
 
@@ -234,6 +235,50 @@ def test_much_held_out_text_is_compared_in_part(data: TokenData, monkeypatch: py
         assert text.startswith(parts[source])
         assert len(parts[source]) == pytest.approx(len(text) / 3, rel=0.01)
     assert compression(data) == compressed(b"".join(parts.values())) != compressed(b"".join(whole.values()))
+
+
+KILLED = """
+import os, signal, sys
+from moe.data import prepare
+prepare([sys.argv[1]], sys.argv[2], vocab_size=300, overwrite=True,
+        progress=lambda phase, done, total: phase == "encode" and os.kill(os.getpid(), signal.SIGKILL))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no SIGKILL")
+@pytest.mark.parametrize("before", [False, True])
+def test_a_killed_preparation_leaves_no_half_of_a_dataset(
+    corpus: Callable[..., Path], tmp_path: Path, before: bool
+) -> None:
+    """Nothing, or what was there; and the next one deletes what the killed one had begun."""
+    root, out = corpus(), tmp_path / "d"
+    if before:
+        made = prepare([root], out, vocab_size=290)
+    command = [sys.executable, "-B", "-c", KILLED, str(root), str(out)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    assert subprocess.run(command, env=environment, check=False).returncode == -9
+    assert len(list(tmp_path.glob(".d.*.tmp"))) == 1
+    if before:
+        assert TokenData.open(out).fingerprint == made.fingerprint
+    else:
+        with pytest.raises(DataError, match="no prepared data in"):
+            TokenData.open(out)
+    info = prepare([root], out, vocab_size=300, overwrite=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["corpus", "d"]
+    assert not any(p.name.startswith(".") for p in out.iterdir())
+    assert TokenData.open(out).fingerprint == info.fingerprint
+
+
+def test_two_preparations_of_one_directory(corpus: Callable[..., Path], tmp_path: Path) -> None:
+    """The second is refused while the first writes; data that are there already may be looked at by many."""
+    root, out = corpus(), tmp_path / "d"
+    with locked(out), pytest.raises(InUseError, match=r"d is in use by process \d+.*another directory"):
+        prepare([root], out, vocab_size=300)
+    prepare([root], out, vocab_size=300)
+    with locked(out):
+        assert prepare([root], out, vocab_size=300).reused
+        with pytest.raises(InUseError, match="in use"):
+            prepare([root], out, vocab_size=301, overwrite=True)
 
 
 FULL_DISK = """
