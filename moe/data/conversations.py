@@ -46,6 +46,8 @@ from moe.tokenizer import Tokenizer, cl100k
 FORMAT = "moe-conversations"
 VERSION = 1
 MAKER = "moe data instructions"
+# inputs, targets int64; scored, text bool; each [S]
+_Window = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 _BATCH = 512  # conversations encoded on all cores at once
 
 
@@ -350,10 +352,10 @@ class ConversationData:
         """Whether more is scored than the ends of empty responses, which stand for no byte."""
         return bool((scored & (targets != self.end_id)).any())
 
-    def _val(self, source: str, table: DocumentTable, i: int, length: int) -> tuple[np.ndarray, ...]:
+    def _val(self, source: str, table: DocumentTable, i: int, length: int) -> _Window:
         return self._window(source, int(table.offsets[i]), int(table.n_tokens[i]), length)
 
-    def _window(self, source: str, begin: int, n_tokens: int, length: int) -> tuple[np.ndarray, ...]:
+    def _window(self, source: str, begin: int, n_tokens: int, length: int) -> _Window:
         size = min(n_tokens - 1, length)
         values = np.asarray(self.values(source, "val")[begin : begin + size + 1], dtype=np.int64)
         inputs, targets = (np.full(length, self.end_id, dtype=np.int64) for _ in range(2))

@@ -56,7 +56,7 @@ class HubDataset:
         return self.repo + "".join(f",{key}={value}" for key, value in parts.items() if value)
 
 
-def parse_hub(argument: str, text_field: str = "text") -> tuple[HubDataset, dict[str, str]]:
+def parse_hub(argument: str, text_field: str = "text") -> tuple[HubDataset, dict[str, Any]]:
     """The dataset that `hf:PLACE,key=value,...` names, and of its `Source` the text_field and a split to be held out.
 
     Keys are those of `HubDataset` besides `repo`, and `text` and `validation`; `documents` and `bytes` take units of
@@ -74,7 +74,10 @@ def parse_hub(argument: str, text_field: str = "text") -> tuple[HubDataset, dict
         settings[key] = _amount(argument, key, value) if key in ("documents", "bytes") else value
     if not (place and Path(place).is_dir()) and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", place, re.ASCII):
         raise DataError(f"source {argument!r}: {place!r} is neither a directory nor a name on the Hub: {_USAGE}")
-    of_source = {"text_field": settings.pop("text", text_field), "validation": settings.pop("validation", "")}
+    of_source: dict[str, Any] = {
+        "text_field": settings.pop("text", text_field),
+        "validation": settings.pop("validation", ""),
+    }
     if of_source["validation"] == settings.get("split", "train"):
         raise DataError(f"source {argument!r}: one split cannot be trained on and held out: name two")
     return HubDataset(place, **settings), of_source

@@ -191,7 +191,7 @@ class TokenStream:
         mapped = [s for s in self._shards if isinstance(s, np.memmap) and s.filename is not None]
         if len(mapped) < len(self._shards):
             return TokenStream, (self._shards, self.dtype)
-        files = [(os.path.abspath(shard.filename), len(shard)) for shard in mapped]
+        files = [(os.path.abspath(str(shard.filename)), len(shard)) for shard in mapped]
         return _map_files, (files, self.dtype)
 
     def _range(self, start: int, stop: int) -> np.ndarray:

@@ -137,7 +137,8 @@ def parse_source(argument: str | Path, text_field: str = "text") -> Source:
     if path.startswith(hub.PREFIX):
         dataset, settings = hub.parse_hub(path, text_field)
         return Source(_checked_name(name or Path(dataset.repo).resolve().name, argument), dataset, **settings)
-    settings, place = {"text_field": text_field}, argument
+    settings: dict[str, Any] = {"text_field": text_field}
+    place = argument
     there = Path(argument).exists() or (equals and Path(path).exists())
     if not there and (found := _SETTINGS.search(argument)):
         pairs = [part.split("=", 1) for part in found[0][1:].split(",")]
