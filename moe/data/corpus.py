@@ -28,6 +28,7 @@ from moe.data.sources import (
     parse_source,
     read_pieces,
 )
+from moe.data.splits import ALL
 from moe.errors import DataError
 
 # What decides what is held out: a fraction, or text of its own.
@@ -267,7 +268,7 @@ def make_corpus(sources: Sequence[Source | str | Path] | None, validation: Valid
     if fraction is not None:
         return Corpus(resolved, fraction, sample, {}, notices)
     held_out = validation if isinstance(validation, Source) else parse_source(str(validation))
-    named = isinstance(validation, Source) or str(validation).partition("=")[0] == held_out.name
+    named = isinstance(validation, Source) or str(validation).startswith(f"{held_out.name}=")
     name = resolved[0].name if len(resolved) == 1 and not named else held_out.name
     inside = {}
     for source in resolved:
@@ -279,7 +280,7 @@ def make_corpus(sources: Sequence[Source | str | Path] | None, validation: Valid
                 )
             if part.is_relative_to(tree):
                 inside[source.name] = part.relative_to(tree).as_posix()
-    resolved.append(replace(held_out, name=name, held_out=True))
+    resolved.append(replace(held_out, name=name, held_out=True, split=held_out.split or ALL))
     resolved.sort(key=lambda source: (source.name, source.held_out))
     return Corpus(resolved, 0.0, sample, inside, notices)
 

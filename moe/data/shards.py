@@ -327,7 +327,7 @@ class TokenData:
             DataError: not a prepared directory, another version, or a file that is missing or cut short.
         """
         path = Path(path)
-        index = read_index(path, FORMAT, VERSION, "moe.data.preparation")
+        index = read_index(path, FORMAT, VERSION, "moe data prepare")
         return TokenData(path, index)
 
     def __reduce__(self) -> Any:

@@ -280,6 +280,7 @@ def _named_texts(source: Source, report: Report) -> Iterator[_Named]:
     if isinstance(path, HubDataset):
         named = _read_hub(path, source)
     elif path.is_file():
+        _check_without_splits(source, "a single file")
         if suffix_of(path.name) in _MARKUP:
             report.notices.append(f"source {source.name!r}: {path.name} is taken as plain text, tags and all")
         named = ((name, "", texts) for name, texts in _read_file(path, path.name, source.text_field))
@@ -329,8 +330,7 @@ def chosen_splits(names: list[str], source: Source, report: Report) -> dict[str,
     """The files of a tree to read, and the split of each ("train", "val", or "" by the hold-out rule)."""
     found = splits.splits_of_files(names)
     if not found or source.split == splits.ALL:
-        if source.split not in ("", splits.ALL) or source.validation:
-            raise DataError(f"source {source.name!r}: no splits are to be told from the files' names in {source.path}")
+        _check_without_splits(source, "a tree whose files are not named after splits")
         return dict.fromkeys(names, "")
     # Files of no split go with those that are trained on.
     present = sorted(set(found.values()), key=(*splits.TRAINING, *splits.HELD_OUT).index)
@@ -360,6 +360,12 @@ def _read_tree(path: Path, source: Source, report: Report) -> Iterator[_Named]:
                 yield one, split, texts
         except _NoColumn as error:  # of a table among texts
             report.notices.append(f"source {source.name!r}: {error}; left out")
+
+
+def _check_without_splits(source: Source, what: str) -> None:
+    if source.split not in ("", splits.ALL) or source.validation:
+        asked = source.validation or source.split
+        raise DataError(f"source {source.name!r}: {source.path} is {what}, so there is no split {asked!r}: name none")
 
 
 class _NoColumn(DataError):
@@ -411,9 +417,8 @@ def _read_dataset(path: Path, source: Source, report: Report) -> Iterator[_Named
         if chosen.notice:
             report.notices.append(f"source {source.name!r}: {chosen.notice}")
         tables = {name: (loaded[name], fate) for name, fate in chosen.fate.items() if fate is not None}
-    elif source.split not in ("", splits.ALL) or source.validation:
-        raise DataError(f"source {source.name!r}: {path} is a dataset without splits, so none can be named")
     else:
+        _check_without_splits(source, "a dataset without splits")
         tables = {"": (loaded, "")}
     for split, (table, fate) in tables.items():
         where = f"{path}{f', split {split!r}' if split else ''}"

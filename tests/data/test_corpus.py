@@ -134,6 +134,16 @@ def test_text_of_its_own_is_held_out(tmp_path: Path, tokenizer: Tokenizer, of: s
     assert prepare(sources, tmp_path / "out", tokenizer=tokenizer, validation=validation).reused
 
 
+def test_a_relative_path_is_no_name(tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And all of what is named is held out, also where its files are named after a test set."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.txt").write_text(prose(50))
+    (tmp_path / "held").mkdir()
+    (tmp_path / "held" / "test.jsonl").write_text('{"text": "a b c"}\n')
+    data, _ = make(tmp_path / "out", [tmp_path / "mine.txt"], tokenizer, validation="held")
+    assert stored(data, "val") == {"mine/test.jsonl#0": "a b c"}
+
+
 def test_a_sample_of_one_long_document_is_its_beginning(tmp_path: Path, tokenizer: Tokenizer) -> None:
     (tmp_path / "book.txt").write_text(prose(1000))
     parts = {}

@@ -130,7 +130,7 @@ def test_folder_of_splits(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no split 'dev'; it has 'train', 'validation', 'test'"):
         sides(f"{tmp_path / 'set'},split=dev")
     rows(tmp_path / "plain" / "a.jsonl", 2)
-    with pytest.raises(DataError, match="no splits are to be told from the files' names"):
+    with pytest.raises(DataError, match="not named after splits, so there is no split 'test'"):
         sides(f"{tmp_path / 'plain'},validation=test")
 
 
@@ -142,6 +142,8 @@ def test_a_test_file_beside_other_data_is_not_trained_on(tmp_path: Path) -> None
         "val": {f"test.jsonl#{i}" for i in range(2)},
     }
     assert set(sides(tmp_path / "set" / "test.jsonl")) == {""}  # a file that is named is what is meant
+    with pytest.raises(DataError, match="is a single file, so there is no split 'train': name none"):
+        sides(f"{tmp_path / 'set' / 'test.jsonl'},split=train")
     (tmp_path / "set" / "corpus.jsonl").unlink()
     with pytest.raises(DataError, match="has only 'test', which is for evaluation"):
         sides(tmp_path / "set")
