@@ -22,6 +22,7 @@ from typing import Any
 
 from moe.errors import TokenizerError
 from moe.io.files import write_whole
+from moe.io.pieces import LONG, pieces_of
 from moe.io.runs import locate
 
 END_OF_TEXT = "<|endoftext|>"
@@ -139,10 +140,15 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """The ids of `text`, without an end-of-text id. `decode_bytes` gives back exactly `text` in UTF-8.
 
+        A text of more than a million characters is encoded in pieces, for the sake of memory; they have the ids of the
+        whole wherever it has line breaks or spaces (`moe.io.pieces`).
+
         Raises:
             TokenizerError: `text` has a lone surrogate, which no UTF-8 text can hold.
         """
         _check_text(text)
+        if len(text) > LONG:
+            return [i for part in pieces_of(text) for i in self.encode(part)]
         if self._is_tiktoken:
             ids = self._backend.encode_ordinary(text)
         else:
@@ -152,6 +158,8 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each text, on all cores."""
+        if any(len(text) > LONG for text in texts):
+            return [self.encode(text) for text in texts]
         for text in texts:
             _check_text(text)
         if self._is_tiktoken:

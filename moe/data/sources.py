@@ -28,12 +28,12 @@ from moe.data.rows import (
     csv_rows,
     json_rows,
     parquet_rows,
-    pieces_of,
     plain_name,
     suffix_of,
     text_pieces,
 )
 from moe.errors import DataError
+from moe.io.pieces import pieces_of
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py", ".jsonl", ".parquet", ".csv", ".tsv")
 HELD_OUT_ONE_IN = 20
@@ -208,7 +208,7 @@ def read(source: Source, report: Report | None = None) -> Iterator[Document]:
 def read_pieces(source: Source, report: Report | None = None) -> Iterator[Document]:
     """`read`, but that long documents come in pieces, cut so that their tokens are those of the whole.
 
-    That holds for GPT-4's pattern and its relatives wherever a text has line breaks or spaces (`rows.place_to_cut`).
+    That holds for GPT-4's pattern and its relatives wherever a text has line breaks or spaces (`moe.io.pieces`).
     """
     if isinstance(source.path, Path):
         _check_exists(source.name, source.path)

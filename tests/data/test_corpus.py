@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 
 from moe.data import TokenData, is_held_out, parse_source, prepare, rows
 from moe.data.corpus import _line_break
-from moe.data.rows import PIECE, pieces_of, text_pieces
+from moe.data.rows import text_pieces
 from moe.data.sources import read_pieces
 from moe.errors import DataError
+from moe.io import pieces
+from moe.io.pieces import PIECE, pieces_of
 from moe.tokenizer import Tokenizer, cl100k, train_bpe
 from tests.data.small_corpus import WORDS
 
@@ -182,8 +184,8 @@ def test_where_a_document_is_cut() -> None:
 def test_pieces_have_the_tokens_of_the_whole(text: str) -> None:
     """GPT-4's split makes the same pieces of both, wherever there is a line break or a space to cut at."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rows, "LONG", 12)
-        patch.setattr(rows, "PIECE", 8)
+        patch.setattr(pieces, "LONG", 12)
+        patch.setattr(pieces, "PIECE", 8)
         parts = list(pieces_of(text))
     assert "".join(parts) == text
     assert all(parts)
@@ -198,7 +200,7 @@ def test_pieces_have_the_tokens_of_the_whole(text: str) -> None:
 @pytest.mark.parametrize("separator", ["\n", "\r\n", " "])
 def test_a_long_file_has_the_tokens_of_the_whole(tmp_path: Path, tokenizer: Tokenizer, separator: str) -> None:
     text = prose(40_000, words=8).replace("\n", separator) + "é 日\n\n"
-    assert len(text) > rows.LONG
+    assert len(text) > pieces.LONG
     (tmp_path / "book.txt").write_bytes(text.encode())
     parts = [piece.text for piece in read_pieces(parse_source(tmp_path / "book.txt"))]
     assert len(parts) > 3
@@ -209,6 +211,8 @@ def test_a_long_file_has_the_tokens_of_the_whole(tmp_path: Path, tokenizer: Toke
     (train,), (held_out,) = stored(data, "train").values(), stored(data, "val").values()
     assert train + held_out == text
     assert ids == [*tokenizer.encode(train), tokenizer.eot_id, *tokenizer.encode(held_out), tokenizer.eot_id]
+    assert tokenizer.encode(text) == tokenizer._backend.encode(text, add_special_tokens=False).ids
+    assert tokenizer.encode_batch(["a", text]) == [tokenizer.encode("a"), tokenizer.encode(text)]
     # A row of that length, too.
     assert list(pieces_of(text)) != [text]
     assert "".join(pieces_of(text)) == text
@@ -222,8 +226,10 @@ def test_a_long_file_that_turns_out_to_be_no_text_is_left_out_whole(tmp_path: Pa
 
 MEMORY = """
 import resource, sys
-from moe.data import prepare, rows
-rows.LONG, rows.PIECE, sys.modules[prepare.__module__]._BATCH_BYTES = 2**15, 2**13, 2**15
+from moe.io import pieces
+pieces.LONG, pieces.PIECE = 2**15, 2**13
+from moe.data import prepare
+sys.modules[prepare.__module__]._BATCH_BYTES = 2**15
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (2**20 if sys.platform == "darwin" else 2**10)
 prepare([sys.argv[1] + "/small.txt"], sys.argv[1] + "/a", tokenizer=sys.argv[1] + "/tokenizer.json")
