@@ -70,7 +70,7 @@ def test_what_is_no_conversation_in_the_layouts_of_others(tmp_path: Path, row: d
         list(read_conversations(Source("x", file)))
 
 
-def test_a_directory_gives_the_conversations_of_all_its_files(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_a_directory_gives_the_conversations_of_all_its_files(tmp_path: Path) -> None:
     (tmp_path / "data" / "sub").mkdir(parents=True)
     write(tmp_path / "data" / "b.jsonl", [{"messages": [QUESTION, ANSWER]}])
     write(tmp_path / "data" / "sub" / "a.jsonl", [{"messages": [QUESTION, ANSWER]}, {"messages": [QUESTION, ANSWER]}])
