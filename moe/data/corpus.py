@@ -37,6 +37,17 @@ Validation = float | str | Path | Source
 _MOST_CUT = 10_000
 
 
+_MEANING = {"train": "for training", "val": "held out for validation"}
+
+
+def nothing(split: str) -> DataError:
+    """The error for a split that has no document."""
+    return DataError(
+        f"no document is {_MEANING[split]}: hold out another fraction, or name text to hold out (validation=0.2, "
+        "validation=PATH; on the command line --validation), take a larger sample, or give more text"
+    )
+
+
 @dataclass
 class Corpus:
     """Sources in the order of their names, and what is taken of them.
@@ -106,17 +117,14 @@ class Corpus:
 
     def check_splits(self) -> None:
         """Errors for an empty split; a notice for each source that has none of a split that others have."""
-        meaning = {"train": "for training", "val": "held out for validation"}
         for split in SPLITS:
             without = [name for name in self.names if (name, split) not in self.bytes_of]
             if len(without) == len(self.names):
-                raise DataError(
-                    f"no document is {meaning[split]}: hold out another fraction, or name text to hold out "
-                    "(validation=0.2, validation=PATH; on the command line --validation), take a larger sample, or "
-                    "give more text"
-                )
+                raise nothing(split)
+            trained = {source.name for source in self.sources if not source.held_out}
             if self.fraction or split == "train":
-                self.notices += [f"source {name!r}: no document is {meaning[split]}" for name in without]
+                without = [name for name in without if name in trained]
+                self.notices += [f"source {name!r}: no document is {_MEANING[split]}" for name in without]
 
     def _pieces(self, source: Source, report: Report | None = None) -> Iterator[Document]:
         held_out = self.inside.get(source.name) if not source.held_out else None

@@ -94,7 +94,7 @@ def read_conversations(source: Source, report: Report | None = None) -> Iterator
                 without, first = without + 1, first or where
     if without:
         report.notices.append(
-            f"source {source.name!r}: {without:,} rows are left out, of which a field is null; first {first}"
+            f"source {source.name!r}: rows of which a field is null, left out: {without:,}; the first: {first}"
         )
 
 

@@ -20,7 +20,7 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
-from moe.data.corpus import Corpus, Validation, make_corpus
+from moe.data.corpus import Corpus, Validation, make_corpus, nothing
 from moe.data.hub import HubDataset
 from moe.data.shards import (
     FORMAT,
@@ -349,6 +349,9 @@ def _index(
     job: _Job, tokenizer: Tokenizer, directory: Path, inputs: str, writers: dict[tuple[str, str], ShardWriter]
 ) -> dict[str, Any]:
     entries = {name: {split: writers[name, split].entry() for split in SPLITS} for name in job.corpus.names}
+    for split in SPLITS:  # a character of several bytes cannot be cut, so that this shows only now
+        if not any(entry[split]["tokens"] for entry in entries.values()):
+            raise nothing(split)
     report = job.corpus.report
     few = [f"{name} {e['val']['bytes']:,} bytes" for name, e in entries.items() if 0 < e["val"]["bytes"] < FEW_BYTES]
     small = f"little text is held out ({', '.join(few)}): scores on less than {FEW_BYTES:,} bytes mean little"

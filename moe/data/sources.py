@@ -133,6 +133,8 @@ def parse_source(argument: str | Path, text_field: str = "text") -> Source:
         DataError: the path does not exist, or the name would not do as a file name.
     """
     argument = os.fspath(argument)
+    if not argument:
+        raise DataError("source '' is empty: give a file, a directory or hf:OWNER/NAME")
     name, equals, path = ("", "", argument) if argument.startswith(hub.PREFIX) else argument.partition("=")
     if path.startswith(hub.PREFIX):
         dataset, settings = hub.parse_hub(path, text_field)
@@ -243,7 +245,7 @@ def read_pieces(source: Source, report: Report | None = None) -> Iterator[Docume
         )
     if problems.count:
         report.notices.append(
-            f"source {source.name!r}: {problems.count:,} rows without text are left out; the first: {problems.first}"
+            f"source {source.name!r}: rows without text, left out: {problems.count:,}; the first: {problems.first}"
         )
 
 
@@ -337,7 +339,7 @@ def chosen_splits(names: list[str], source: Source, report: Report) -> dict[str,
     rest = [name for name in names if name not in found] if not source.split else []
     listed = present if any(split in splits.TRAINING for split in present) or not rest else ["other", *present]
     chosen = splits.choose(listed, source.split, source.validation, f"source {source.name!r}")
-    report.notices.append(f"source {source.name!r}: of its files, {chosen.notice}")
+    report.notices.append(_said(source, f"of its files, {chosen.notice}"))
     of_rest = next(fate for fate in chosen.fate.values() if fate in ("train", ""))
     if rest and listed is present:
         report.notices[-1] += f", {len(rest):,} of no split go with the first ({rest[0]}{', ...' * (len(rest) > 1)})"
@@ -360,6 +362,11 @@ def _read_tree(path: Path, source: Source, report: Report) -> Iterator[_Named]:
                 yield one, split, texts
         except _NoColumn as error:  # of a table among texts
             report.notices.append(f"source {source.name!r}: {error}; left out")
+
+
+def _said(source: Source, notice: str) -> str:
+    """What becomes of the splits of a source; of one to be held out, what is taken of it."""
+    return f"source {source.name!r}: {notice.replace('is trained on', 'is held out') if source.held_out else notice}"
 
 
 def _check_without_splits(source: Source, what: str) -> None:
@@ -415,7 +422,7 @@ def _read_dataset(path: Path, source: Source, report: Report) -> Iterator[_Named
     if isinstance(loaded, dict):
         chosen = splits.choose(sorted(loaded), source.split, source.validation, f"source {source.name!r}")
         if chosen.notice:
-            report.notices.append(f"source {source.name!r}: {chosen.notice}")
+            report.notices.append(_said(source, chosen.notice))
         tables = {name: (loaded[name], fate) for name, fate in chosen.fate.items() if fate is not None}
     else:
         _check_without_splits(source, "a dataset without splits")

@@ -125,7 +125,7 @@ def test_rows_of_nulls_are_left_out_and_counted(tokenizer: Tokenizer, tmp_path: 
     rows += [{"prompt": None, "response": "so"}, {"prompt": "why", "response": None}, {"messages": None}]
     data = prepare_conversations([write(tmp_path / "x.jsonl", rows)], tmp_path / "out", tokenizer=tokenizer).data
     assert len(stored(data, "train")) + len(stored(data, "val")) == 50
-    assert any("3 rows are left out, of which a field is null; first" in notice for notice in data.index["notices"])
+    assert any("rows of which a field is null, left out: 3; the first:" in notice for notice in data.index["notices"])
     assert any("x.jsonl, line 51" in notice for notice in data.index["notices"])
 
 

@@ -130,7 +130,7 @@ def test_text_of_its_own_is_held_out(tmp_path: Path, tokenizer: Tokenizer, of: s
     assert stored(data, "val") == expected
     train = {f"mine/{i}.txt": prose(5, seed=i) for i in range(30)}
     assert stored(data, "train") == train | ({"other/other.txt": prose(9, seed=50)} if len(sources) > 1 else {})
-    assert not any("held out for validation" in notice for notice in notices)
+    assert not any("held out for validation" in notice or "for training" in notice for notice in notices)
     with pytest.raises(DataError, match="other sources or settings"):
         prepare(sources, tmp_path / "out", tokenizer=tokenizer)
     assert prepare(sources, tmp_path / "out", tokenizer=tokenizer, validation=validation).reused
@@ -160,6 +160,12 @@ def test_a_sample_of_one_long_document_is_its_beginning(tmp_path: Path, tokenize
 
 def test_nothing_to_hold_out(tmp_path: Path, tokenizer: Tokenizer) -> None:
     (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "emoji.txt").write_text("😀")  # which cannot be cut
+    for name in ("a.txt", "emoji.txt"):
+        with pytest.raises(DataError, match="no document is held out for validation"):
+            prepare([tmp_path / name], tmp_path / "out", tokenizer=tokenizer)
+    with pytest.raises(DataError, match="source '' is empty"):
+        prepare([tmp_path / "a.txt"], tmp_path / "out", tokenizer=tokenizer, validation="")
     with pytest.raises(DataError, match=r"no document is held out for validation: .*validation=PATH.*--validation"):
         prepare([tmp_path / "a.txt"], tmp_path / "out", tokenizer=tokenizer)
     (tmp_path / "b.txt").write_text(prose(1000))

@@ -116,7 +116,7 @@ def test_rows_without_text_are_left_out_and_counted(tmp_path: Path) -> None:
     write_rows(tmp_path / "rows.jsonl", [{"text": "fine"}, *rows])
     assert [d.text for d in read(Source("s", tmp_path / "rows.jsonl"), report)] == ["fine"]
     (notice,) = report.notices
-    assert "4 rows without text are left out; the first:" in notice
+    assert "rows without text, left out: 4; the first:" in notice
     assert "rows.jsonl, line 2: field 'text' is null" in notice
     complaints = ("is null", r"no field 'text'; the fields are \['body'\]: name one with PATH,text=", "a int", "a list")
     for row, complaint in zip(rows, complaints, strict=True):
@@ -134,7 +134,7 @@ def test_null_in_parquet(tmp_path: Path) -> None:
         texts_of(tmp_path / "1.parquet")
     report = Report()
     assert [d.name for d in read(Source("s", tmp_path), report)] == ["2.parquet#1"]
-    assert "2 rows without text" in report.notices[0]
+    assert "rows without text, left out: 2" in report.notices[0]
 
 
 def test_tables_and_lists(tmp_path: Path) -> None:
