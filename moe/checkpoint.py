@@ -25,6 +25,7 @@ from moe.io.tensorfiles import (
     some,
     write_tensors,
 )
+from moe.layers import at_least_fp32
 from moe.model import Transformer
 from moe.tokenizer import Tokenizer
 
@@ -156,7 +157,7 @@ def load(
 
     Args:
         device: where the weights go.
-        dtype: of the parameters; None keeps what is stored. Buffers (the router's bias) always keep it.
+        dtype: of the parameters; None keeps what is stored. Buffers (the router's bias) keep it, or are float32.
 
     Raises:
         CheckpointError: no directory or file, a file cut short, not a checkpoint, other names or shapes than
@@ -189,7 +190,9 @@ def load_weights(
     check_tensors(directory, stored, {name: tuple(t.shape) for name, t in state.items()}, hint)
     targets = {
         name: torch.empty(
-            t.shape, dtype=dtype if dtype and isinstance(t, nn.Parameter) else stored[name].dtype, device=device
+            t.shape,
+            dtype=(dtype or stored[name].dtype) if isinstance(t, nn.Parameter) else at_least_fp32(stored[name].dtype),
+            device=device,
         )
         for name, t in state.items()
     }

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from itertools import groupby, pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.nn as nn
@@ -86,17 +86,30 @@ def _global_hooks() -> bool:
     return any(getattr(modules, f"_global_{name}") for name in names)
 
 
+def made_by_init_weights(module: nn.Module) -> NoReturn:
+    """The `reset_parameters` of every module here, which torch's ways of deferred initialisation call.
+
+    A module knows neither its name nor the depth of the model that it is in, and on both its first values depend.
+    """
+    raise RuntimeError(
+        f"{type(module).__name__} cannot make its own first values, which depend on its place in the model: call "
+        "moe.model.init_weights(model, seed) on the whole, after model.to_empty(device=...)"
+    )
+
+
 # ------------------------------------------------------------------------------------------------- products and norms
 
 
 class Linear(nn.Linear):
     """A bias-free nn.Linear that leaves its weight to `init_weights`, the one place where weights are made."""
 
-    def __init__(self, d_in: int, d_out: int) -> None:
-        super().__init__(d_in, d_out, bias=False)
+    reset_parameters = made_by_init_weights
 
-    def reset_parameters(self) -> None:
-        pass
+    def __init__(self, d_in: int, d_out: int) -> None:
+        nn.Module.__init__(self)  # nn.Linear's own would draw values
+        self.in_features, self.out_features = d_in, d_out
+        self.weight = nn.Parameter(torch.empty(d_out, d_in))
+        self.register_parameter("bias", None)
 
 
 class Head(Linear):
@@ -112,10 +125,16 @@ class Head(Linear):
 class RMSNorm(nn.Module):
     """Root-mean-square norm (Zhang & Sennrich 2019), computed in at least float32."""
 
+    reset_parameters = made_by_init_weights
+
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width))
         self.eps = eps
+
+    def extra_repr(self) -> str:
+        """For repr: width and epsilon."""
+        return f"{len(self.weight)}, eps={self.eps}"
 
     def forward(self, x: Tensor) -> Tensor:
         wide = at_least_fp32(x.dtype)
@@ -338,6 +357,11 @@ class KVCache:
         self._rope = rope_tables(0, max_len, cfg.attention.head_dim, cfg.attention.rope, dtype, torch.device(device))
         self.max_len = max_len
         self.lengths = [0] * batch
+
+    def __repr__(self) -> str:
+        keys = self.layers[0].k_BNPC
+        shape = f"{len(self.layers)} layers, lengths={self.lengths}, max_len={self.max_len}"
+        return f"KVCache({shape}, n_kv_heads={keys.shape[1]}, head_dim={keys.shape[3]}, {keys.dtype}, {keys.device})"
 
     @property
     def batch(self) -> int:

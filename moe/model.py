@@ -6,6 +6,7 @@ Shape suffixes: L layers, B batch, S sequence, T = B*S tokens, D model width, V 
 import hashlib
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ from moe.layers import (
     RMSNorm,
     at_least_fp32,
     causal,
+    made_by_init_weights,
     rope_tables,
     untouched,
     within_documents,
@@ -104,8 +106,10 @@ class Output:
 class Embedding(nn.Embedding):
     """An nn.Embedding that leaves its weight to `init_weights`."""
 
-    def reset_parameters(self) -> None:
-        pass
+    reset_parameters = made_by_init_weights
+
+    def __init__(self, vocab_size: int, d_model: int) -> None:
+        super().__init__(vocab_size, d_model, _weight=torch.empty(vocab_size, d_model))
 
 
 class Block(nn.Module):
@@ -154,6 +158,7 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(cfg.d_model, cfg.norm_eps)
         self.head = Head(cfg.d_model, cfg.vocab_size)
         self.activation_checkpointing = "none"
+        self.register_load_state_dict_post_hook(_tie_again)
         self.tie_weights()
         if not self.head.weight.is_meta:
             init_weights(self, seed)
@@ -162,6 +167,24 @@ class Transformer(nn.Module):
         """Makes the output layer's weight the embedding's, where the configuration ties them."""
         if self.cfg.tie_embeddings and self.embedding is not None and self.head is not None:
             self.head.weight = self.embedding.weight
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Transformer":
+        """Casts and moves; where they make new parameters (off the meta device), one for what is tied."""
+        super()._apply(fn, recurse)
+        self.tie_weights()
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Tied weights may come under one name or both, and then must be the same."""
+        names = [f"{prefix}{name}.weight" for name in ("embedding", "head")]
+        if self.cfg.tie_embeddings and self.embedding is not None and self.head is not None:
+            found = [state_dict[name] for name in names if name in state_dict]
+            if len(found) == 1:
+                state_dict.update(dict.fromkeys(names, found[0]))
+            elif found and found[0] is not found[1] and not found[0].is_meta and not torch.equal(*found):
+                problem = f"tie_embeddings = true, but {names[0]} and {names[1]} differ"
+                args[-1].append(f"{problem}: load them into a model with tie_embeddings = false")
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @property
     def activation_checkpointing(self) -> str:
@@ -291,6 +314,10 @@ class Transformer(nn.Module):
                     f"token id {low if low < 0 else high} is outside the vocabulary of {self.cfg.vocab_size} ids "
                     f"({self.cfg.name}): the text was encoded with another tokenizer"
                 )
+
+
+def _tie_again(model: Transformer, _keys: Any) -> None:
+    model.tie_weights()  # load_state_dict(assign=True) makes a parameter of each name
 
 
 def _seen(documents_BS: Tensor | None, device: torch.device) -> Attend:
