@@ -97,6 +97,15 @@ def made_by_init_weights(module: nn.Module) -> NoReturn:
     )
 
 
+def complete_tied(state_dict: dict[str, Tensor], one: str, other: str, errors: list[str]) -> None:
+    """A state dict may hold a tied weight under one of its names or both, and then it must be the same."""
+    found = [state_dict[name] for name in (one, other) if name in state_dict]
+    if len(found) == 1:
+        state_dict |= {one: found[0], other: found[0]}
+    elif found and found[0] is not found[1] and not found[0].is_meta and not torch.equal(*found):
+        errors.append(f"{one} and {other} are tied, but differ: load them into a model with tie_embeddings = false")
+
+
 # ------------------------------------------------------------------------------------------------- products and norms
 
 

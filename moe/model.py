@@ -28,6 +28,7 @@ from moe.layers import (
     RMSNorm,
     at_least_fp32,
     causal,
+    complete_tied,
     made_by_init_weights,
     rope_tables,
     untouched,
@@ -169,21 +170,13 @@ class Transformer(nn.Module):
             self.head.weight = self.embedding.weight
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Transformer":
-        """Casts and moves; where they make new parameters (off the meta device), one for what is tied."""
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # off the meta device it makes a parameter for each name
         self.tie_weights()
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Tied weights may come under one name or both, and then must be the same."""
-        names = [f"{prefix}{name}.weight" for name in ("embedding", "head")]
         if self.cfg.tie_embeddings and self.embedding is not None and self.head is not None:
-            found = [state_dict[name] for name in names if name in state_dict]
-            if len(found) == 1:
-                state_dict.update(dict.fromkeys(names, found[0]))
-            elif found and found[0] is not found[1] and not found[0].is_meta and not torch.equal(*found):
-                problem = f"tie_embeddings = true, but {names[0]} and {names[1]} differ"
-                args[-1].append(f"{problem}: load them into a model with tie_embeddings = false")
+            complete_tied(state_dict, f"{prefix}embedding.weight", f"{prefix}head.weight", errors=args[-1])
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     @property
@@ -317,7 +310,7 @@ class Transformer(nn.Module):
 
 
 def _tie_again(model: Transformer, _keys: Any) -> None:
-    model.tie_weights()  # load_state_dict(assign=True) makes a parameter of each name
+    model.tie_weights()  # load_state_dict(assign=True), too, makes a parameter for each name
 
 
 def _seen(documents_BS: Tensor | None, device: torch.device) -> Attend:
