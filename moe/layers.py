@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from moe.config import AttentionConfig, Config, RopeConfig
 from moe.kernels import ops
+from moe.kernels.arguments import autocasts, transformed
 
 
 def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
@@ -34,7 +35,7 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def without_autocast(device_type: str) -> AbstractContextManager[object]:
     """Autocast off for a block of code; where it is off already, for free."""
-    if torch.is_autocast_enabled(device_type):
+    if autocasts(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
 
@@ -86,13 +87,13 @@ def _global_hooks() -> bool:
     return any(getattr(modules, f"_global_{name}") for name in names)
 
 
-def made_by_init_weights(module: nn.Module) -> NoReturn:
+def made_by_init_weights(self: nn.Module) -> NoReturn:
     """The `reset_parameters` of every module here, which torch's ways of deferred initialisation call.
 
     A module knows neither its name nor the depth of the model that it is in, and on both its first values depend.
     """
     raise RuntimeError(
-        f"{type(module).__name__} cannot make its own first values, which depend on its place in the model: call "
+        f"{type(self).__name__} cannot make its own first values, which depend on its place in the model: call "
         "moe.model.init_weights(model, seed) on the whole, after model.to_empty(device=...)"
     )
 
@@ -151,9 +152,9 @@ class RMSNorm(nn.Module):
         with without_autocast(x.device.type):
             if x.device.type != "cpu":
                 return cast(F.rms_norm(x_wide, weight.shape, weight, self.eps), x.dtype)
-            if torch.is_grad_enabled():
+            if torch.is_grad_enabled() and not transformed():
                 return cast(_CpuRMSNorm.apply(x_wide, weight, self.eps), x.dtype)
-            return cast((x_wide * _inverse_rms(x_wide, self.eps)).mul_(weight), x.dtype)
+            return cast(x_wide * _inverse_rms(x_wide, self.eps) * weight, x.dtype)
 
 
 def _inverse_rms(x: Tensor, eps: float) -> Tensor:

@@ -48,6 +48,27 @@ def expert_mlp(
     return y_TD.to(x_TD.dtype)
 
 
+def expert_mlp_everywhere(
+    x_TD: Tensor,
+    w_in_EGFD: Tensor,
+    w_out_EDF: Tensor,
+    weights_TK: Tensor,
+    ids_TK: Tensor,
+    activation: str,
+    b_in_EGF: Tensor | None = None,
+    b_out_ED: Tensor | None = None,
+) -> Tensor:
+    """As `expert_mlp`, every expert for every token: no shape depends on ids, as vmap and forward mode want it."""
+    y_TD = torch.zeros_like(x_TD, dtype=torch.promote_types(x_TD.dtype, torch.float32))
+    for e in range(len(w_in_EGFD)):
+        h = _pre_activations(x_TD, w_in_EGFD[e], None if b_in_EGF is None else b_in_EGF[e])
+        y = F.linear(activate(h, activation), w_out_EDF[e], None if b_out_ED is None else b_out_ED[e])
+        here_TK = ids_TK == e
+        part = (weights_TK * here_TK).sum(1, keepdim=True) * y
+        y_TD = y_TD + torch.where(here_TK.any(1, keepdim=True), part, 0.0).to(y_TD.dtype)
+    return y_TD.to(x_TD.dtype)
+
+
 def _pre_activations(x_RD: Tensor, w_GFD: Tensor, b_GF: Tensor | None) -> Tensor:
     """One expert's h, [R, G, F]."""
     h_RGF = F.linear(x_RD, w_GFD.flatten(0, 1)).unflatten(-1, w_GFD.shape[:2])
