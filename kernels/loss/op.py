@@ -103,17 +103,29 @@ def _(x, w, targets, want_grad, impl):
     return total, torch.empty_like(x), w.new_empty(w.shape)
 
 
+@torch.library.custom_op("gpt4_moe::linear_cross_entropy_backward", mutates_args=())
+def _linear_cross_entropy_backward(dtotal: Tensor, dx: Tensor, dw: Tensor) -> tuple[Tensor, Tensor]:
+    """An op of its own, so that whoever differentiates it again learns that it cannot be."""
+    return (dx * dtotal).to(dx.dtype), (dw * dtotal).to(dw.dtype)
+
+
+@_linear_cross_entropy_backward.register_fake
+def _(dtotal, dx, dw):
+    return torch.empty_like(dx), torch.empty_like(dw)
+
+
+_linear_cross_entropy_backward.register_autograd(lambda _ctx, *second: no_second_derivative(*second))
+
+
 def _linear_cross_entropy_setup(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output[1:])
 
 
-def _linear_cross_entropy_autograd(ctx, dtotal: Tensor | None, *second: Tensor | None):
-    no_second_derivative(*second)
+def _linear_cross_entropy_autograd(ctx, dtotal: Tensor | None, *_unused: None):
     if dtotal is None:
         return (None,) * 5
-    dx, dw = ctx.saved_tensors
-    return (dx * dtotal).to(dx.dtype), (dw * dtotal).to(dw.dtype), None, None, None
+    return *_linear_cross_entropy_backward(dtotal, *ctx.saved_tensors), None, None, None
 
 
 _linear_cross_entropy.register_autograd(_linear_cross_entropy_autograd, setup_context=_linear_cross_entropy_setup)
