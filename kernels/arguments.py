@@ -20,13 +20,18 @@ def check_kinds(**tensors: Tensor | None) -> None:
     Raises:
         ValueError: one that is not; the message names it.
     """
+    check_device(**tensors)
+    for name, t in tensors.items():
+        whole = name in ("ids", "targets")
+        if t is not None and (t.dtype != torch.int64 if whole else not t.is_floating_point()):
+            raise ValueError(f"{name} must be {'int64' if whole else 'floating point'}; got {t.dtype}")
+
+
+def check_device(**tensors: Tensor | None) -> None:
+    """Raises ValueError unless all are on one device."""
     devices = {name: t.device for name, t in tensors.items() if t is not None}
     if len(set(devices.values())) > 1:
         raise ValueError(f"all tensors must be on one device; got {', '.join(f'{n} {d}' for n, d in devices.items())}")
-    for name, t in tensors.items():
-        whole = name in ("ids", "given_TK", "targets")
-        if t is not None and (t.dtype != torch.int64 if whole else not t.is_floating_point()):
-            raise ValueError(f"{name} must be {'int64' if whole else 'floating point'}; got {t.dtype}")
 
 
 def check_ids(ids: Tensor, n: int, name: str) -> None:

@@ -98,12 +98,19 @@ def made_by_init_weights(self: nn.Module) -> NoReturn:
     )
 
 
+def tie(one: nn.Module, other: nn.Module) -> None:
+    """Makes the weight of `other` that of `one`, unless one of them is an adapter's, quantised, or of another shape."""
+    weight, old = (module._parameters.get("weight") for module in (one, other))
+    if weight is not None and old is not None and type(weight) is type(old) and weight.shape == old.shape:
+        other.weight = weight
+
+
 def complete_tied(state_dict: dict[str, Tensor], one: str, other: str, errors: list[str]) -> None:
     """A state dict may hold a tied weight under one of its names or both, and then it must be the same."""
     found = [state_dict[name] for name in (one, other) if name in state_dict]
     if len(found) == 1:
         state_dict |= {one: found[0], other: found[0]}
-    elif found and found[0] is not found[1] and not found[0].is_meta and not torch.equal(*found):
+    elif len({type(t) for t in found}) == 1 and not found[0].is_meta and not torch.equal(*found):
         errors.append(f"{one} and {other} are tied, but differ: load them into a model with tie_embeddings = false")
 
 
@@ -120,6 +127,15 @@ class Linear(nn.Linear):
         self.in_features, self.out_features = d_in, d_out
         self.weight = nn.Parameter(torch.empty(d_out, d_in))
         self.register_parameter("bias", None)
+
+
+class Embedding(nn.Embedding):
+    """An nn.Embedding that leaves its weight to `init_weights`."""
+
+    reset_parameters = made_by_init_weights
+
+    def __init__(self, vocab_size: int, d_model: int) -> None:
+        super().__init__(vocab_size, d_model, _weight=torch.empty(vocab_size, d_model))
 
 
 class Head(Linear):

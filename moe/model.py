@@ -24,14 +24,15 @@ from moe.layers import (
     MLP,
     Attend,
     Attention,
+    Embedding,
     Head,
     KVCache,
     RMSNorm,
     at_least_fp32,
     causal,
     complete_tied,
-    made_by_init_weights,
     rope_tables,
+    tie,
     untouched,
     within_documents,
     within_documents_by_mask,
@@ -105,15 +106,6 @@ class Output:
 # ------------------------------------------------------------------------------------------------------------ model
 
 
-class Embedding(nn.Embedding):
-    """An nn.Embedding that leaves its weight to `init_weights`."""
-
-    reset_parameters = made_by_init_weights
-
-    def __init__(self, vocab_size: int, d_model: int) -> None:
-        super().__init__(vocab_size, d_model, _weight=torch.empty(vocab_size, d_model))
-
-
 class Block(nn.Module):
     """Pre-norm: x + attention(norm(x)), then x + experts(norm(x)), or a plain MLP in their place.
 
@@ -166,9 +158,12 @@ class Transformer(nn.Module):
             init_weights(self, seed)
 
     def tie_weights(self) -> None:
-        """Makes the output layer's weight the embedding's, where the configuration ties them."""
-        if self.cfg.tie_embeddings and self.embedding is not None and self.head is not None:
-            self.head.weight = self.embedding.weight
+        """Makes the output layer's weight the embedding's, where the configuration ties them and both are ours."""
+        if self._ties():
+            tie(self.embedding, self.head)
+
+    def _ties(self) -> bool:
+        return self.cfg.tie_embeddings and isinstance(self.embedding, Embedding) and isinstance(self.head, Head)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Transformer":
         super()._apply(fn, recurse)  # off the meta device it makes a parameter for each name
@@ -176,7 +171,7 @@ class Transformer(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        if self.cfg.tie_embeddings and self.embedding is not None and self.head is not None:
+        if self._ties():
             complete_tied(state_dict, f"{prefix}embedding.weight", f"{prefix}head.weight", errors=args[-1])
         super()._load_from_state_dict(state_dict, prefix, *args)
 

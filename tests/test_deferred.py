@@ -37,8 +37,9 @@ def on_meta() -> Transformer:
 
 def filled(model: Transformer) -> Transformer:
     """With a bias that is not zero."""
-    for block in model.blocks:
-        block.moe.router.bias_E.copy_(torch.linspace(-0.01, 0.01, 5))
+    for name, buffer in model.named_buffers():
+        buffer.copy_(torch.linspace(-0.01, 0.01, 5))
+        assert name.endswith("bias_E")
     return model
 
 
@@ -126,6 +127,23 @@ def test_two_tied_weights_that_differ_are_refused() -> None:
     untied = Transformer(tiny_config(router=TIED.router))
     untied.load_state_dict(state)
     assert torch.equal(untied.head.weight, state["head.weight"])
+
+
+def test_an_output_layer_of_another_kind_is_left_alone() -> None:
+    """A quantised, adapted or replaced head is not made the embedding's by a cast, a move or a state dict."""
+    peft = pytest.importorskip("peft")
+    replaced = Transformer(TIED)
+    replaced.head = nn.Linear(24, 61, bias=True)  # type: ignore[assignment]
+    quantised = Transformer(TIED)
+    quantised.head.weight = nn.Parameter(Int8(quantised.head.weight.detach()), requires_grad=False)
+    adapted = Transformer(TIED)
+    peft.get_peft_model(adapted, peft.LoraConfig(r=4, target_modules=["head"], init_lora_weights=False))
+    for model in (replaced, quantised, adapted):
+        before, head = model(TOKENS).logits_BSV, model.head
+        model.to("cpu").tie_weights()
+        assert model.head is head
+        assert torch.equal(model(TOKENS).logits_BSV, before)  # type: ignore[arg-type]
+    adapted.load_state_dict(adapted.state_dict())
 
 
 def test_a_state_dict_that_is_given_stays_as_it_is() -> None:

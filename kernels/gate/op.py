@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from moe.kernels import tiles
-from moe.kernels.arguments import check_kinds, checked_choice, no_second_derivative, transformed
+from moe.kernels.arguments import check_device, check_kinds, checked_choice, no_second_derivative, transformed
 from moe.kernels.gate import reference
 
 
@@ -38,7 +38,8 @@ def topk_gate(
         ValueError: an argument that does not fit, `impl` that cannot run here, or, on a CPU, ids in `given_TK` that are
             outside or twice in a row (elsewhere: an assertion on the device). The message says which and why.
     """
-    check_kinds(logits=logits_TE, bias_E=bias_E, given_TK=given_TK)
+    check_kinds(logits=logits_TE, bias_E=bias_E)
+    check_device(logits=logits_TE, given_TK=given_TK)
     if logits_TE.ndim != 2:
         raise ValueError(f"topk_gate wants logits [T, E]; got {list(logits_TE.shape)}")
     n_tokens, n_experts = logits_TE.shape
@@ -46,8 +47,8 @@ def topk_gate(
         raise ValueError(f"top_k = {top_k!r}: must be an integer in 1 .. {n_experts}, the number of experts")
     if bias_E is not None and bias_E.shape != (n_experts,):
         raise ValueError(f"bias_E must be [{n_experts}], one per expert; got {list(bias_E.shape)}")
-    if given_TK is not None and given_TK.shape != (n_tokens, top_k):
-        raise ValueError(f"given_TK must be [{n_tokens}, {top_k}]; got {list(given_TK.shape)}")
+    if given_TK is not None and (given_TK.shape != (n_tokens, top_k) or given_TK.dtype != torch.int64):
+        raise ValueError(f"given_TK must be int64 [{n_tokens}, {top_k}]; got {given_TK.dtype} {list(given_TK.shape)}")
     reason = tiles.why_not_triton(logits_TE)
     if reason is None and logits_TE.dtype != torch.float32:
         reason = f"the gate needs float32, not {logits_TE.dtype}"

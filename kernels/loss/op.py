@@ -25,7 +25,7 @@ def linear_cross_entropy(x_TD: Tensor, w_VD: Tensor, targets_T: Tensor, impl: st
 
     Returns:
         The sum, a scalar of at least float32. A target outside the vocabulary is an error on a CPU, and makes the sum
-        NaN elsewhere, where an error would wait for the device.
+        NaN elsewhere, where an error would wait for the device, and in Triton, its interpreter included.
 
     Under torch.func's transforms and forward-mode differentiation the logits are held at once, as in reference.py.
 
@@ -87,8 +87,8 @@ def _(info, dims, targets, vocab_size):
 def _linear_cross_entropy(
     x: Tensor, w: Tensor, targets: Tensor, want_grad: bool, impl: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check_targets(targets, len(w))
     if impl == "torch":
+        _check_targets(targets, len(w))
         return chunked.linear_cross_entropy(x, w, targets, want_grad)
     from moe.kernels.loss import triton_chunked
 
