@@ -22,16 +22,17 @@ def check_kinds(**tensors: Tensor | None) -> None:
     """
     check_device(**tensors)
     for name, t in tensors.items():
-        whole = name in ("ids", "targets")
-        if t is not None and (t.dtype != torch.int64 if whole else not t.is_floating_point()):
-            raise ValueError(f"{name} must be {'int64' if whole else 'floating point'}; got {t.dtype}")
+        if t is not None and not (t.dtype == torch.int64 if name in ("ids", "targets") else t.is_floating_point()):
+            wanted = "int64" if name in ("ids", "targets") else "floating point"
+            raise ValueError(f"{name} must be {wanted}; got {t.dtype}")
 
 
 def check_device(**tensors: Tensor | None) -> None:
     """Raises ValueError unless all are on one device."""
-    devices = {name: t.device for name, t in tensors.items() if t is not None}
-    if len(set(devices.values())) > 1:
-        raise ValueError(f"all tensors must be on one device; got {', '.join(f'{n} {d}' for n, d in devices.items())}")
+    devices = [t.device for t in tensors.values() if t is not None]
+    if devices.count(devices[0]) < len(devices):
+        found = ", ".join(f"{name} {t.device}" for name, t in tensors.items() if t is not None)
+        raise ValueError(f"all tensors must be on one device; got {found}")
 
 
 def check_ids(ids: Tensor, n: int, name: str) -> None:

@@ -19,8 +19,8 @@ from moe.kernels.arguments import (
     transformed,
 )
 from moe.kernels.experts import grouped, reference
+from moe.kernels.experts.reference import ACTIVATIONS
 
-ACTIVATIONS = {"swiglu": 2, "gelu": 1, "swiglu_oai": 2}  # name -> G, the number of F-wide input projections
 IMPLEMENTATIONS = ("reference", "grouped", "triton")
 
 
@@ -81,11 +81,13 @@ def expert_mlp(
 def expert_mlp_inference(
     x_TD: Tensor, w_in_EGFD: Tensor, w_out_EDF: Tensor, weights_TK: Tensor, ids_TK: Tensor, activation: str
 ) -> Tensor:
-    """`expert_mlp` for a decoding loop that has seen its arguments fit: without checks, autograd and autocast.
+    """`expert_mlp` for a decoding loop that has seen its shapes and dtypes fit: without autograd and autocast.
 
-    On CPU also without torch's dispatcher, whose cost shows when single tokens are decoded.
+    On CPU also without torch's dispatcher, whose cost shows when single tokens are decoded. Ids are checked as ever.
     """
     inputs = (x_TD, w_in_EGFD, w_out_EDF, weights_TK, ids_TK)
+    if ACTIVATIONS.get(activation) != w_in_EGFD.shape[1]:
+        _check_expert_mlp(*inputs, activation, None, None)  # which says why
     on_cpu = readable(ids_TK)
     if on_cpu and ids_TK.shape == (1, 2) and grouped.takes_two(ids_TK, len(w_in_EGFD)):
         return grouped.one_token_top2(*inputs, activation)
@@ -169,8 +171,7 @@ def _check_expert_mlp(
     b_out: Tensor | None,
 ) -> None:
     check_kinds(x=x, w_in=w_in, w_out=w_out, weights=weights, ids=ids, b_in=b_in, b_out=b_out)
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation = {activation!r}: must be one of {', '.join(ACTIVATIONS)}")
+    reference.check_activation(activation)
     if x.ndim != 2 or w_in.ndim != 4 or w_out.ndim != 3 or ids.ndim != 2 or weights.shape != ids.shape:
         raise ValueError(
             "expert_mlp wants x [T, D], w_in [E, G, F, D], w_out [E, D, F], weights and ids [T, K]; got "

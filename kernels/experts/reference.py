@@ -13,13 +13,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+ACTIVATIONS = {"swiglu": 2, "gelu": 1, "swiglu_oai": 2}  # name -> G, the number of F-wide input projections
+
+
+def check_activation(activation: str) -> None:
+    """Raises ValueError unless it is the name of one."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation = {activation!r}: must be one of {', '.join(ACTIVATIONS)}")
+
 
 def activate(h_RGF: Tensor, activation: str) -> Tensor:
     """The expert's nonlinearity: silu(gate) * up for "swiglu" (G = 2), tanh-form GELU for "gelu" (G = 1); [..., G, F].
 
     "swiglu_oai" (G = 2) is gpt-oss's: both clamped at 7, sigmoid slope 1.702, and up + 1 (OpenAI 2025, gpt-oss model
     card, section 2).
+
+    Raises:
+        ValueError: another activation, or another G than it has.
     """
+    check_activation(activation)
+    if h_RGF.shape[-2] != ACTIVATIONS[activation]:
+        raise ValueError(f"h has G = {h_RGF.shape[-2]}, but {activation} needs G = {ACTIVATIONS[activation]}")
     if activation == "swiglu":
         return F.silu(h_RGF[..., 0, :]) * h_RGF[..., 1, :]
     if activation == "swiglu_oai":

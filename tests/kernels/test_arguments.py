@@ -14,9 +14,11 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from moe.kernels import arguments as arguments_module
 from moe.kernels import ops
 from moe.kernels.experts import lora, reference
 from moe.kernels.loss import chunked
+from moe.kernels.loss import op as loss_op
 from tests.conftest import rel
 
 T, E, K, D, F, V = 5, 4, 2, 8, 16, 11
@@ -247,6 +249,19 @@ def test_what_experts_refuse(how: Callable[..., Any], impl: str, change: dict[st
         how(lambda x, w_in, w_out, w, ids: ops.expert_mlp(x, w_in, w_out, w, ids, impl=impl), *given.values())
 
 
+def test_an_activation_is_one_that_there_is() -> None:
+    for name, gates, complaint in (
+        ("relu", 2, "activation = 'relu': must be one of swiglu, gelu"),
+        ("gelu", 2, "G = 1"),
+    ):
+        with pytest.raises(ValueError, match=complaint):
+            ops.activate(normal(T, gates, F), name)
+        for call in (ops.expert_mlp, ops.expert_mlp_forward, ops.expert_mlp_inference):
+            for tokens in (1, T):
+                with pytest.raises(ValueError, match=complaint):
+                    call(**mlp(tokens), activation=name)
+
+
 def test_adapters_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match=r"w_in \[4, 2, 16, 8\] wants adapters .* got \[3, 3, 8\], \[3, 2, 16, 3\]"):
         with_adapters(**mlp(), adapters=adapters(E=3))
@@ -368,6 +383,24 @@ def test_without_values_the_shapes_come(how: Callable[..., Any]) -> None:
     assert (total.shape, total.dtype) == ((), torch.float32)
     weights, ids = how(lambda x, ids: ops.topk_gate(x, K, given_TK=ids), normal(T, E), mlp()["ids_TK"])
     assert (weights.shape, ids.shape, ids.dtype) == ((T, K), (T, K), torch.int64)
+
+
+def test_every_op_is_among_those_tested_here() -> None:
+    names = {name for name in ops.__all__ if callable(getattr(ops, name)) and name not in ("activate",)}
+    within = {"expert_mlp", "expert_mlp_forward", "expert_mlp_inference", "linear_cross_entropy", "topk_gate"}
+    assert names == within | {"expert_mlp_gradients"}, "which takes what expert_mlp_forward has checked"
+
+
+def test_opcheck_of_the_small_ops() -> None:
+    ids, targets = mlp()["ids_TK"], loss()["targets_T"]
+    x, w = normal(T, D), normal(V, D)
+    for op, arguments in (
+        (arguments_module.checked_choice, (ids, E, "ids")),
+        (arguments_module.checked_ids, (ids, E, "ids")),
+        (loss_op.checked_targets, (targets, V)),
+        (loss_op._linear_cross_entropy_backward, (torch.tensor(2.0), x, w)),
+    ):
+        torch.library.opcheck(op, arguments)
 
 
 def transforms() -> dict[str, tuple[Callable[..., Any], Callable[..., Any]]]:
