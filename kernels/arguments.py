@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.autograd.forward_ad as forward_ad
+import torch.nn as nn
 from torch import Tensor
 
 
@@ -94,11 +95,17 @@ def transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def readable(t: Tensor) -> bool:
-    """Whether a tensor's values are there, and reading them waits for nothing: eager, on a CPU."""
-    if torch.compiler.is_compiling() or transformed():
+def has_values(x: Tensor) -> bool:
+    """Whether a tensor's values can be looked at: not on meta, in a fake tensor, in a graph that is being traced, or
+    under a transform of torch.func."""
+    if torch.compiler.is_compiling() or x.is_meta or type(x) not in (Tensor, nn.Parameter):
         return False
-    return t.device.type == "cpu" and type(t) is Tensor  # a fake is of a class of its own
+    return not torch._C._functorch.is_functorch_wrapped_tensor(x)  # type: ignore[attr-defined]
+
+
+def can_read(x: Tensor) -> bool:
+    """Whether that costs no wait for a device either."""
+    return x.device.type == "cpu" and has_values(x)
 
 
 def autocasts(device_type: str) -> bool:

@@ -11,11 +11,11 @@ from torch import Tensor
 from moe.kernels import tiles
 from moe.kernels.arguments import (
     autocast,
+    can_read,
     check_ids,
     check_kinds,
     checked_ids,
     no_second_derivative,
-    readable,
     transformed,
 )
 from moe.kernels.experts import grouped, reference
@@ -88,7 +88,7 @@ def expert_mlp_inference(
     inputs = (x_TD, w_in_EGFD, w_out_EDF, weights_TK, ids_TK)
     if ACTIVATIONS.get(activation) != w_in_EGFD.shape[1]:
         _check_expert_mlp(*inputs, activation, None, None)  # which says why
-    on_cpu = readable(ids_TK)
+    on_cpu = can_read(ids_TK)
     if on_cpu and ids_TK.shape == (1, 2) and grouped.takes_two(ids_TK, len(w_in_EGFD)):
         return grouped.one_token_top2(*inputs, activation)
     impl = _choose(None, x_TD, w_in_EGFD, activation, biases=False)
@@ -182,7 +182,7 @@ def _check_expert_mlp(
     n_experts, n_gates, n_hidden, width = w_in.shape
     if n_gates != ACTIVATIONS[activation]:
         raise ValueError(f"w_in has G = {n_gates}, but {activation} needs G = {ACTIVATIONS[activation]}")
-    if x.shape[1] != width or w_out.shape != (n_experts, width, n_hidden) or len(ids) != len(x):
+    if x.shape[1] != width or w_out.shape != (n_experts, width, n_hidden) or ids.shape[0] != x.shape[0]:
         raise ValueError(
             f"shapes do not fit together: x {list(x.shape)}, w_in {list(w_in.shape)}, w_out {list(w_out.shape)}, "
             f"ids {list(ids.shape)}"

@@ -75,7 +75,7 @@ def _topk_gate(logits: Tensor, bias: Tensor | None, given: Tensor | None, top_k:
 
 @_topk_gate.register_fake
 def _(logits, bias, given, top_k):
-    shape = len(logits), top_k
+    shape = logits.shape[0], top_k
     return logits.new_empty(shape), logits.new_empty(shape, dtype=torch.int64)
 
 
@@ -88,7 +88,7 @@ def _topk_gate_backward(dweights: Tensor, weights: Tensor, ids: Tensor, n_expert
 
 @_topk_gate_backward.register_fake
 def _(dweights, weights, ids, n_experts):
-    return weights.new_empty(len(weights), n_experts)
+    return weights.new_empty(weights.shape[0], n_experts)
 
 
 _topk_gate_backward.register_autograd(lambda _ctx, *second: no_second_derivative(*second))
