@@ -71,7 +71,7 @@ def save(
     """
     check_model(model)
     check_plain(stored_state(model))
-    _check_as_configured(model)
+    check_as_configured(model)
     check_vocabulary(model.cfg, tokenizer)
     check_replaceable(directory, {CONFIG_FILE, TOKENIZER_FILE, INDEX_FILE}, CONFIG_FILE)
     try:
@@ -113,7 +113,7 @@ def check_model(model: object) -> None:
         raise CheckpointError(f"model is a {type(model).__name__}: give the moe.Transformer itself, not what wraps it")
 
 
-def _check_as_configured(model: Transformer) -> None:
+def check_as_configured(model: Transformer) -> None:
     """Raises CheckpointError where the configuration describes other tensors than the model has: `load` would fail."""
     with torch.device("meta"):
         described = stored_state(Transformer(model.cfg))

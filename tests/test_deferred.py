@@ -340,6 +340,13 @@ def test_what_could_not_be_loaded_is_not_saved(what: str, tmp_path: Path) -> Non
     assert list(tmp_path.iterdir()) == []
 
 
+def test_nor_is_it_exported(tmp_path: Path) -> None:
+    for model in (changed(untie, tie_embeddings=True), changed(tie)):
+        with pytest.raises(CheckpointError, match=r"head\.weight"):
+            moe.hf.save(model, tmp_path / "hf")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_adapters_do_not_undo_what_was_changed() -> None:
     """LoRA puts a module of its own in a projection's place: a patched or quantised one is refused, not undone."""
     with pytest.raises(ValueError, match=r"blocks.0.attention.wq is no plain Linear .*unchanged model"):

@@ -220,6 +220,46 @@ def test_no_token_one_token_all_experts(name: str, tokens: int, top_k: int) -> N
             assert rel(a, b) < 1e-5, key
 
 
+VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "columns cut off": lambda t: torch.cat([t, t[..., :1]], -1)[..., :-1],  # as torch.randn(2, 8, 17)[:, :, :16]
+    "the first left out": lambda t: torch.cat([t[..., :1], t], -1)[..., 1:],
+    "every second row": lambda t: torch.stack([t, t * 0], 1).flatten(0, 1)[::2],
+    "a middle dimension cut": lambda t: torch.cat([t, t[:, :1]], 1)[:, :-1],
+    "stored back to front": lambda t: t.transpose(0, -1).contiguous().transpose(0, -1),
+    "one row expanded": lambda t: t[:1].expand_as(t),
+    "one column expanded": lambda t: t[..., :1].expand_as(t),
+    "one value expanded": lambda t: t.flatten()[:1].view([1] * t.ndim).expand_as(t),
+}
+TYPES = {"reference": [torch.float64, torch.float32, torch.float16, torch.bfloat16], "adapters": [torch.float32]}
+TYPES |= {"grouped": [torch.float32, torch.bfloat16], "triton": [torch.float32]}  # bfloat16 is wrong when interpreted
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize(
+    ("name", "dtype"), [pytest.param(n, d, id=f"{n}-{d}") for n, every in TYPES.items() for d in every]
+)
+def test_any_layout_of_any_argument(name: str, dtype: torch.dtype, view: str) -> None:
+    """Each argument, and the gradient that comes, as a view of other memory: values and gradients in float64's."""
+    narrow = ["x_TD", "w_in_EGFD", "w_out_EDF", "dy_TD"]
+    # Interpreted products take their time; test_experts.py has Triton's other arguments.
+    for moved in [*narrow, "weights_TK", "ids_TK"] if name != "triton" else ["w_in_EGFD"]:
+        whole = mlp(dy_TD=normal(T, D))
+        whole |= {key: whole[key].to(dtype) for key in narrow}
+        whole[moved] = VIEWS[view](whole[moved])
+        found = []
+        for wide in (False, True):
+            given = {k: t.double().contiguous() if wide and k != "ids_TK" else t.detach() for k, t in whole.items()}
+            run, dy = MLPS["reference" if wide and name != "adapters" else name], given.pop("dy_TD")
+            wanted = [k for k in given if k != "ids_TK" and not (name == "adapters" and k.startswith("w_"))]
+            given |= {k: given[k].requires_grad_() for k in wanted}
+            more = {"adapters": lora.Adapters(*(t.to(dy.dtype) for t in adapters()))} if name == "adapters" else {}
+            y = run(**given, **more)
+            found.append((y, *torch.autograd.grad(y, [given[k] for k in wanted], dy)))
+        tolerance = {torch.float64: 1e-6, torch.float32: 1e-5}.get(dtype, 5e-2)  # weights are float32 in all but one
+        for got, want in zip(*found, strict=True):
+            assert rel(got, want) < tolerance, moved
+
+
 BAD_MLPS = [
     ({"weights_TK": normal(T, 3)}, r"weights and ids \[T, K\].*\[5, 3\], \[5, 2\]"),
     ({"weights_TK": torch.zeros(T, K, dtype=torch.int64)}, "weights must be floating point; got torch.int64"),
