@@ -21,6 +21,7 @@ from moe.io.runs import locate
 from moe.io.tensorfiles import (
     INDEX_FILE,
     MAX_SHARD_BYTES,
+    check_plain,
     check_tensors,
     copy_tensors,
     join_tied,
@@ -28,6 +29,7 @@ from moe.io.tensorfiles import (
     some,
     write_tensors,
 )
+from moe.layers import at_least_fp32
 from moe.model import Transformer
 from moe.tokenizer import Tokenizer
 
@@ -66,9 +68,12 @@ def save(
 
     Raises:
         CheckpointError: `directory` holds anything but a checkpoint, the tokenizer has more ids than the model, the
-            weights are on the meta device, the disk is full. What was there before is then untouched.
+            weights are no plain tensors (on the meta device, sharded, quantised) or not those that the configuration
+            describes, the disk is full. What was there before is then untouched.
     """
     check_model(model)
+    check_plain(stored_state(model))
+    check_as_configured(model)
     check_vocabulary(model.cfg, tokenizer)
     check_replaceable(directory, {CONFIG_FILE, TOKENIZER_FILE, CHAT_TEMPLATE_FILE, INDEX_FILE}, CONFIG_FILE)
     try:
@@ -110,6 +115,21 @@ def check_model(model: object) -> None:
     """Raises CheckpointError unless it is a Transformer itself: a wrapper, as of torch.compile, renames the weights."""
     if not isinstance(model, Transformer) or hasattr(model, "_orig_mod"):
         raise CheckpointError(f"model is a {type(model).__name__}: give the moe.Transformer itself, not what wraps it")
+
+
+def check_as_configured(model: Transformer) -> None:
+    """Raises CheckpointError where the configuration describes other tensors than the model has: `load` would fail."""
+    with torch.device("meta"):
+        described = stored_state(Transformer(model.cfg))
+    state, tied = stored_state(model), model.cfg.tie_embeddings
+    hint = "; a checkpoint holds what its configuration describes: take adapters, wrappers and other layers out first"
+    if any(".lora_" in name for name in state):
+        hint = "; these are adapters: save moe.lora.merged(model), or the adapters alone with moe.lora.save_adapter"
+    elif tied and "head.weight" in state:
+        hint = "; tie_embeddings = true, but the two are no longer one: call model.tie_weights()"
+    elif not tied and "head.weight" not in state:
+        hint = "; it is the embedding's, but tie_embeddings = false: give the configuration tie_embeddings = true"
+    check_tensors("the model", state, {name: tuple(t.shape) for name, t in described.items()}, hint)
 
 
 def check_replaceable(directory: str | os.PathLike[str], files: Iterable[str], config_file: str) -> None:
@@ -162,7 +182,7 @@ def load(
     Args:
         directory: what `save` wrote, or a complete run, whose final/ is meant (`locate`); so for all of this module.
         device: where the weights go.
-        dtype: of the parameters; None keeps what is stored. Buffers (the router's bias) always keep it.
+        dtype: of the parameters; None keeps what is stored. Buffers (the router's bias) keep it, or are float32.
 
     Raises:
         CheckpointError: no directory or file, a file cut short, not a checkpoint, other names or shapes than
@@ -200,7 +220,9 @@ def load_weights(
     check_tensors(directory, stored, {name: tuple(t.shape) for name, t in state.items()}, hint)
     targets = {
         name: torch.empty(
-            t.shape, dtype=dtype if dtype and isinstance(t, nn.Parameter) else stored[name].dtype, device=device
+            t.shape,
+            dtype=(dtype or stored[name].dtype) if isinstance(t, nn.Parameter) else at_least_fp32(stored[name].dtype),
+            device=device,
         )
         for name, t in state.items()
     }

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from moe.experts import Experts, MoE, Router
 from moe.kernels import ops
+from moe.kernels.arguments import autocasts
 from moe.kernels.spans import span
 from moe.layers import (
     MLP,
@@ -129,7 +130,7 @@ class DecodeStep:
     @staticmethod
     def fits(model: Transformer) -> bool:
         """Whether every module is exactly ours, and no autocast is on: what is not has to be called."""
-        if torch.is_autocast_enabled(next(model.parameters()).device.type):
+        if autocasts(next(model.parameters()).device.type):
             return False
         return all(type(m) in _KINDS and untouched(m, type(m)) for m in model.modules())
 

@@ -20,6 +20,7 @@ from moe import checkpoint as checkpoints
 from moe.device import pick_device, pick_dtype
 from moe.errors import ConfigError
 from moe.generate import TextStream, stream
+from moe.layers import Head, untouched
 from moe.model import Transformer
 from moe.tokenizer import Tokenizer
 
@@ -163,7 +164,15 @@ class MoeLM(TemplateLM):
                 yield i, (float(logp[rows, column].sum()), bool(greedy[rows, column].all()))
 
     def _hidden(self, tokens_BS: Tensor) -> Tensor:
-        """What the output layer gets, [B, S, D]. All logits at once would be S x V; only some are wanted."""
+        """What the output layer gets, [B, S, D]. All logits at once would be S x V; only some are wanted.
+
+        Of a model whose output is not exactly its own head's, those logits after all.
+        """
+        if not self._ours():
+            with self._autocast():
+                logits_BSV = self.model(tokens_BS).logits_BSV
+            assert logits_BSV is not None
+            return logits_BSV
         seen: list[Tensor] = []
 
         def keep(module: torch.nn.Module, arguments: tuple[Tensor]) -> tuple[Tensor]:
@@ -178,13 +187,16 @@ class MoeLM(TemplateLM):
             hook.remove()
         return seen[0]
 
+    def _ours(self) -> bool:
+        return untouched(self.model, Transformer) and untouched(self.model.head, Head)
+
     def _log_probabilities(self, x_ND: Tensor, wanted_NC: Tensor) -> tuple[Tensor, Tensor]:
         """Of the tokens `wanted_NC`: log-probabilities, float64, and whether each is the likeliest, bool; [N, C]."""
         logp, greedy = [], []
         size = max(1, _CHUNK_ELEMENTS // self.model.cfg.vocab_size)
         for x_D, wanted in zip(x_ND.split(size), wanted_NC.split(size), strict=True):
             with self._autocast():
-                logits_NV = self.model.head(x_D).double()
+                logits_NV = (self.model.head(x_D) if self._ours() else x_D).double()
             logp.append(logits_NV.log_softmax(-1).gather(1, wanted))
             greedy.append(logits_NV.argmax(-1, keepdim=True) == wanted)
         return torch.cat(logp), torch.cat(greedy)

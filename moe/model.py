@@ -6,7 +6,7 @@ Shape suffixes: L layers, B batch, S sequence, T = B*S tokens, D model width, V 
 import hashlib
 import math
 import sys
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, Unpack, overload
 
@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from moe.config import Config, RouterConfig
 from moe.experts import Experts, MoE, Routing
+from moe.kernels.arguments import can_read, has_values
 from moe.kernels.loss import IGNORE_INDEX
 from moe.kernels.spans import span
 from moe.layers import (
@@ -28,12 +29,13 @@ from moe.layers import (
     KVCache,
     RMSNorm,
     at_least_fp32,
-    can_read,
     causal,
-    has_values,
+    complete_tied,
+    made_by_init_weights,
     rope_tables,
     text_first,
     text_of,
+    tie,
     untouched,
     within_documents,
     within_documents_by_mask,
@@ -157,8 +159,10 @@ if TYPE_CHECKING:  # what is surely there, for type checkers; `sums` and `counts
 class Embedding(nn.Embedding):
     """An nn.Embedding that leaves its weight to `init_weights`."""
 
-    def reset_parameters(self) -> None:
-        pass
+    reset_parameters = made_by_init_weights
+
+    def __init__(self, vocab_size: int, d_model: int) -> None:
+        super().__init__(vocab_size, d_model, _weight=torch.empty(vocab_size, d_model))
 
 
 class Block(nn.Module):
@@ -207,14 +211,28 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(cfg.d_model, cfg.norm_eps)
         self.head = Head(cfg.d_model, cfg.vocab_size)
         self.activation_checkpointing = "none"
+        self.register_load_state_dict_post_hook(_tie_again)
         self.tie_weights()
         if not self.head.weight.is_meta:
             init_weights(self, seed)
 
     def tie_weights(self) -> None:
-        """Makes the output layer's weight the embedding's, where the configuration ties them."""
-        if self.cfg.tie_embeddings and self.embedding is not None and self.head is not None:
-            self.head.weight = self.embedding.weight
+        """Makes the output layer's weight the embedding's, where the configuration ties them and both are ours."""
+        if self._ties():
+            tie(self.embedding, self.head)
+
+    def _ties(self) -> bool:
+        return self.cfg.tie_embeddings and isinstance(self.embedding, Embedding) and isinstance(self.head, Head)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Transformer":
+        super()._apply(fn, recurse)  # off the meta device it makes a parameter for each name
+        self.tie_weights()
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if self._ties():
+            complete_tied(state_dict, f"{prefix}embedding.weight", f"{prefix}head.weight", errors=args[-1])
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @property
     def activation_checkpointing(self) -> str:
@@ -381,6 +399,10 @@ def _check_ids(what: str, ids: Tensor, cfg: Config, unless: int | None = None) -
             f"{what} id {low if low < 0 else high} is outside the vocabulary of {cfg.vocab_size} ids ({cfg.name}): "
             "the text was encoded with another tokenizer"
         )
+
+
+def _tie_again(model: Transformer, _keys: Any) -> None:
+    model.tie_weights()  # load_state_dict(assign=True), too, makes a parameter for each name
 
 
 def _seen(documents_BS: Tensor | None, device: torch.device) -> Attend:

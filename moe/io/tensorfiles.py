@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn as nn
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -68,14 +69,13 @@ def write_tensors(
         metadata: words for the header of each file.
 
     Raises:
-        CheckpointError: a tensor without data (on the meta device), a dtype that the format lacks.
+        CheckpointError: a tensor that is not plain (see `check_plain`), a dtype that the format lacks.
         OSError: the disk is full, or the directory cannot be written.
     """
     dtypes = {name: dtype if dtype and t.is_floating_point() else t.dtype for name, t in tensors.items()}
     sizes = {name: t.numel() * dtypes[name].itemsize for name, t in tensors.items()}
-    for name, tensor in tensors.items():
-        if tensor.is_meta:
-            raise CheckpointError(f"{name} is on the meta device, so there is nothing to save: give it weights first")
+    check_plain(tensors)
+    for name in tensors:
         if dtypes[name] not in _FORMAT_NAMES:
             raise CheckpointError(f"{name} has dtype {dtypes[name]}, which is not saved: convert it first")
     shards = _split(sizes, max_shard_bytes)
@@ -89,6 +89,25 @@ def write_tensors(
         file_of.update(dict.fromkeys(names, file))
     index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": file_of}
     (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def check_plain(tensors: Mapping[str, Tensor]) -> None:
+    """Raises CheckpointError for what has no values of its own, all of them, as plain numbers."""
+    for name, tensor in tensors.items():
+        if tensor.is_meta:
+            raise CheckpointError(f"{name} is on the meta device, so there is nothing to save: give it weights first")
+        if hasattr(tensor, "placements"):
+            raise CheckpointError(
+                f"{name} is sharded over ranks (DTensor): gather all first, with get_model_state_dict(model, options="
+                "StateDictOptions(full_state_dict=True)) of torch.distributed.checkpoint.state_dict, load that into an "
+                "unsharded model on one rank, and save it there"
+            )
+        if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided:
+            kind = type(tensor).__name__ if tensor.layout == torch.strided else tensor.layout
+            raise CheckpointError(
+                f"{name} is a {kind}, not a plain tensor of numbers: save the model as it was before it was quantised "
+                "or converted, or put plain tensors in (dequantize(), to_dense())"
+            )
 
 
 def _split(sizes: Mapping[str, int], limit: int) -> list[list[str]]:

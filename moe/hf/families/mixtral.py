@@ -19,6 +19,7 @@ from torch import Tensor
 
 from moe.checkpoint import (
     cannot_write,
+    check_as_configured,
     check_model,
     check_replaceable,
     check_vocabulary,
@@ -176,7 +177,8 @@ def save(
 
     Raises:
         HFError: a setting that Mixtral has no counterpart for, or GPT-4's own tokenizer.
-        CheckpointError: `directory` holds anything else, the tokenizer has more ids than the model, the disk is full.
+        CheckpointError: `directory` holds anything else, the tokenizer has more ids than the model, the weights are not
+            those that its configuration describes, the disk is full.
     """
     check_model(model)
     config = config_to_hf(model.cfg)
@@ -185,6 +187,7 @@ def save(
     check_vocabulary(model.cfg, tokenizer)
     check_replaceable(directory, {CONFIG_FILE, INDEX_FILE, *TOKENIZER_FILES}, CONFIG_FILE)
     views = hf_views(stored_state(model))
+    check_as_configured(model)
     views = {name.replace(".mlp.", ".block_sparse_moe."): view for name, view in views.items()}
     try:
         with atomic_directory(directory) as temporary:
