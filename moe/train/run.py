@@ -14,6 +14,7 @@ from moe import evaluate, plan
 from moe.config import Config
 from moe.data import ConversationData, ConversationStream, Stream, TokenData, open_data
 from moe.device import tune_cpu
+from moe.io.runs import locate
 from moe.lora import LoraConfig, adapters
 from moe.model import Transformer
 from moe.tokenizer import Tokenizer
@@ -29,7 +30,7 @@ CONFIG_FILE = "config.toml"
 
 @dataclass
 class Run:
-    """All that the steps of a run share. `step` and `sample` count what is done."""
+    """All that the steps of a run share. `step`, `sample` (windows) and `tokens` (of text) count what is done."""
 
     cfg: Config
     dir: Path
@@ -54,6 +55,7 @@ class Run:
     memory_before: int  # bytes that the process held before the model was there
     step: int = 0
     sample: int = 0
+    tokens: int = 0
     seconds: float = 0.0  # of training, without evaluation, samples and saving, up to `mark`
     mark: float = field(default_factory=time.perf_counter)
     marked_tokens: int = 0
@@ -65,10 +67,6 @@ class Run:
     @property
     def micro_batch(self) -> int:
         return self.schedule.micro_batch
-
-    @property
-    def tokens(self) -> int:
-        return self.sample * self.seq_len
 
     @property
     def complete(self) -> bool:
@@ -99,7 +97,8 @@ def open_run(
     data.check_compatible(cfg.vocab_size)
     t, stream = cfg.train, start.open_stream(cfg, data)
     if start_from is not None:
-        start.check_start(cfg, data, Path(start_from))
+        start_from = locate(start_from)
+        start.check_start(cfg, data, start_from)
     found = start.enter(run_dir, resume)
     saved = state.load_training(found) if found is not None else None
     if saved is not None:
@@ -146,6 +145,7 @@ def open_run(
 
 def _restore(run: Run, saved: dict[str, Any]) -> None:
     run.step, run.sample, run.seconds = saved["step"], saved["sample"], saved["seconds"]
+    run.tokens = saved.get("tokens", run.sample * run.seq_len)
     run.marked_tokens = saved["marked_tokens"]
     run.optimizers.load_state_dict(saved["optimizers"])
     run.meter.load_state_dict(saved["meter"])
