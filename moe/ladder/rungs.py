@@ -20,7 +20,8 @@ from moe.errors import ConfigError, DataError
 from moe.io.files import write_whole
 from moe.ladder.law import MIN_RUNGS, PowerLaw, fit, leave_one_out
 from moe.train import console, start, state
-from moe.train.loop import SUMMARY_FILE, train
+from moe.train.identity import SUMMARY_FILE
+from moe.train.loop import train
 from moe.train.run import CONFIG_FILE
 from moe.train.schedule import Schedule
 

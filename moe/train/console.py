@@ -4,8 +4,11 @@
 """
 
 import math
+import os
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -166,6 +169,37 @@ class Live:
                 self.bar.remove_task(self._task)
             self._task, self._what = self.bar.add_task(what, total=total, text=text), what
         self.bar.update(self._task, completed=done)
+
+
+class Unbroken:
+    """Hands all events on. Where nobody can read them any more once a signal came, they are dropped: a closed terminal
+    must not keep a run from saving.
+
+    Args:
+        stopping: whether a signal came.
+    """
+
+    def __init__(self, reporter: Reporter, stopping: Callable[[], bool]) -> None:
+        self._reporter, self._stopping = reporter, stopping
+
+    def __enter__(self) -> Any:
+        self._reporter.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._unless_gone(self._reporter.__exit__, *error)
+
+    def __getattr__(self, name: str) -> Any:
+        return partial(self._unless_gone, getattr(self._reporter, name))
+
+    def _unless_gone(self, event: Callable[..., None], *args: Any, **more: Any) -> None:
+        try:
+            event(*args, **more)
+        except OSError:
+            if not self._stopping():
+                raise
+            # What print still holds would be written, in vain and for another status, when Python ends.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def reporter() -> Reporter:
