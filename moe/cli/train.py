@@ -46,7 +46,7 @@ def train(
     from moe.train.forecast import check_memory
 
     if dry_run:
-        _print_forecast(cfg, data, device)
+        print_forecast(cfg, data, device)
         return 0
     if data is None:
         check_memory(cfg, pick_device(device))  # before hours of preparing data for what cannot be
@@ -70,7 +70,8 @@ def train(
     return 0
 
 
-def _print_forecast(cfg: "Config", data: Path | None, device: str | None) -> None:
+def print_forecast(cfg: "Config", data: Path | None, device: str | None) -> None:
+    """What a run would take; without `data`, on the default data, which need not be prepared."""
     from moe.train.console import clock
     from moe.train.forecast import GIB, forecast
 

@@ -237,12 +237,10 @@ def summary_text(summary: dict[str, Any], run_dir: Path) -> str:
 
 def places(summary: dict[str, Any], run_dir: Path) -> str:
     """Where everything is."""
-    final = run_dir / "final"
+    final, pictures = run_dir / "final", run_dir / "pictures"
+    drawn = f", pictures in {pictures}" if pictures.is_dir() else ""
     try_ = f"moe chat {final}" if summary.get("chat") else f'moe generate {final} --prompt "Once"'
-    return (
-        f"{summary['tokens']:,} tokens in {clock(summary['train_seconds'])}; model in {final}, pictures in "
-        f"{run_dir / 'pictures'}\ntry: {try_}"
-    )
+    return f"{summary['tokens']:,} tokens in {clock(summary['train_seconds'])}; model in {final}{drawn}\ntry: {try_}"
 
 
 def prompt_name(sample: dict[str, str]) -> str:

@@ -300,7 +300,7 @@ def _per_byte(scores: dict[str, evaluate.Score]) -> dict[str, float]:
 
 def _sample(run: Run) -> list[dict[str, str]]:
     with _untimed(run):
-        samples = evaluate.draw_samples(run.model, run.tokenizer, chat=run.chat)
+        samples = evaluate.draw_samples(run.model, run.tokenizer, chat=run.chat, prompts=run.prompts)
         run.log.write_samples(run.step, samples)
         run.reporter.samples(run.step, samples)
     return samples
@@ -383,9 +383,7 @@ def _finish(run: Run) -> dict[str, Any]:
     run.log.write(
         {"kind": "final", **{key: summary[key] for key in ("step", "tokens", "bits_per_byte", "compression")}}
     )
-    drawn = pictures.draw(run.dir)
-    if drawn is None:
-        run.reporter.note('no pictures: matplotlib is not installed (pip install "gpt4-moe[plot]")')
+    pictures.draw(run.dir)
     # Last, since its presence says that the run is complete.
     write_whole(run.dir / SUMMARY_FILE, (json.dumps(summary, indent=2) + "\n").encode())
     run.reporter.finish(summary, run.dir)

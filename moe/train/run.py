@@ -15,11 +15,12 @@ from moe import evaluate, plan
 from moe.config import Config
 from moe.data import ConversationData, ConversationStream, Stream, TokenData
 from moe.device import tune_cpu
+from moe.io import figures
 from moe.io.files import write_whole
 from moe.lora import LoraConfig, adapters
 from moe.model import Transformer
 from moe.tokenizer import Tokenizer
-from moe.train import console, identity, predicted, start, state
+from moe.train import console, identity, predicted, samples, start, state
 from moe.train.metrics import Meter, MetricsLog
 from moe.train.optimizer import Optimizers, build
 from moe.train.schedule import Schedule
@@ -56,6 +57,7 @@ class Run:
     memory_before: int  # bytes that the process held before the model was there
     origin: identity.Record  # data, start and adapters
     changed: list[dict[str, Any]]  # what was set otherwise when it was resumed: {"step", "changes": {key: [was, now]}}
+    prompts: tuple[str, ...]  # of samples
     step: int = 0
     sample: int = 0
     seconds: float = 0.0  # of training, without evaluation, samples and saving, up to `mark`
@@ -148,6 +150,7 @@ def open_run(
         memory_before=memory_before,
         origin=now,
         changed=saved.get("changed", []) if saved else [],
+        prompts=samples.prompts(data, tokenizer),
     )
     if saved is not None:
         _restore(run, saved)
@@ -193,6 +196,8 @@ def _introduce(run: Run, resumed_from: Path | None, start_from: str | Path | Non
         run.reporter.note(f"resumed from {resumed_from}")
     elif start_from is not None:
         run.reporter.note(f"weights of {start_from}")
+    if not figures.can_draw():
+        run.reporter.note(figures.NO_PICTURES)
     if not run.log.has_tensorboard:
         run.reporter.note('no TensorBoard events: tensorboard is not installed (pip install "gpt4-moe[train]")')
 
