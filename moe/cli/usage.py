@@ -26,7 +26,7 @@ from moe.io.toml import did_you_mean, shortened, shown
 LARGEST = 2**63 - 1  # of a whole number: what sizes and counts are stored in
 # Arguments of the library whose flags have other names, where a command has no flag of the same name.
 FLAGS = {
-    "run_dir": "out", 'resume="never"': "fresh", "start_from": "from", "expert_imbalance": "imbalance",
+    "run_dir": "out", "resume='never'": "fresh", "start_from": "from", "expert_imbalance": "imbalance",
     "n_experts": "experts", "n_kv_heads": "kv_heads", "tokens": "batch", "batches": "batch", "contexts": "context",
     "lifetime_tokens": "lifetime",
 }  # fmt: skip
@@ -235,3 +235,10 @@ def in_flags(message: str, flags: Sequence[str]) -> str:
     if begin and (found := flag(begin[1])):
         message = found + message[begin.end() :]
     return re.sub(r"`([a-z]\w*)(=[^`]*)?`", in_backticks, message)
+
+
+def speaking(reporter: Any, *flags: str) -> Any:
+    """A reporter of training whose notes are in the words of a command with these flags."""
+    note = reporter.note
+    reporter.note = lambda text: note(in_flags(text, flags))
+    return reporter

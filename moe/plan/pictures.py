@@ -125,7 +125,7 @@ def write_report(verdicts: Sequence[Verdict], model: str, path: Path) -> None:
     from moe.errors import ConfigError
 
     if path.suffix not in (".html", ".md"):
-        raise ConfigError(f"--report {path}: must end in .html or .md")
+        raise ConfigError(f"path = {str(path)!r}: must end in .html or .md")
     path.parent.mkdir(parents=True, exist_ok=True)
     shape = load_shape(model)
     pictures = path.parent / f"{path.stem}-pictures"

@@ -153,7 +153,7 @@ def test_pictures(tmp_path) -> None:
         (("train", "--mfu", "1.3"), "mfu = 1.3"),
         (("train", "replica-1b-web", "--layout", "node-8", "--floor", "--mfu", "0.3"), "give one of them"),
         (("train", "replica-1b-web", "--layout", "node-8", "--floor", "--tokens", "-1 Gtoken"), "greater than 0"),
-        (("train", "--floor"), "tp = 8: --floor is of data parallelism alone"),
+        (("train", "--floor"), "tp = 8: the floor is of data parallelism alone"),
         (("memory", "--set", "tp=5"), "tp = 5: does not divide 168 query heads"),
         (("memory", "--set", "tp"), "must be key=value"),
         (("memory", "--optimizer", "adam"), "optimizer = 'adam'"),
