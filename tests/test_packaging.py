@@ -130,17 +130,15 @@ def test_the_unpacked_wheel_has_its_command_and_types(archives: dict[str, Path],
     assert out("-m", "moe", "--version").startswith(f"gpt4-moe {__version__}, Python ")
     assert "replica-nano" in out("-m", "moe", "configs")
     assert "attention.rope.theta" in out("-m", "moe", "configs", "--keys"), "it reads the package's own sources"
-    code = (
-        "import moe; print([n for n in dir(moe) if n not in moe.__all__], [getattr(moe, n) is None for n in dir(moe)])"
-    )
-    assert out("-c", code).startswith("[] [False")
+    code = "import moe; print(sorted(dir(moe)) == sorted(moe.__all__), [getattr(moe, name) for name in dir(moe)])"
+    assert out("-c", code).startswith("True ")
     assert (tmp_path / "site" / "moe" / "py.typed").is_file()
 
 
 def test_without_triton_everything_on_a_cpu_works() -> None:
     """It is for CUDA GPUs alone: the core's own tests, where it cannot be imported."""
     code = "import sys; sys.modules['triton'] = None; import pytest; sys.exit(pytest.main(sys.argv[1:]))"
-    tests = ["tests/test_experts.py", "tests/test_generate.py", "tests/kernels/test_gate.py"]
+    tests = ["tests/test_experts.py", "tests/test_generate.py"]
     command = [sys.executable, "-c", code, "-q", "-n", "0", "-p", "no:cacheprovider", *tests]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout

@@ -86,6 +86,14 @@ def draw_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
             to.print(Text(f"{name:{wide}}  {cell}"), soft_wrap=True)
 
 
+def check_pictures(place: Path | None) -> None:
+    """Before the work: raises ImportError where pictures are asked for and cannot be drawn."""
+    if place is not None:
+        from moe.io import figures
+
+        figures.require()
+
+
 def print_notices(console: "Console", notices: Sequence[str]) -> None:
     """What there is to say about data that were read, a line each."""
     for notice in notices:
