@@ -140,7 +140,7 @@ class DecodeStep:
             N = k_BNPC.shape[1]
             n_BD = self._norm(x_BD, layer.attention_norm_D)
             with span("projections"):
-                qkv_BAC = torch.mm(n_BD, layer.wqkv_DA).view(B, -1, C)
+                qkv_BAC = torch.mm(n_BD, layer.wqkv_DA).view(B, layer.wqkv_DA.shape[1] // C, C)
             with span("attention"):
                 H = qkv_BAC.shape[1] - 2 * N
                 qk_BAC = rotate(qkv_BAC[:, : H + N], cos, sin)

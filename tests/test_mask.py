@@ -166,3 +166,11 @@ def test_targets_outside_the_vocabulary_are_named():
     for bad in (V, -1):
         with pytest.raises(ValueError, match=f"target id {bad} is outside the vocabulary of 61 ids"):
             model(tokens, torch.tensor([[0, bad, IGNORE_INDEX]]))
+
+
+def test_no_prompts_have_no_continuations():
+    model = Transformer(tiny_config())
+    none = torch.zeros(0, 3, dtype=torch.int64)
+    for temperature in (0.0, 1.0):
+        assert model.generate(none, 4, temperature=temperature).shape == (0, 7)
+        assert [next_B.shape for next_B in stream(model, none, 4, temperature=temperature)] == [(0,)] * 4
