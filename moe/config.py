@@ -176,15 +176,16 @@ class TrainConfig:
     compile: bool = False  # torch.compile
     seed: int = 0  # of the weights and of the order of the data
     eval_every: int = 250  # steps between scores of held-out text; 0: only at the end
-    eval_tokens: int = 65_536  # held-out tokens of such a score, 0: none are made; at the end all are scored
+    eval_tokens: int = 65_536  # held-out tokens of such a score; 0: none are made
+    final_eval_tokens: int = 0  # held-out tokens of the score at the end; 0: all
     sample_every: int = 0  # steps between samples of what the model writes; 0: only at the end
     save_every: int = 250  # steps between checkpoints; 0: only at the end
     log_every: int = 10  # steps between records in metrics.jsonl
 
     def __post_init__(self) -> None:
         _positive("train.", self, "steps", "batch_size", "lr", "muon_lr", "embedding_lr", "grad_clip", "log_every")
-        counts = "seq_len", "micro_batch", "warmup", "eval_every", "eval_tokens", "sample_every", "save_every"
-        _not_negative("train.", self, "", *counts, "weight_decay")
+        intervals = ("eval_every", "eval_tokens", "final_eval_tokens", "sample_every", "save_every")
+        _not_negative("train.", self, "", "seq_len", "micro_batch", "warmup", *intervals, "weight_decay")
         for name in ("min_lr", "decay"):
             require(0 <= getattr(self, name) <= 1, f"train.{name}", getattr(self, name), "is a fraction: 0 to 1")
         require(0 <= self.muon_momentum < 1, "train.muon_momentum", self.muon_momentum, "must be in [0, 1)")

@@ -9,7 +9,7 @@ from typing import Any
 
 from tyro.conf import Positional
 
-from moe.cli.plan_flags import MODEL, Model
+from moe.cli.plan_flags import MODEL, Amount, Model
 from moe.cli.show import SHOW, Output, print_json, show_rows, show_sheet, write_csv
 
 
@@ -63,14 +63,15 @@ def report(path: Positional[Path], /, *, model: Model = MODEL) -> int:
         path: .html (holds its pictures) or .md (has them in a directory beside it).
     """
     from moe.plan.claims import check_claims
-    from moe.plan.pictures import write_report
+    from moe.plan.pictures import check_report, write_report
 
+    check_report(path)
     write_report(check_claims(model=model), model, path)
     print(f"report: {path}")
     return 0
 
 
-def calibrate(csv_file: Positional[Path], /, *, peak: str | None = None, show: Output = SHOW) -> int:
+def calibrate(csv_file: Positional[Path], /, *, peak: Amount | None = None, show: Output = SHOW) -> int:
     """Efficiency constants from measured steps, and their error on steps that were held out.
 
     Args:

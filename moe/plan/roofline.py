@@ -11,12 +11,11 @@ from moe.config import Config, parse_tokens
 from moe.errors import ConfigError
 from moe.plan.bounds import amount
 from moe.plan.comm import training_traffic
-from moe.plan.counts import params
 from moe.plan.flops import TRAINING, flops_per_token
 from moe.plan.hardware import Hardware
 from moe.plan.layout import Layout
 from moe.plan.quantities import Quantity, Sheet, assumed, quantity
-from moe.plan.sizes import NARROW, WIDE, update_bytes
+from moe.plan.sizes import NARROW, WIDE
 from moe.plan.train import Efficiency
 from moe.plan.work import Work, step_work
 
@@ -51,9 +50,9 @@ def predict_small_run(
     efficiency = efficiency or Efficiency()
     for name in ("tp", "pp", "cp", "ep"):
         if getattr(layout, name) != 1:
-            raise ConfigError(f"{name} = {getattr(layout, name)}: --floor is of data parallelism alone: set {name}=1")
+            raise ConfigError(f"{name} = {getattr(layout, name)}: the floor is of data parallelism alone: set {name}=1")
     if layout.recompute == "selective":
-        raise ConfigError('recompute = \'selective\': --floor knows "none" and "full"')
+        raise ConfigError('recompute = \'selective\': the floor knows "none" and "full"')
     seq_len = cfg.train.seq_len or cfg.max_seq_len
     total = tokens or quantity(run_tokens(cfg), "token")
     amount(tokens=total)
@@ -63,11 +62,12 @@ def predict_small_run(
     rates = {"gemm": efficiency.quantity("gemm"), "memory": memory, "bandwidth": hardware.bandwidth}
     least = layout.replace(seq_len=seq_len, batch_tokens=seq_len * layout.micro_batch * layout.dp)
     traffic = training_traffic(cfg, least, hardware)
+    update = step_work(cfg, 1, 1, "train", activation_bytes=NARROW, weight_bytes=WIDE)["optimizer", "update"]
     sheet.derive(
-        "floor.optimizer", "ms", f"{update_bytes('adamw')} * byte/param * params / shared / (bandwidth * memory)",
-        "AdamW reads parameter, gradient and two moments and writes all but the gradient, in float32",
-        params=quantity(params(cfg).total, "param", key="params.total"), shared=layout.dp if layout.zero else 1,
-        memory=memory, bandwidth=hardware.bandwidth,
+        "floor.optimizer", "ms", "max(flop / (peak * gemm), bytes / (bandwidth * memory)) / shared",
+        "parameter, gradient and moments (AdamW two, Muon one) come in, all but the gradient go out, in float32",
+        flop=quantity(update.flop, "FLOP"), peak=hardware.peak("fp32"), bytes=quantity(update.bytes, "B"),
+        shared=layout.dp if layout.zero else 1, **rates,
     )  # fmt: skip
     sheet.put("floor.reduction", traffic["comm.data.time"], "ms", "gradients and weights over the node's links at peak")
     steps = []  # the time of all steps at each batch of the ramp
@@ -89,11 +89,13 @@ def run_tokens(cfg: Config) -> int:
     """Tokens of the run that a configuration describes. Raises ConfigError where only the data says how many."""
     t = cfg.train
     if t.tokens == "epochs":
-        raise ConfigError("train.tokens = 'epochs': only the data says how many tokens that is: give --tokens")
+        raise ConfigError("train.tokens = 'epochs': only the data says how many tokens that is: give `tokens`")
     if t.tokens:
         return parse_tokens("train.tokens", t.tokens)
     if t.ramp():
-        raise ConfigError("train.tokens is not set: with a batch_ramp it says how long the run is; set it or --tokens")
+        raise ConfigError(
+            "train.tokens is not set: with a batch_ramp it says how long the run is; set it or give `tokens`"
+        )
     return t.steps * t.batch_size * (t.seq_len or cfg.max_seq_len)
 
 

@@ -264,7 +264,7 @@ def stopped_run(cfg, data_dir, run_dir, monkeypatch):
 def test_another_configuration_or_other_data_cannot_resume(cfg, data_dir, tmp_path, monkeypatch):
     run = tmp_path / "run"
     stopped_run(cfg, data_dir, run, monkeypatch)
-    with pytest.raises(ConfigError, match=r"train.lr \(was 0.003, now 0.1\), train.steps|train.steps.*train.lr"):
+    with pytest.raises(ConfigError, match=r"configuration: train.lr \(was 0.003, now 0.1\)\. "):
         train(cfg.with_overrides(["train.lr=0.1", "train.steps=9"]), data_dir, run)
     (tmp_path / "more").mkdir()
     for i in range(80):
@@ -293,7 +293,7 @@ def test_a_checkpoint_of_another_version_says_how_to_go_on(cfg, data_dir, tmp_pa
     training = torch.load(file, weights_only=True)
     training.pop("version") if version is None else training.update(version=version)
     torch.save(training, file)
-    with pytest.raises(CheckpointError, match=f"of {age} gpt4-moe, .* \\(--from .*step-000004\\)"):
+    with pytest.raises(CheckpointError, match=f"of {age} gpt4-moe, .* \\(`start_from=.*step-000004`\\)"):
         train(cfg, data_dir, run)
 
 
