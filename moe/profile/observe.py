@@ -5,6 +5,7 @@ checkpointing) is not a pass. Shape suffixes: L layers, B batch, S sequence, T =
 token.
 """
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -27,6 +28,16 @@ class Pass(NamedTuple):
     logits_LTE: Tensor  # router logits, before any bias
     shape: tuple[int, int]  # B, S
     tokens_T: Tensor | None  # int64, where the model was called with ids
+    text_T: Tensor | None = None  # bool, False at padding; None where all is text
+
+    def text(self) -> "Pass":
+        """The same without its padding, as one sequence."""
+        if self.text_T is None:
+            return self
+        at = self.text_T.nonzero().squeeze(1)
+        ids_LTK, weights_LTK, logits_LTE = (x.index_select(1, at) for x in self[:3])
+        tokens_T = None if self.tokens_T is None else self.tokens_T[at]
+        return Pass(ids_LTK, weights_LTK, logits_LTE, (1, len(at)), tokens_T)
 
 
 def routers(model: nn.Module) -> list[nn.Module]:
@@ -53,6 +64,24 @@ def n_experts(router: nn.Module) -> int:
     return len(weight)
 
 
+# What models call the token ids, and the mask of what is text.
+_CALLED_WITH = {"tokens": ("input_ids", "tokens_BS"), "mask": ("attention_mask", "mask_BS")}
+
+
+def _placed(called: dict[str, Tensor], T: int) -> tuple[tuple[int, int], Tensor | None, Tensor | None]:
+    """(B, S), tokens_T and text_T of a pass of T tokens, as far as the call says."""
+    tokens, mask = called.get("tokens"), called.get("mask")
+    if tokens is not None and tokens.numel() != T:
+        tokens = None
+    if mask is not None and tokens is not None and len(mask) == len(tokens):
+        mask = mask[:, -tokens.shape[1] :]  # with a cache, a mask is also of what is in it
+    if mask is not None and mask.numel() != T:
+        mask = None
+    known = tokens if tokens is not None else mask
+    shape = (1, T) if known is None else (known.shape[0], known.shape[1])
+    return shape, None if tokens is None else tokens.flatten(), None if mask is None else mask.flatten().bool()
+
+
 @contextmanager
 def observe(model: nn.Module, on_pass: Callable[[Pass], None]) -> Iterator[None]:
     """Calls `on_pass` at the end of every forward pass of `model`.
@@ -63,12 +92,16 @@ def observe(model: nn.Module, on_pass: Callable[[Pass], None]) -> Iterator[None]
     layers = routers(model)
     spoken: list[tuple[Tensor, Tensor, Tensor]] = []
     called: dict[str, Tensor] = {}
+    parameters = inspect.signature(model.forward)
 
     def on_call(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        tokens = kwargs.get("input_ids", args[0] if args else None)
         called.clear()
-        if isinstance(tokens, Tensor) and tokens.ndim == 2 and not tokens.is_floating_point():
-            called["tokens"] = tokens
+        given = parameters.bind_partial(*args, **kwargs).arguments
+        given |= given.get("kwargs", {})
+        for what, names in _CALLED_WITH.items():
+            value = next((given[name] for name in names if name in given), None)
+            if isinstance(value, Tensor) and value.ndim == 2 and not value.is_floating_point():
+                called[what] = value
 
     def on_router(layer: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -82,10 +115,7 @@ def observe(model: nn.Module, on_pass: Callable[[Pass], None]) -> Iterator[None]
             if len(spoken) == len(layers):
                 ids, weights, logits = (torch.stack(parts) for parts in zip(*spoken, strict=True))
                 spoken.clear()
-                tokens = called.get("tokens")
-                fits = tokens is not None and tokens.numel() == ids.shape[1]
-                shape = (len(tokens), tokens.shape[1]) if tokens is not None and fits else (1, ids.shape[1])
-                on_pass(Pass(ids, weights, logits, shape, tokens.flatten() if tokens is not None and fits else None))
+                on_pass(Pass(ids, weights, logits, *_placed(called, ids.shape[1])))
 
         return hook
 

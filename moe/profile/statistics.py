@@ -63,7 +63,6 @@ class RoutingProfile:
         self.source: str | None = None  # of the passes to come
         self.passes = 0
         self.tokens = 0
-        self._pairs = 0  # consecutive tokens
         self._top_k = 0
         self._spans: list[tuple[int, Tensor]] = []  # (passes, counts_LE)
         self._passes_per_span = 1
@@ -75,7 +74,11 @@ class RoutingProfile:
 
     @torch.no_grad()
     def update(self, p: Pass) -> None:
-        """Counts one forward pass."""
+        """Counts the text of one forward pass."""
+        row_T = torch.arange(p.shape[0], device=p.ids_LTK.device).repeat_interleave(p.shape[1])
+        if p.text_T is not None:
+            row_T = row_T[p.text_T.to(row_T.device)]
+        p, B = p.text(), p.shape[0]
         ids, E = p.ids_LTK, self.n_experts
         L, T, K = ids.shape
         if self.passes and len(self._sums["counts"]) != L:
@@ -100,12 +103,13 @@ class RoutingProfile:
         for factor in self.capacity_factors:
             capacity = math.ceil(factor * T * K / E)
             self._add(f"dropped {factor}", (counts_LE - capacity).clamp(min=0).sum(1).long())
-        B, S = p.shape
-        first_LBS = ids[..., 0].view(L, B, S)
-        self._add("same_as_before", (first_LBS[..., 1:] == first_LBS[..., :-1]).sum((1, 2)))
-        self._pairs += B * (S - 1)
+        follows = row_T[1:] == row_T[:-1]
+        self._add("pairs", follows.sum())
+        self._add("same_as_before", ((ids[:, 1:, 0] == ids[:, :-1, 0]) & follows).sum(1))
         if self.source is not None:
-            self._add_source(self.source, chosen_LTE.view(L, B, S, E).sum(2).double() / (S * K))
+            chosen_LBE = chosen_LTE.new_zeros(L, B, E).index_add_(1, row_T, chosen_LTE).double()
+            has_text_B = chosen_LBE[0].sum(1) > 0
+            self._add_source(self.source, (chosen_LBE / chosen_LBE.sum(2, keepdim=True))[:, has_text_B])
         if p.tokens_T is not None and 0 < L * E * self.vocab_size <= MAX_TOKEN_COUNTS:
             self._add_tokens(ids, p.tokens_T)
         self._add_span(counts_LE.long())
@@ -234,7 +238,7 @@ class RoutingProfile:
     @property
     def repeat_rate_L(self) -> Tensor:
         """How often a token's first choice is that of the token before it."""
-        return self._sum("same_as_before").double() / max(1, self._pairs)
+        return self._sum("same_as_before").double() / self._sum("pairs").clamp(min=1)
 
     @property
     def expected_repeat_rate_L(self) -> Tensor:

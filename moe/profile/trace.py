@@ -59,7 +59,8 @@ class Recorder:
         self._tokens = 0
 
     def add(self, p: Pass) -> None:
-        """Records one forward pass."""
+        """Records one forward pass; one with padding as a single sequence of its text."""
+        p = p.text()
         if p.ids_LTK.shape[1]:
             shape = torch.tensor([p.shape], dtype=torch.int32)
             self._add(p.ids_LTK.transpose(0, 1), p.weights_LTK.transpose(0, 1), p.tokens_T, shape)
