@@ -163,14 +163,16 @@ class TrainConfig:
     compile: bool = False  # torch.compile
     seed: int = 0  # of the weights and of the order of the data
     eval_every: int = 250  # steps between scores of held-out text; 0: only at the end
-    eval_tokens: int = 65_536  # held-out tokens of such a score, 0: none are made; at the end all are scored
+    eval_tokens: int = 65_536  # held-out tokens of such a score; 0: none are made
+    final_eval_tokens: int = 0  # held-out tokens of the score at the end; 0: all
     sample_every: int = 0  # steps between samples of what the model writes; 0: only at the end
     save_every: int = 250  # steps between checkpoints; 0: only at the end
     log_every: int = 10  # steps between records in metrics.jsonl
 
     def __post_init__(self) -> None:
         _positive("train.", self, "steps", "batch_size", "lr", "muon_lr", "embedding_lr", "grad_clip", "log_every")
-        for name in ("seq_len", "micro_batch", "warmup", "eval_every", "eval_tokens", "sample_every", "save_every"):
+        intervals = ("eval_every", "eval_tokens", "final_eval_tokens", "sample_every", "save_every")
+        for name in ("seq_len", "micro_batch", "warmup", *intervals):
             require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "must be 0 or more")
         for name in ("min_lr", "decay"):
             require(0 <= getattr(self, name) <= 1, f"train.{name}", getattr(self, name), "is a fraction: 0 to 1")

@@ -5,7 +5,7 @@ that tokenizers, and general compressors, can be compared. Shape suffixes: B win
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
@@ -248,15 +248,23 @@ def total(scores: dict[str, Score]) -> Score:
 
 
 def draw_samples(
-    model: Transformer, tokenizer: Tokenizer, *, n_tokens: int = 160, chat: bool = False
+    model: Transformer,
+    tokenizer: Tokenizer,
+    *,
+    n_tokens: int = 160,
+    chat: bool = False,
+    prompts: Sequence[str] | None = None,
 ) -> list[dict[str, str]]:
-    """What the model writes after each of `PROMPTS`, as {"prompt", "text"}; the same each time.
+    """What the model writes after each of `prompts`, as {"prompt", "text"}; the same each time.
 
-    The sample ends with the document. With `chat` it answers `REQUESTS`, and ends with its turn.
+    The sample ends with the document. With `chat` it answers, and ends with its turn. None are `PROMPTS`, or `REQUESTS`
+    with `chat`.
     """
     template = ChatTemplate(tokenizer)
     samples = []
-    for prompt in REQUESTS if chat else PROMPTS:
+    if prompts is None:
+        prompts = REQUESTS if chat else PROMPTS
+    for prompt in prompts:
         if chat:
             ids, end_id = template.prompt([{"role": "user", "content": prompt}]), template.end_id
         else:

@@ -47,15 +47,21 @@ def prepare(
 
 def default_data(cfg: "Config") -> Path:
     """Text and code of installed packages in `data/`, prepared for the model's vocabulary if they are not yet."""
+    place, is_there = default_place(cfg)
+    if not is_there:
+        print(f"preparing the default data in {place}", flush=True)
+        _print_data(_prepare(None, place, cfg.vocab_size, "cl100k" if place.name.endswith("cl100k") else None))
+    return place
+
+
+def default_place(cfg: "Config") -> tuple[Path, bool]:
+    """Where `default_data` is for this model, and whether it is prepared."""
     from moe.data.shards import INDEX_FILE
     from moe.tokenizer import CL100K_SPECIAL
 
     has_cl100k = cfg.vocab_size > max(CL100K_SPECIAL.values())
     place = Path("data") / f"default-{'cl100k' if has_cl100k else cfg.vocab_size}"
-    if not (place / INDEX_FILE).is_file():
-        print(f"preparing the default data in {place}", flush=True)
-        _print_data(_prepare(None, place, cfg.vocab_size, "cl100k" if has_cl100k else None))
-    return place
+    return place, (place / INDEX_FILE).is_file()
 
 
 def _prepare(sources: list[str] | None, out: Path, vocab_size: int, tokenizer: str | None, **how: Any) -> Any:

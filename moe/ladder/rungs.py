@@ -16,11 +16,14 @@ from typing import Any
 from moe import evaluate, plan
 from moe.config import Config
 from moe.data import TokenData
+from moe.device import pick_device
 from moe.errors import ConfigError, DataError
-from moe.io.files import write_whole
+from moe.io.files import locked, write_whole
 from moe.ladder.law import MIN_RUNGS, PowerLaw, fit, leave_one_out
-from moe.train import console, start, state
-from moe.train.loop import SUMMARY_FILE, train
+from moe.train import console, identity, start, state
+from moe.train.forecast import check_memory
+from moe.train.identity import SUMMARY_FILE
+from moe.train.loop import train
 from moe.train.run import CONFIG_FILE
 from moe.train.schedule import Schedule
 
@@ -267,14 +270,27 @@ def climb(
         ConfigError: a directory holds a run with another configuration, the rungs do not give a law, or ladder.json
             holds another prediction for a replica that is already measured.
         DataError: a run in `out` is of other data.
+        InUseError: another process climbs there.
         TrainError, CheckpointError: as `moe.train.train`.
     """
     place = Path(out)
     if place.exists() and not place.is_dir():
         raise ConfigError(f"{place} is a file: choose another --out")
-    place.mkdir(parents=True, exist_ok=True)
-    for rung in (*ladder.rungs, ladder.held_out):  # before hours are spent
-        _check_directory(rung, ladder, place / rung.name)
+    where = pick_device(device)
+    with locked(place):
+        for rung in (*ladder.rungs, ladder.held_out):  # before hours are spent
+            _check_directory(rung, ladder, place / rung.name)
+            check_memory(rung.cfg, where)
+        return _climb(ladder, place, device, reporter, announce)
+
+
+def _climb(
+    ladder: Ladder,
+    place: Path,
+    device: str | None,
+    reporter: Callable[[], console.Reporter],
+    announce: Callable[[Climbed], None],
+) -> Climbed:
     measured: list[Measured] = []
     for rung in ladder.rungs:
         result, signal = _trained(rung, ladder, place, device, reporter)
@@ -302,12 +318,14 @@ def _check_directory(rung: Rung, ladder: Ladder, run_dir: Path) -> None:
             f"{run_dir} holds a run with another configuration: {', '.join(changed)}. Give the settings it had, or "
             "choose another --out"
         )
-    summary = run_dir / SUMMARY_FILE
-    if summary.is_file() and json.loads(summary.read_text(encoding="utf-8"))["data"] != ladder.data:
+    summary = identity.read_summary(run_dir / SUMMARY_FILE)
+    if summary is not None and summary["data"] != ladder.data:
         raise DataError(
             f"{run_dir} was trained on other data than {ladder.data_dir} holds: losses on different text give no law; "
             "give the data it had, or choose another --out"
         )
+    if summary is not None:
+        identity.check_same(summary, {"data": ladder.data, "from": None, "lora": None}, run_dir)
 
 
 def _trained(
