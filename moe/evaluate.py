@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
-from typing import NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
@@ -174,7 +174,7 @@ def batches(windows: Iterable[Window], size: int) -> Iterator[tuple[str, Batch]]
             yield source, Batch(inputs, np.where(scored, targets, IGNORE_INDEX), np.stack(documents), np.stack(text))
 
 
-def model_inputs(train: TrainConfig, batch: Batch, device: torch.device) -> dict[str, Tensor | None]:
+def model_inputs(train: TrainConfig, batch: Batch, device: torch.device) -> dict[str, Any]:
     """What a model is called with for a batch, whoever calls it: documents as its training had them, padding masked.
 
     Args:

@@ -4,7 +4,7 @@ Shape suffixes: B batch, S sequence, T = B*S tokens, D model width, E experts, K
 F expert hidden width.
 """
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -103,6 +103,10 @@ class Router(nn.Module):
             weights_TK, ids_TK = self.choose(logits_BSE.flatten(0, 1))
         return Routing(ids_TK, weights_TK, logits_BSE)
 
+    if TYPE_CHECKING:
+        # Of nn.Module it is Any.
+        def __call__(self, x_BSD: Tensor) -> Routing: ...
+
     def choose(self, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
         """The weights and ids [T, K] of the chosen experts. A replay puts another function in its place."""
         return ops.topk_gate(logits_TE, self.top_k, self.bias_E)
@@ -170,6 +174,10 @@ class Experts(nn.Module):
         weights = self.w_in_EGFD, self.w_out_EDF
         return ops.expert_mlp(x_TD, *weights, weights_TK, ids_TK, self.activation, recompute=self.recompute)
 
+    if TYPE_CHECKING:
+
+        def __call__(self, x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor) -> Tensor: ...
+
 
 class MoE(nn.Module):
     """Mixture of experts: the router chooses `top_k` of the experts for each token, and they serve it."""
@@ -184,3 +192,7 @@ class MoE(nn.Module):
         routing: Routing = self.router(x_BSD)
         y_TD = self.experts(rearrange(x_BSD, "b s d -> (b s) d"), routing.weights_TK, routing.ids_TK)
         return y_TD.view(x_BSD.shape).to(x_BSD.dtype), routing
+
+    if TYPE_CHECKING:
+
+        def __call__(self, x_BSD: Tensor) -> tuple[Tensor, Routing]: ...

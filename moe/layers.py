@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import groupby, pairwise
-from typing import Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import torch
 import torch.nn as nn
@@ -134,6 +134,10 @@ class Head(Linear):
         if targets_BS is None:
             return super().forward(x_BSD)
         return ops.linear_cross_entropy(x_BSD.flatten(0, -2), self.weight, targets_BS.flatten())
+
+    if TYPE_CHECKING:
+        # Of nn.Module it is Any.
+        def __call__(self, x_BSD: Tensor, targets_BS: Tensor | None = None) -> Tensor: ...
 
 
 class RMSNorm(nn.Module):

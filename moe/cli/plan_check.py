@@ -34,7 +34,7 @@ def check(
 
         found = next((v for v in verdicts if v.claim.id == show.explain), None)
         if found is None:
-            raise ConfigError(f"--explain {show.explain}: there is no such claim; they are C01 to C102")
+            raise ConfigError(f"explain = {show.explain!r}: there is no such claim; they are C01 to C102")
         c = found.claim
         print(f"{c.id} {c.text}\n{found.verdict}: {found.reason}\n{c.expr}")
         if found.computed is not None:

@@ -6,11 +6,12 @@ that each block saves for its backward pass.
 """
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from moe.config import Config, load_config
-from moe.errors import ConfigError
+from moe.io.toml import require
 from moe.kernels.loss import CHUNK_ELEMENTS
+from moe.plan.bounds import share, whole
 from moe.plan.counts import params
 from moe.plan.flops import TRAINING, flops_per_token, head_flops, layer_flops
 from moe.plan.hardware import Hardware
@@ -20,6 +21,7 @@ from moe.plan.sizes import NARROW, WIDE, moment_bytes, saved_elements, update_by
 from moe.plan.weights import head_weights
 
 Dtype = Literal["fp32", "bf16"]
+Optimizer = Literal["adamw", "muon"]
 Checkpointing = Literal["none", "selective", "full"]  # moe/recompute.py
 
 
@@ -29,7 +31,7 @@ def device_memory(
     micro_batch: int | None = None,
     seq_len: int | None = None,
     dtype: Dtype = "fp32",
-    optimizer: Literal["adamw", "muon"] | None = None,
+    optimizer: Optimizer | None = None,
     activation_checkpointing: Checkpointing | None = None,
 ) -> Sheet:
     """Peak memory of training a model on one device, beside what the process needs before the model is there.
@@ -53,14 +55,14 @@ def device_memory(
     t = cfg.train
     batch = micro_batch if micro_batch is not None else (t.micro_batch or t.batch_size)
     length = seq_len if seq_len is not None else (t.seq_len or cfg.max_seq_len)
-    for name, value in (("micro_batch", batch), ("seq_len", length)):
-        if value < 1:
-            raise ConfigError(f"{name} = {value}: must be at least 1")
-    if dtype not in ("fp32", "bf16"):
-        raise ConfigError(f'dtype = {dtype!r}: must be "fp32" or "bf16"')
-    mode = activation_checkpointing or t.activation_checkpointing
+    whole(micro_batch=batch, seq_len=length)
+    optimizer, mode = optimizer or t.optimizer, activation_checkpointing or t.activation_checkpointing
+    for name, value, kind in (
+        ("dtype", dtype, Dtype), ("optimizer", optimizer, Optimizer), ("activation_checkpointing", mode, Checkpointing)
+    ):  # fmt: skip
+        require(value in get_args(kind), name, value, f"must be one of {', '.join(get_args(kind))}")
     sheet = Sheet()
-    _states(sheet, cfg, dtype, optimizer or t.optimizer)
+    _states(sheet, cfg, dtype, optimizer)
     tokens = quantity(batch * length, "token")
     sheet.put("device.tokens", tokens, "token", "of a micro-batch")
     _activations(sheet, cfg, dtype, tokens, mode)
@@ -224,11 +226,14 @@ def device_step_time(
         ConfigError: the hardware has no such peak, or a share outside (0, 1].
     """
     cfg = config if isinstance(config, Config) else load_config(config)
-    share = quantity(efficiency)
-    if not 0 < share.value <= 1:
-        raise ConfigError(f"efficiency = {share.value!r}: is a share of the peak: above 0, at most 1")
+    share(efficiency=efficiency)
     sheet = device_step_work(cfg)
     sheet.derive(
-        "step.time", "s", "flops / (peak * share)", flops=sheet["step.flops"], peak=hardware.peak(dtype), share=share
+        "step.time",
+        "s",
+        "flops / (peak * share)",
+        flops=sheet["step.flops"],
+        peak=hardware.peak(dtype),
+        share=efficiency,
     )
     return sheet

@@ -4,13 +4,13 @@ A peak that is not marked as dense is refused: data sheets print the peak of 2:4
 """
 
 import difflib
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from moe.config import CONFIG_DIR
 from moe.errors import ConfigError
+from moe.io.toml import read_file
 from moe.plan.quantities import Quantity, given
 from moe.plan.sizes import BYTES
 
@@ -136,14 +136,7 @@ def read_table(name_or_path: str | Path, home: Path, what: str) -> tuple[dict[st
                 f"{f'; did you mean {close[0]!r}?' if close else ''}; there are: {', '.join(names)}; "
                 "or give a path to a .toml file"
             )
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8")), path.name
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not a TOML file: {error}") from None
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    return read_file(path), path.name
 
 
 def _section(table: dict[str, Any], key: str, place: str) -> dict[str, Any]:

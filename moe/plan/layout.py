@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from moe.config import CONFIG_DIR
 from moe.errors import ConfigError
+from moe.plan.bounds import whole
 from moe.plan.hardware import read_table
 from moe.plan.quantities import Quantity, assumed, quantity
 from moe.plan.shape import Shape
@@ -58,9 +59,9 @@ class Layout:
 
     def __post_init__(self) -> None:
         for name in ("tp", "pp", "dp", "cp", "ep", "interleave", "micro_batch", "seq_len"):
-            self._require(getattr(self, name) >= 1, name, "must be at least 1")
-        for name in ("expert_tp", "batch_tokens"):
-            self._require(getattr(self, name) >= 0, name, "must be 0 or more")
+            whole(1, 10**9, **{name: getattr(self, name)})
+        whole(0, 10**9, expert_tp=self.expert_tp)
+        whole(0, 10**15, batch_tokens=self.batch_tokens)
         for name in ("weights", "gradients", "kv_cache"):
             element_bytes(getattr(self, name))
         ranks = self.tp * self.cp * self.dp

@@ -9,6 +9,7 @@ is a floor, which nobody reaches; `SLOWER` times as long is what one measured st
 
 from moe.config import Config, parse_tokens
 from moe.errors import ConfigError
+from moe.plan.bounds import amount
 from moe.plan.comm import training_traffic
 from moe.plan.counts import params
 from moe.plan.flops import TRAINING, flops_per_token
@@ -55,8 +56,7 @@ def predict_small_run(
         raise ConfigError('recompute = \'selective\': --floor knows "none" and "full"')
     seq_len = cfg.train.seq_len or cfg.max_seq_len
     total = tokens or quantity(run_tokens(cfg), "token")
-    if total.value <= 0:
-        raise ConfigError(f"tokens = {total.value!r}: must be greater than 0")
+    amount(tokens=total)
     sheet = Sheet()
     sheet.put("run.tokens", total, "token")
     memory = assumed(quantity(efficiency.memory), "efficiency.memory", note=efficiency.quantity("memory").note)

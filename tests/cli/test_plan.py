@@ -163,9 +163,9 @@ def test_pictures(tmp_path) -> None:
         (("train", "--duty", "2"), "duty = 2.0: is a share"),
         (("redesign", "--context", "-1"), "context = -1"),
         (("fit", "--target", "total=big"), "must be name=number"),
-        (("fit", "--layers", "0"), "layers = 0: must be at least 1"),
-        (("fit", "--kv-heads", "0"), "kv_heads = 0: must be at least 1"),
-        (("fit", "--top-k", "17"), "top_k = 17: must not be greater than the 16 experts"),
+        (("fit", "--layers", "0"), "--layers = 0: must be a whole number from 1"),
+        (("fit", "--kv-heads", "0"), "--kv-heads = 0: must be a whole number from 1"),
+        (("fit", "--top-k", "17"), "--top-k = 17: must be from 1 to the 16 experts"),
         (("calibrate", "missing.csv"), "cannot be read"),
     ],
 )
