@@ -90,7 +90,7 @@ class Session:
             if len(self.turns) == 1:
                 raise ValueError(
                     f"the message makes a prompt of {len(ids):,} tokens, and the model's context of {limit:,} leaves "
-                    f"{room:,} beside the reply: shorten it, or lower --max-tokens"
+                    f"{room:,} beside the reply: shorten it, or lower `max_tokens`"
                 )
             del self.turns[:2]
             self.forgotten += 2

@@ -307,7 +307,7 @@ def _generation(given: dict[str, Any], default: int, max_length: int) -> tuple[t
     if not 1 <= n_tokens < max_length:
         raise ValueError(
             f"max_gen_toks = {n_tokens}: must be at least 1 and leave room for a context within max_length = "
-            f"{max_length}; set it with --gen_kwargs or in the task"
+            f"{max_length}; set it in the task's generation_kwargs"
         )
     stop: Any = settings["until"]
     sampling: dict[str, Any] = {"temperature": 0.0}
@@ -335,12 +335,12 @@ def run_tasks(lm: MoeLM, tasks: Sequence[str], *, limit: int | None = None) -> t
 
     for name in tasks:
         if name.endswith((".yaml", ".yml")) and not Path(name).is_file():
-            raise ConfigError(f"--tasks {name}: no such file")
+            raise ConfigError(f"tasks = {name!r}: no such file")
     config = EvaluatorConfig(model="moe", tasks=list(tasks))  # type: ignore[arg-type]
     try:
         manager = config.process_tasks()
     except ValueError as error:
-        raise ConfigError(f"--tasks {' '.join(tasks)}: {error}") from error
+        raise ConfigError(f"tasks = {' '.join(tasks)!r}: {error}") from error
     results = simple_evaluate(
         model=lm,
         tasks=config.tasks,  # type: ignore[arg-type]

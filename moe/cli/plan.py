@@ -13,7 +13,7 @@ from tyro.conf import Positional, arg
 from moe.cli.flags import Flag, Words
 from moe.cli.plan_check import calibrate, check, report
 from moe.cli.plan_flags import MODEL, SERVE, TRAIN, Batch, Context, Model, On, Settings, Weights, read_layout
-from moe.cli.show import SHOW, Output, show_rows, show_sheet
+from moe.cli.show import SHOW, Output, check_pictures, show_rows, show_sheet
 
 if TYPE_CHECKING:
     from moe.plan.quantities import Sheet
@@ -211,6 +211,7 @@ def experts(
     from moe.plan import load_shape
     from moe.plan.experts import experts_sheet
 
+    check_pictures(pictures)
     shape = load_shape(model)
     sheet = experts_sheet(shape.n_experts, shape.top_k, batch)
     if pictures is not None:
@@ -283,6 +284,7 @@ def sweep(
     from moe.plan.partition import frontier
     from moe.plan.sweeps import sweep
 
+    check_pictures(pictures)
     shape = load_shape(model)
     if partitions:
         hw = load_hardware(hardware[0])

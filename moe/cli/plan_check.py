@@ -63,8 +63,9 @@ def report(path: Positional[Path], /, *, model: Model = MODEL) -> int:
         path: .html (holds its pictures) or .md (has them in a directory beside it).
     """
     from moe.plan.claims import check_claims
-    from moe.plan.pictures import write_report
+    from moe.plan.pictures import check_report, write_report
 
+    check_report(path)
     write_report(check_claims(model=model), model, path)
     print(f"report: {path}")
     return 0

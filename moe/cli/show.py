@@ -55,8 +55,11 @@ def console(stderr: bool = False) -> "Console":
     return Console(highlight=False, stderr=stderr, width=200 if free else None)
 
 
-def draw_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], words: Collection[str] = ()) -> None:
-    """Prints a table under its title; columns named in `words` are set left and may be folded, the others right.
+def draw_table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], words: Collection[str] = (), bold: str = ""
+) -> None:
+    """Prints a table under its title; columns named in `words` are set left and may be folded, the others right; the
+    row that begins with `bold` stands out.
 
     Where that is too wide, each row is a paragraph, a line for each column: no figure is ever cut.
     """
@@ -73,7 +76,7 @@ def draw_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
             min_width=min(longest, 40) if word else None,
         )  # fmt: skip
     for row in rows:
-        drawn.add_row(*(Text(cell) for cell in row))
+        drawn.add_row(*(Text(cell) for cell in row), style="bold" if bold and row[0] == bold else "")
     to = console()
     to.print(Text(title), soft_wrap=True)
     if Measurement.get(to, to.options.update(width=10_000), drawn).minimum <= to.width:
@@ -84,6 +87,14 @@ def draw_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
         to.print()
         for name, cell in zip(columns, row, strict=True):
             to.print(Text(f"{name:{wide}}  {cell}"), soft_wrap=True)
+
+
+def check_pictures(place: Path | None) -> None:
+    """Before the work: raises ImportError where pictures are asked for and cannot be drawn."""
+    if place is not None:
+        from moe.io import figures
+
+        figures.require()
 
 
 def print_notices(console: "Console", notices: Sequence[str]) -> None:

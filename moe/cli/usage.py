@@ -26,7 +26,7 @@ from moe.io.toml import did_you_mean, shortened, shown
 LARGEST = 2**63 - 1  # of a whole number: what sizes and counts are stored in
 # Arguments of the library whose flags have other names, where a command has no flag of the same name.
 FLAGS = {
-    "run_dir": "out", 'resume="never"': "fresh", "start_from": "from", "expert_imbalance": "imbalance",
+    "run_dir": "out", "resume='never'": "fresh", "start_from": "from", "expert_imbalance": "imbalance",
     "n_experts": "experts", "n_kv_heads": "kv_heads", "tokens": "batch", "batches": "batch", "contexts": "context",
     "lifetime_tokens": "lifetime",
 }  # fmt: skip
@@ -68,15 +68,12 @@ _KINDS = {
     str: _kind("TEXT", str, str),
     Path: _kind("PATH", Path, Path),
 }
-readable = ConstructorRegistry()
 
 
-@readable.primitive_rule
 def _simple(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
     return _KINDS.get(info.type)
 
 
-@readable.primitive_rule
 def _optional(info: PrimitiveTypeInfo) -> Any:
     """`T | None` reads as T: what is not given is None, and there is no word for it."""
     kinds = [kind for kind in get_args(info.type) if kind is not NoneType]
@@ -90,7 +87,6 @@ def _optional(info: PrimitiveTypeInfo) -> Any:
     )  # fmt: skip
 
 
-@readable.primitive_rule
 def _several(info: PrimitiveTypeInfo) -> Any:
     """`tuple[T, ...]`: any number of words."""
     kinds = get_args(info.type)
@@ -106,6 +102,11 @@ def _several(info: PrimitiveTypeInfo) -> Any:
         "*", f"{one.metavar} ...", lambda words: tuple(one.instance_from_str([word]) for word in words),
         lambda x: isinstance(x, tuple), lambda x: [str(part) for part in x] or ["none"],
     )  # fmt: skip
+
+
+readable = ConstructorRegistry()
+for rule in (_simple, _optional, _several):
+    readable.primitive_rule(rule)
 
 
 # ------------------------------------------------------------------------------------------------------ mistaken words
@@ -173,7 +174,7 @@ def complaint(event: Any, path: tuple[str, ...], flags: list[str]) -> str:
         return f"{command} does not take {shortened(flag)!r}{near}; see {command} --help"
     if kind == "MissingArgs":
         missing = [_called(found.arg) for found in event.missing_arguments]
-        said = event.missing_arguments[0].arg.field.helptext
+        said: Any = event.missing_arguments[0].arg.field.helptext
         said = said() if callable(said) else said
         why = f" ({said.rstrip('.')})" if said and len(missing) == 1 else ""
         return f"{command}: {' and '.join(missing)} must be given{why}; see {command} --help"
@@ -235,3 +236,10 @@ def in_flags(message: str, flags: Sequence[str]) -> str:
     if begin and (found := flag(begin[1])):
         message = found + message[begin.end() :]
     return re.sub(r"`([a-z]\w*)(=[^`]*)?`", in_backticks, message)
+
+
+def speaking(reporter: Any, *flags: str) -> Any:
+    """A reporter of training whose notes are in the words of a command with these flags."""
+    note = reporter.note
+    reporter.note = lambda text: note(in_flags(text, flags))
+    return reporter

@@ -80,6 +80,9 @@ def _check_type(name: str, value: Any, hint: Any) -> Any:
         return value
     if typing.get_origin(hint) is tuple:
         parts = typing.get_args(hint)
+        if parts[1:] == (...,):
+            require(isinstance(value, list | tuple), name, value, "must be a list")
+            parts = parts[:1] * len(value)
         ok = isinstance(value, list | tuple) and len(value) == len(parts)
         require(ok, name, value, f"must be a list of {len(parts)} numbers")
         return tuple(_check_type(f"{name}[{i}]", v, h) for i, (v, h) in enumerate(zip(value, parts, strict=True)))

@@ -41,8 +41,8 @@ class Params:
 
     @property
     def block_matrices(self) -> int:
-        """Of attention and experts: what Muon updates, and what autocast copies."""
-        return self.attention + self.experts
+        """Of attention, experts and dense MLPs: what Muon updates, and what autocast copies."""
+        return self.attention + self.experts + self.shared + self.dense
 
 
 def params(model: Model) -> Params:

@@ -211,6 +211,10 @@ class Quantity:
     def __str__(self) -> str:
         return f"{number(self.shown)} {_unit_text(self)}".strip()
 
+    def __repr__(self) -> str:
+        """Value and key; `explain` says where it comes from."""
+        return f"Quantity('{self}', key={self.key!r})" if self.key else f"Quantity('{self}')"
+
     def as_dict(self) -> dict[str, Any]:
         """For JSON: value, unit, interval, formula, names of the inputs, assumptions."""
         scale = parse_unit(self.unit)[0] if self.unit else 1
@@ -422,8 +426,19 @@ def _bracketed(q: Quantity) -> str:
     return f"({text})" if " " in text else text
 
 
+_LINES = 20  # of the results that are printed
+
+
 class Sheet(dict[str, Quantity]):
     """Results by key, in the order in which they were added."""
+
+    def __repr__(self) -> str:
+        """A screen of them: a line each, and how many there are beyond."""
+        wide = max(map(len, self), default=0)
+        lines = [f"  {key:{wide}}  {q}{f'   {q.note}' if q.note else ''}"[:100] for key, q in self.items()]
+        if len(lines) > _LINES:
+            lines[_LINES - 3 : -2] = [f"  ... {len(lines) - _LINES + 1} more"]
+        return "\n".join([f"Sheet of {len(self)} results; .explain(key) prints a formula", *lines])
 
     def derive(self, key: str, unit: str, formula: str, note: str = "", /, **inputs: Quantity | float) -> Quantity:
         """`derive`, and keep the result under its key."""

@@ -55,7 +55,7 @@ def fit(
     for name, value in targets.items():
         if name not in ARTICLE:
             raise ConfigError(f"target {name!r}: must be one of {', '.join(ARTICLE)}")
-        real(1, 1e30, **{f"target {name}": value})
+        real(1, 1e30, "must be", **{f"target {name}": value})
     if not targets:
         raise ConfigError(f"no target: give one or more of {', '.join(ARTICLE)}")
     whole(n_experts=n_experts, n_kv_heads=n_kv_heads, head_dim=head_dim, vocab_size=vocab_size, results=results)

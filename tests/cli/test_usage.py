@@ -1,5 +1,6 @@
 """Words on the command line: help pages, mistakes in one line, widths and pipes, errors in the flags' names."""
 
+import ast
 import contextlib
 import io
 import os
@@ -110,7 +111,7 @@ FLAGS = ["--top-p", "--out", "--fresh", "--tokens-per-parameter", "--from", "--s
         ("max_seq_len = 2: is no flag", "max_seq_len = 2: is no flag"),
         ("train.top_p = 2: is a key", "train.top_p = 2: is a key"),
         ("choose another `run_dir`", "choose another --out"),
-        ('start anew (`resume="never"`)', "start anew (--fresh)"),
+        ("start anew (`resume='never'`)", "start anew (--fresh)"),
         ("give `start_from=x/final`", "give --from x/final"),
         ("raise `tokens_per_parameter`", "raise --tokens-per-parameter"),
         ("`grouped` is of the library, `moe train` a command", "`grouped` is of the library, `moe train` a command"),
@@ -118,6 +119,58 @@ FLAGS = ["--top-p", "--out", "--fresh", "--tokens-per-parameter", "--from", "--s
 )
 def test_errors_speak_of_flags(message, said) -> None:
     assert usage.in_flags(message, FLAGS) == said
+
+
+def messages() -> list[tuple[str, str]]:
+    """Every text of the library that is said to somebody: all strings but docstrings, values put in as X."""
+    found = []
+    for path in sorted((ROOT / "moe").rglob("*.py")):
+        if path.parent.name in ("cli", "configs") or "kernels" in path.parts:
+            continue
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        documentation = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        inner = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
+        for node in ast.walk(tree):
+            if id(node) in documentation | inner:
+                continue
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append((f"{path.name}:{node.lineno}", node.value))
+            if isinstance(node, ast.JoinedStr):
+                parts = (part.value if isinstance(part, ast.Constant) else "X" for part in node.values)
+                found.append((f"{path.name}:{node.lineno}", "".join(map(str, parts))))
+    return found
+
+
+def test_the_library_names_arguments_and_the_command_line_its_flags_for_them() -> None:
+    """No message of the library names a flag outside of a whole command; each argument in one is a flag somewhere."""
+    flags = {flag for path in COMMANDS for flag in usage.flags_of(main._parse, path)}
+    spoken = 0
+    for place, text in messages():
+        alone = re.sub(r"\b(moe|hf|lm_eval) [a-z]+\b.*", "", text, flags=re.DOTALL)
+        assert not re.search(r"(?<![\w-])--[a-z]", alone), (place, text)
+        for name in re.findall(r"`([a-z]\w*(?:=[^`]*)?)`", text):
+            if name.partition("=")[0] in arguments():
+                said = usage.in_flags(f"give `{name}`", sorted(flags))
+                assert re.fullmatch(r"give --[a-z-]+( .*)?", said), (place, name)
+                spoken += 1
+    assert spoken >= 15
+
+
+def arguments() -> set[str]:
+    """Those of the functions behind the commands."""
+    import inspect
+
+    from moe import plan
+    from moe.data import prepare
+    from moe.ladder.rungs import climb, plan_ladder
+    from moe.train import train
+
+    behind = (train, climb, plan_ladder, prepare, plan.predict_small_run)
+    return {name for function in behind for name in inspect.signature(function).parameters} | {
+        "text",
+        "data",
+        "seq_len",
+    }
 
 
 def moe(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -293,7 +293,7 @@ def test_a_checkpoint_of_another_version_says_how_to_go_on(cfg, data_dir, tmp_pa
     training = torch.load(file, weights_only=True)
     training.pop("version") if version is None else training.update(version=version)
     torch.save(training, file)
-    with pytest.raises(CheckpointError, match=f"of {age} gpt4-moe, .* \\(--from .*step-000004\\)"):
+    with pytest.raises(CheckpointError, match=f"of {age} gpt4-moe, .* \\(`start_from=.*step-000004`\\)"):
         train(cfg, data_dir, run)
 
 
