@@ -33,6 +33,7 @@ from moe.errors import TraceError
 from moe.io.files import is_taken, write_whole
 from moe.profile import observe
 from moe.profile.observe import Pass
+from moe.profile.override import Given, override
 
 INDEX_FILE = "trace.json"
 FORMAT, VERSION = "gpt4-moe routing trace", 1
@@ -329,25 +330,21 @@ def replay(model: nn.Module, trace: Trace) -> Iterator[None]:
         if getattr(trace, name) != want:
             raise TraceError(f"{trace.path}: {name} = {getattr(trace, name)}, but the model has {want}")
     passes = enumerate(trace)
-    current: dict[str, Any] = {}
 
-    def on_call(_module: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
-        found = next(passes, None)
-        if found is None:
+    def next_pass() -> Given:
+        number, recorded = next(passes, (0, None))
+        if recorded is None:
             raise TraceError(f"{trace.path}: no pass left to replay; it has {trace.tokens} tokens")
-        current["number"], current["ids"] = found[0], found[1].ids_TLK
+        ids_TLK = recorded.ids_TLK
 
-    def given(layer: int, tokens: int, device: torch.device) -> Tensor:
-        ids_TLK = current["ids"]
-        if len(ids_TLK) != tokens:
-            raise TraceError(
-                f"{trace.path}: pass {current['number']} has {len(ids_TLK)} tokens, the model was called with {tokens}"
-            )
-        return ids_TLK[:, layer].to(device)
+        def given(layer: int, tokens: int, device: torch.device) -> Tensor:
+            if len(ids_TLK) != tokens:
+                raise TraceError(
+                    f"{trace.path}: pass {number} has {len(ids_TLK)} tokens, the model was called with {tokens}"
+                )
+            return ids_TLK[:, layer].to(device)
 
-    with observe.override(model, given):
-        handle = model.register_forward_pre_hook(on_call, with_kwargs=True)
-        try:
-            yield
-        finally:
-            handle.remove()
+        return given
+
+    with override(model, next_pass):
+        yield
