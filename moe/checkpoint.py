@@ -16,6 +16,7 @@ from torch import Tensor
 from moe.config import Config, load_config
 from moe.errors import CheckpointError, ConfigError, TokenizerError
 from moe.io.files import atomic_directory
+from moe.io.runs import locate
 from moe.io.tensorfiles import (
     INDEX_FILE,
     MAX_SHARD_BYTES,
@@ -155,6 +156,7 @@ def load(
     """Reads a checkpoint: built without weights, then filled one tensor at a time from memory-mapped files.
 
     Args:
+        directory: what `save` wrote, or a complete run, whose final/ is meant (`locate`); so for all of this module.
         device: where the weights go.
         dtype: of the parameters; None keeps what is stored. Buffers (the router's bias) always keep it.
 
@@ -162,6 +164,7 @@ def load(
         CheckpointError: no directory or file, a file cut short, not a checkpoint, other names or shapes than
             `config.toml` describes.
     """
+    directory = locate(directory)
     cfg = load_config_of(directory)
     with torch.device("meta"):
         model = Transformer(cfg)
@@ -177,6 +180,7 @@ def load_weights(
     dtype: torch.dtype | None = None,
 ) -> None:
     """Gives `model` (usually on the meta device) new parameters and buffers from a checkpoint's tensors; as `load`."""
+    directory = locate(directory)
     stored = with_current_names(list_tensors(directory))
     for file, metadata in {tensor.file: tensor.metadata for tensor in stored.values()}.items():
         _check_version(file, metadata.get(VERSION_KEY, "1"))
@@ -221,7 +225,7 @@ def load_config_of(directory: str | os.PathLike[str]) -> Config:
     Raises:
         CheckpointError: no directory, no `config.toml`, or one that is not a configuration.
     """
-    place = Path(directory)
+    place = locate(directory)
     if not place.is_dir():
         problem = "is not a directory" if place.exists() else "no such directory"
         raise CheckpointError(f"{place}: {problem}; give the directory that moe.save wrote")
@@ -242,6 +246,8 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
         CheckpointError: there is none, it cannot be read, or it has more ids than the checkpoint's model.
     """
     place = Path(directory)
+    if not (place / TOKENIZER_FILE).is_file():
+        place = locate(directory)
     if not place.is_dir():
         raise CheckpointError(f"{place}: no such checkpoint directory")
     if not (place / TOKENIZER_FILE).is_file():

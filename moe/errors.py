@@ -33,6 +33,10 @@ class HFError(CheckpointError):
     """A model that another family, or this program, cannot express: the field, the value and the remedy."""
 
 
+class InUseError(MoeError, RuntimeError):
+    """A directory that another process works in; the message names the process and the remedy."""
+
+
 class TrainError(MoeError, RuntimeError):
     """A run that cannot go on; the message says why, what is left, and what to change."""
 

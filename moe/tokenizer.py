@@ -21,6 +21,7 @@ from typing import Any
 
 from moe.errors import TokenizerError
 from moe.io.files import write_whole
+from moe.io.runs import locate
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -161,12 +162,14 @@ class Tokenizer:
         """Reads what `save` wrote, or any byte-level `tokenizer.json` with `<|endoftext|>`.
 
         Args:
-            path: the file, or a directory that holds `tokenizer.json`.
+            path: the file, a directory that holds `tokenizer.json`, or a complete run (`moe.io.runs.locate`).
 
         Raises:
             TokenizerError: the file is missing, cut short, or not a tokenizer.
         """
         file = _file_of(path)
+        if not file.is_file():
+            file = _file_of(locate(path))
         if not file.is_file():
             raise TokenizerError(f"no tokenizer at {file}: give a tokenizer.json or a directory that holds one")
         try:

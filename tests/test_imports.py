@@ -51,7 +51,7 @@ ONLY = {
     "moe.io.toml": {"moe.errors"},
     "moe.config": {"moe.errors", "moe.io.toml"},
     "moe.io": {"moe.errors", "moe.config", "torch", "numpy", "safetensors", "matplotlib"},
-    "moe.io.files": set(),
+    "moe.io.files": {"moe.errors"},
     "moe.io.page": set(),
     "moe.kernels": {"torch", "triton"},
     "moe.plan": {"moe.config", "moe.errors"},

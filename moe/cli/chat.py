@@ -33,7 +33,7 @@ def chat(
     """Talk with a model that moe finetune made; without a terminal, each line of the input is a message.
 
     Args:
-        checkpoint: What moe finetune leaves in RUN/final.
+        checkpoint: A run of moe finetune (RUN is its RUN/final).
         message: Answer this one message and end.
         system: What the model is told before the conversation.
         adapter: RUN/adapter.safetensors of a LoRA fine-tune, put on top of the checkpoint that it was given.

@@ -38,7 +38,7 @@ def evaluate(
     """Score a model: bits per byte on held-out text beside gzip and xz, or tasks of lm-eval.
 
     Args:
-        checkpoint: What moe train leaves in RUN/final, or any checkpoint of this program.
+        checkpoint: A run of moe train (RUN is its RUN/final), or any checkpoint of this program.
         data: Prepared data (moe data prepare): all of its held-out text, each source apart.
         text: Text files, each scored as one document.
         tasks: Tasks of lm-eval: YAML files, or names that it knows. Needs the extra "eval".

@@ -29,7 +29,7 @@ def finetune(
     """Teach a pre-trained model to answer; interrupted, the same command goes on where it stopped.
 
     Args:
-        checkpoint: What moe train leaves in RUN/final, or any checkpoint of this program.
+        checkpoint: A run of moe train (RUN is its RUN/final), or any checkpoint of this program.
         data: Prepared conversations (moe data instructions).
         out: Directory of the run; RUN/final is then for moe chat.
         epochs: Passes over the conversations.

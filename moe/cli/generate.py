@@ -26,7 +26,7 @@ def generate(
     """Continue a prompt, token by token.
 
     Args:
-        checkpoint: What moe train leaves in RUN/final, or any checkpoint of this program.
+        checkpoint: A run of moe train (RUN is its RUN/final), or any checkpoint of this program.
         prompt: The text to continue; empty begins a document.
         max_tokens: The most tokens to generate; the context may be full before.
         temperature: 0 always takes the likeliest token.

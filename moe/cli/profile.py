@@ -39,7 +39,7 @@ def routing(
     """Run held-out text through a model and show what its routers do with it.
 
     Args:
-        checkpoint: What moe train leaves in RUN/final, any checkpoint of this program, or a Hugging Face directory.
+        checkpoint: A run of moe train (or RUN/final), any checkpoint of this program, or a Hugging Face directory.
         data: Prepared data (moe data prepare); each of its sources is looked at apart, too.
         text: Instead of data: text files, as PATH or NAME=PATH, for the checkpoint's own tokenizer.json.
         tokens: About how many held-out tokens.
@@ -100,7 +100,7 @@ def report(
     Where the checkpoint lies in a training run, the load over training is in it.
 
     Args:
-        checkpoint: What moe train leaves in RUN/final, any checkpoint of this program, or a Hugging Face directory.
+        checkpoint: A run of moe train (or RUN/final), any checkpoint of this program, or a Hugging Face directory.
         data: Prepared data (moe data prepare); each of its sources is looked at apart, too.
         text: Instead of data: text files, as PATH or NAME=PATH, for the checkpoint's own tokenizer.json.
         out: The file.

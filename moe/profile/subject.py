@@ -66,7 +66,7 @@ def open_subject(path: str | os.PathLike[str], device: torch.device | str = "cpu
         NotObservable: the model has no router that is known here.
         ImportError: transformers is needed and not installed.
     """
-    place = Path(path)
+    place = checkpoints.locate(path)
     if not (place / hf.CONFIG_FILE).is_file() or (place / checkpoints.CONFIG_FILE).is_file():
         return _ours(place, checkpoints.load(place, device=device))
     if hf.read_config(place).get("model_type") == "mixtral":

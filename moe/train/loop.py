@@ -22,6 +22,7 @@ from moe.config import Config
 from moe.data import Batch, TokenData, compression
 from moe.errors import ConfigError, TrainError
 from moe.io.files import write_whole
+from moe.io.runs import FINAL
 from moe.kernels.loss import IGNORE_INDEX
 from moe.lora import ADAPTER_FILE, LoraConfig, merged, save_adapter
 from moe.model import Counts, Output, losses, objective
@@ -31,7 +32,6 @@ from moe.train.run import CONFIG_FILE, Run, open_run
 from moe.train.stop import Stop, StopRequested
 
 SUMMARY_FILE = "summary.json"
-FINAL = "final"
 
 
 @dataclass(frozen=True)

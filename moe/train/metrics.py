@@ -12,10 +12,10 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
+from moe.io.runs import METRICS_FILE
 from moe.profile import load_entropy
 from moe.train.watch import Watch
 
-METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.txt"
 
 _SCALARS = ("loss", "lm", "balance", "z", "grad_norm")
@@ -149,19 +149,24 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def run_of(checkpoint: Path) -> Path | None:
-    """The directory of the run that a checkpoint, RUN/final or RUN/checkpoints/step-000100, lies in, if any."""
+    """The directory of the run that a checkpoint, RUN/final or RUN/checkpoints/step-000100, lies in, if any.
+
+    RUN itself stands for RUN/final.
+    """
     place = checkpoint.resolve()
+    if (place / METRICS_FILE).is_file():
+        return place
     run_dir = place.parent.parent if place.parent.name == "checkpoints" else place.parent
     return run_dir if (run_dir / METRICS_FILE).is_file() else None
 
 
 def records_up_to(checkpoint: Path) -> list[dict[str, Any]]:
     """The records of the run that a checkpoint lies in, up to it; empty without a run."""
-    run_dir, name = run_of(checkpoint), checkpoint.resolve().name
+    run_dir, place = run_of(checkpoint), checkpoint.resolve()
     if run_dir is None:
         return []
-    step = name.removeprefix("step-")
-    last = int(step) if step.isdecimal() else math.inf
+    step = place.name.removeprefix("step-")
+    last = int(step) if step.isdecimal() and place != run_dir else math.inf
     return [r for r in read_metrics(run_dir) if r["step"] <= last]
 
 

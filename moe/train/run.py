@@ -14,6 +14,7 @@ from moe import evaluate, plan
 from moe.config import Config
 from moe.data import ConversationData, ConversationStream, Stream, TokenData, open_data
 from moe.device import tune_cpu
+from moe.io.runs import locate
 from moe.lora import LoraConfig, adapters
 from moe.model import Transformer
 from moe.tokenizer import Tokenizer
@@ -99,7 +100,8 @@ def open_run(
     data.check_compatible(cfg.vocab_size)
     t, stream = cfg.train, start.open_stream(cfg, data)
     if start_from is not None:
-        start.check_start(cfg, data, Path(start_from))
+        start_from = locate(start_from)
+        start.check_start(cfg, data, start_from)
     found = start.enter(run_dir, resume)
     saved = state.load_training(found) if found is not None else None
     if saved is not None:

@@ -16,10 +16,10 @@ from moe.checkpoint import cannot_write, check_vocabulary, write_files
 from moe.config import Config
 from moe.errors import CheckpointError, ConfigError
 from moe.io.files import atomic_directory
+from moe.io.runs import CHECKPOINTS
 from moe.model import Transformer
 from moe.tokenizer import Tokenizer
 
-CHECKPOINTS = "checkpoints"
 TRAINING_FILE = "training.pt"
 VERSION = 2  # of training.pt: the order of the optimizer's state is that of the parameters
 KEEP = 2
