@@ -1,4 +1,4 @@
-"""How this package watches and steers a model: hooks that copies of the model shed, and blocks without torch.compile."""
+"""How a model is watched and steered: hooks that its copies shed, and blocks in which torch.compile is not in force."""
 
 import threading
 from collections.abc import Callable, Iterator

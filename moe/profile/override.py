@@ -10,6 +10,7 @@ Shape suffixes: T tokens, K experts per token, E experts.
 
 import contextvars
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -47,6 +48,12 @@ def override(model: nn.Module, next_pass: Callable[[], Given]) -> Iterator[None]
             yield
         finally:
             steered.open = False
+    if not steered.began:
+        warnings.warn(
+            f"no pass of {type(steered.root).__name__} was replayed: the block did not call it (a copy, an exported or "
+            "a captured model has none of the hooks)",
+            stacklevel=4,
+        )
 
 
 class _Pass:
@@ -70,7 +77,7 @@ class _Override:
         for router in self.routers:
             if not isinstance(router, Router) and type(router).__name__ not in foreign.WEIGHINGS:
                 raise NotObservable(f"{type(router).__name__}: its weights cannot be made for given experts here")
-        self.open = False
+        self.open = self.began = False
         self.in_force = Shared(self._in_force)
         self._lock = threading.Lock()
 
@@ -96,6 +103,7 @@ class _Override:
         else:
             given = None
             if torch._C._current_graph_task_id() == -1:
+                self.began = True
                 with self._lock:
                     given = self.next_pass()
         if given is None:
@@ -146,9 +154,7 @@ def _with_experts(module: nn.Module, output: Any, given: Callable[[int, torch.de
     """What the router would have returned, had it chosen the experts `given(T, device)`."""
     if isinstance(module, Router):
         logits_TE = output.logits_TE
-        weights_TK, ids_TK = ops.topk_gate(
-            logits_TE, module.top_k, given_TK=given(len(logits_TE), logits_TE.device)
-        )
+        weights_TK, ids_TK = ops.topk_gate(logits_TE, module.top_k, given_TK=given(len(logits_TE), logits_TE.device))
         return output._replace(ids_TK=ids_TK, weights_TK=weights_TK)
     logits, _, ids = output
     new = given(ids.shape[:-1].numel(), ids.device).view(ids.shape)
@@ -198,7 +204,10 @@ def _remembering() -> Iterator[None]:
 
     They offer no other way in: whoever checkpoints has long imported `checkpoint` itself.
     """
-    without_reentrant, reentrant = checkpoint._checkpoint_without_reentrant_generator, checkpoint.CheckpointFunction.apply
+    without_reentrant, reentrant = (
+        checkpoint._checkpoint_without_reentrant_generator,
+        checkpoint.CheckpointFunction.apply,
+    )
 
     def generator(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Iterator[Any]:
         def again(*args: Any, **kwargs: Any) -> Any:

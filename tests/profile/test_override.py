@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils import checkpoint as checkpoints
 from torch.utils.checkpoint import checkpoint
 
 from moe.errors import TraceError
@@ -102,7 +103,8 @@ def first_first(s: Subject, trace: Trace) -> None:
 def the_same_tokens_twice(s: Subject, trace: Trace) -> None:
     """Nothing but the pass tells which routes are meant."""
     with replay(s.model, trace):
-        s.loss(tokens(0)), s.loss(tokens(1))
+        for i in range(2):
+            s.loss(tokens(i))
         (s.loss(tokens(2)) - 3 * s.loss(tokens(2))).backward()
 
 
@@ -110,7 +112,7 @@ def after_the_block(s: Subject, trace: Trace) -> None:
     with replay(s.model, trace):
         losses = [s.loss(tokens(i)) for i in range(3)]
     s.loss(tokens(3)).detach()
-    sum(losses).backward()
+    torch.stack(losses).sum().backward()
 
 
 def after_the_block_within_another(s: Subject, trace: Trace) -> None:
@@ -137,7 +139,7 @@ def on_another_thread(s: Subject, trace: Trace) -> None:
     """As autograd's on CUDA."""
     with replay(s.model, trace):
         losses = [s.loss(tokens(i)) for i in range(2)]
-        thread = threading.Thread(target=sum(losses).backward)
+        thread = threading.Thread(target=torch.stack(losses).sum().backward)
         thread.start()
         thread.join()
 
@@ -311,16 +313,16 @@ def test_whoever_watches_sees_what_the_experts_get(trace: Trace, tmp_path: Path)
 
 
 def test_a_router_that_runs_outside_of_a_pass_is_refused(trace: Trace) -> None:
-    for s in (Ours(), Theirs()):
-        inner = s.model.blocks[0] if isinstance(s, Ours) else s.model.model
-        wrong: Callable[[], Any] = (
-            (lambda: inner.moe(torch.zeros(1, 4, 24))) if isinstance(s, Ours) else lambda: inner(input_ids=tokens(0))
-        )
+    one, other = Ours(), Theirs()
+    for s, inner in (
+        (one, lambda: one.model.blocks[0].moe(torch.zeros(1, 4, 24))),
+        (other, lambda: other.model.model(input_ids=tokens(0))),
+    ):
         with replay(s.model, trace):
             with pytest.raises(TraceError, match=r"router 0 runs outside of a call of .*: call the model that replay"):
-                wrong()
+                inner()
             s.loss(tokens(0))
-        wrong()
+        inner()
 
 
 def test_a_pass_that_goes_around_a_router_is_refused(trace: Trace) -> None:
@@ -356,7 +358,9 @@ def test_another_kind_of_checkpointing_is_refused(trace: Trace) -> None:
     block.moe.forward = lambda x: (Repeat.apply(lambda y: plain(y)[0], x), plain(x)[1])
     with replay(s.model, trace):
         loss = s.loss(tokens(0))
-        with pytest.raises(TraceError, match=r"router 0 runs again inside a backward.*checkpoint with torch\.utils\.checkpoint"):
+        with pytest.raises(
+            TraceError, match=r"router 0 runs again inside a backward.*checkpoint with torch\.utils\.checkpoint"
+        ):
             loss.backward()
 
 
@@ -388,11 +392,16 @@ def test_copies_made_inside_a_block_are_free_of_it(copied: str, trace: Trace) ->
 
 def test_nothing_is_left_after_an_error(trace: Trace) -> None:
     s = Ours()
-    before = torch.utils.checkpoint._checkpoint_without_reentrant_generator
-    with pytest.raises(RuntimeError, match="stop"), replay(s.model, trace), routing(s.model):
-        s.loss(tokens(0))
-        raise RuntimeError("stop")
+    before = checkpoints._checkpoint_without_reentrant_generator
+
+    def run() -> None:
+        with replay(s.model, trace), routing(s.model):
+            s.loss(tokens(0))
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        run()
     assert not hooks(s.model)
-    assert "apply" not in vars(torch.utils.checkpoint.CheckpointFunction)
-    assert torch.utils.checkpoint._checkpoint_without_reentrant_generator is before
+    assert "apply" not in vars(checkpoints.CheckpointFunction)
+    assert checkpoints._checkpoint_without_reentrant_generator is before
     assert torch._dynamo.eval_frame._stance.stance == "default"
