@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moe import checkpoint as checkpoints
 from moe.device import pick_device, pick_dtype
-from moe.errors import ConfigError
+from moe.errors import ConfigError, DataError
 from moe.generate import TextStream, stream
 from moe.model import Transformer
 from moe.tokenizer import Tokenizer
@@ -103,29 +103,58 @@ class MoeLM(TemplateLM):
 
     # ------------------------------------------------------------------------------------------------- likelihoods
 
+    def loglikelihood(self, requests: list["Instance"], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """(log-likelihood in nats, whether greedy decoding gives it) of each continuation of a context.
+
+        Raises:
+            DataError: a continuation that is empty, or longer than the context of the model.
+        """
+        texts: list[tuple[str, str]] = [request.args for request in requests]  # type: ignore[misc]
+        pairs: list[Request] = [(pair, *self._encode_pair(*pair)) for pair in texts]
+        return self._loglikelihood_tokens(pairs, disable_tqdm=disable_tqdm)
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """The ids of a context and of what follows it, at least one of each.
+
+        As lm-eval has it, spaces at the context's end go to the continuation, both are encoded together, and the
+        context's share is as many tokens as it has alone. Where these are not the beginning of the whole, because the
+        tokenizer joins across the boundary ("ans" + "wer" = "answer"), part of the continuation, or all of it, would be
+        given away unscored: each is then encoded by itself. Before an empty context stands end-of-text.
+        """
+        alone = context.rstrip()
+        continuation = context[len(alone) :] + continuation
+        ids, whole = self.tok_encode(alone), self.tok_encode(alone + continuation)
+        joined = whole[: len(ids)] != ids or len(whole) == len(ids)
+        return ids or [self.eot_token_id], self.tok_encode(continuation) if joined else whole[len(ids) :]
+
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        """(log-likelihood in nats, whether greedy decoding gives it) of each continuation; an empty one is certain.
+        """(log-likelihood in nats, whether greedy decoding gives it) of each continuation.
 
         A context too long for the model loses its beginning. Requests with the same tokens run once.
 
         Raises:
-            ValueError: a continuation longer than the context of the model.
+            DataError: a continuation that is empty, or longer than the context of the model.
         """
         found: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
         wanted: dict[tuple[int, ...], list[tuple[int, list[int]]]] = defaultdict(list)
         cut = 0
-        for i, (_, context, continuation) in enumerate(requests):
-            if len(continuation) > self.max_length:
-                raise ValueError(
-                    f"a continuation of {len(continuation)} tokens, but max_length = {self.max_length}: score it as "
-                    "loglikelihood_rolling, or use a model with a longer context"
+        for i, (texts, context, continuation) in enumerate(requests):
+            if not context or not continuation:
+                after = f" after {texts[0][-40:]!r}" if texts else ""
+                raise DataError(
+                    f"request {i}: an empty {'continuation' if context else 'context'}{after} has no likelihood to "
+                    "compare, and would count as certain; give it at least one token"
                 )
-            if continuation:
-                whole = context + continuation
-                cut += len(whole) > self.max_length + 1
-                wanted[tuple(whole[-(self.max_length + 1) : -1])].append((i, continuation))
+            if len(continuation) > self.max_length:
+                raise DataError(
+                    f"request {i}: a continuation of {len(continuation)} tokens, but max_length = {self.max_length}: "
+                    "score it as loglikelihood_rolling, or use a model with a longer context"
+                )
+            whole = context + continuation
+            cut += len(whole) > self.max_length + 1
+            wanted[tuple(whole[-(self.max_length + 1) : -1])].append((i, continuation))
         if cut:
             logging.getLogger(__name__).warning(
                 "%d of %d requests are longer than max_length = %d: the beginning of their context is left out",
@@ -224,7 +253,7 @@ class MoeLM(TemplateLM):
         loses its beginning.
 
         Raises:
-            ValueError: a setting that this model does not have, or more tokens to generate than it has positions.
+            ConfigError: a setting that this model does not have, or more tokens to generate than it has positions.
         """
         found = [""] * len(requests)
         groups: dict[tuple[int, tuple[Any, ...]], list[tuple[int, list[int]]]] = defaultdict(list)
@@ -290,14 +319,17 @@ def _generation(given: dict[str, Any], default: int, max_length: int) -> tuple[t
     unknown = sorted(settings.keys() - _GENERATION_KEYS)
     if unknown:
         known = ", ".join(sorted(_GENERATION_KEYS))
-        raise ValueError(f"generation_kwargs: {', '.join(unknown)} unknown; there are {known}")
+        raise ConfigError(f"generation_kwargs: {', '.join(unknown)} unknown; there are {known}")
     n_tokens: Any = settings["max_gen_toks"]
     if not 1 <= n_tokens < max_length:
-        raise ValueError(
+        raise ConfigError(
             f"max_gen_toks = {n_tokens}: must be at least 1 and leave room for a context within max_length = "
             f"{max_length}; set it with --gen_kwargs or in the task"
         )
-    stop: Any = settings["until"]
+    given_stop: Any = settings["until"]
+    stop = [s for s in given_stop if s is not None]
+    if wrong := [s for s in stop if not s or not isinstance(s, str)]:
+        raise ConfigError(f"stop = {wrong[0]!r}: must be a string of at least one character; leave it out of `until`")
     sampling: dict[str, Any] = {"temperature": 0.0}
     if settings["do_sample"]:
         sampling = {key: settings[key] for key in ("temperature", "top_k", "top_p") if key in settings}

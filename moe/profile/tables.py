@@ -145,7 +145,7 @@ def log_probability_changes(found: Mapping[str, LogProbabilityChange]) -> Table:
 
 
 def as_json(p: RoutingProfile, pairs: Sequence[ClosestPair] = ()) -> dict[str, Any]:
-    """Every figure, as JSON holds it; null for what has no value: the weight of an idle expert, the error of one text."""
+    """Every figure, as JSON holds it; null for what has none: the weight of an idle expert, the error of one text."""
     names = ["load_entropy_L", "load_cv_L", "max_over_mean_L", "pass_max_over_mean_L", "router_entropy_L"]
     names += ["top_probability_L", "top_weight_L", "repeat_rate_L", "expected_repeat_rate_L", "next_layer_information"]
     names += ["counts_LE", "first_counts_LE", "coactivation_LEE", "next_layer_counts"]

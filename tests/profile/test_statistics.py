@@ -282,8 +282,8 @@ def test_the_same_figures_whatever_is_in_force_around(around: Any) -> None:
         with around() if i < 2 else nullcontext():
             tokens = p.tokens_T.to(torch.int32) if p.tokens_T is not None else None
             # Tensors of inference mode, where that is what is in force.
-            parts = (t.clone() for t in (p.ids_LTK, p.weights_LTK, p.logits_LTE))
-            got.update(Pass(*parts, p.shape, tokens))
+            ids, weights, logits = (t.clone() for t in (p.ids_LTK, p.weights_LTK, p.logits_LTE))
+            got.update(Pass(ids, weights, logits, p.shape, tokens))
     for name in FIGURES:
         with around():
             found = getattr(got, name)
