@@ -1,4 +1,4 @@
-"""How good the model is: bits per byte on held-out text, and samples to read.
+"""Held-out text as windows, a model run on windows as its training ran it, bits per byte, and samples to read.
 
 Bits per byte divides the bits of all scored tokens, end-of-text included, by the bytes of the text they stand for, so
 that tokenizers, and general compressors, can be compared. Shape suffixes: B windows, S sequence.
@@ -9,12 +9,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
-from typing import Protocol, cast
+from typing import NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from moe.config import TrainConfig
 from moe.data import (
+    Batch,
     ChatTemplate,
     ConversationData,
     TokenData,
@@ -29,8 +32,17 @@ from moe.kernels.loss import IGNORE_INDEX
 from moe.model import Transformer
 from moe.tokenizer import Tokenizer
 
-# (source, inputs int64 [S], targets int64 [S], scored bool [S])
-Window = tuple[str, np.ndarray, np.ndarray, np.ndarray]
+
+class Window(NamedTuple):
+    """Tokens to run a model on; arrays are [S]."""
+
+    source: str
+    inputs: np.ndarray  # int64
+    targets: np.ndarray  # int64
+    scored: np.ndarray  # bool: the targets that count
+    documents: np.ndarray | None = None  # int32: which document each position is in; None for one
+    text: np.ndarray | None = None  # bool, False at padding; None where all is text
+
 
 # One in the form of the plays, one in that of the code, and the beginning of any document.
 PROMPTS = ("**ROMEO**  \n", "def read(path):\n", "")
@@ -117,12 +129,12 @@ def all_windows(data: HeldOut | ConversationData, seq_len: int) -> Iterator[Wind
     Of conversations: every held-out response.
     """
     if isinstance(data, ConversationData):
-        yield from data.held_out_windows(seq_len)
+        yield from _of_conversations(data, seq_len)
         return
     for source in _held_out(data):
         stride = max(1, seq_len // 2)
         for inputs, targets, scored in validation_windows(cast(TokenData, data), source, seq_len, stride):
-            yield source, inputs, targets, scored
+            yield Window(source, inputs, targets, scored, _documents(inputs, data))
 
 
 def some_windows(data: HeldOut | ConversationData, seq_len: int, n_tokens: int) -> Iterator[Window]:
@@ -131,15 +143,24 @@ def some_windows(data: HeldOut | ConversationData, seq_len: int, n_tokens: int) 
     Every source has at least one. The windows are the same each time. Conversations have a window each.
     """
     if isinstance(data, ConversationData):
-        yield from data.held_out_windows(seq_len, n_tokens)
+        yield from _of_conversations(data, seq_len, n_tokens)
         return
     streams = {source: data.tokens(source, "val") for source in _held_out(data)}
     for source, inputs, targets in spaced_windows(streams, dict.fromkeys(streams, data.eot_id), seq_len, n_tokens):
-        yield source, inputs, targets, np.ones(len(targets), dtype=bool)
+        yield Window(source, inputs, targets, np.ones(len(targets), dtype=bool), _documents(inputs, data))
 
 
 def _held_out(data: HeldOut) -> list[str]:
     return [source for source in data.sources if len(data.tokens(source, "val"))]
+
+
+def _documents(inputs_S: np.ndarray, data: HeldOut) -> np.ndarray:
+    return document_ids(inputs_S[None], data.eot_id)[0]
+
+
+def _of_conversations(data: ConversationData, seq_len: int, n_tokens: int | None = None) -> Iterator[Window]:
+    for source, inputs, targets, scored, text in data.held_out_windows(seq_len, n_tokens):
+        yield Window(source, inputs, targets, scored, text=text)
 
 
 def count_scored(data: HeldOut | ConversationData) -> int:
@@ -147,6 +168,45 @@ def count_scored(data: HeldOut | ConversationData) -> int:
     if isinstance(data, ConversationData):
         return sum(data.n_tokens(source, "val") for source in data.sources)
     return sum(len(data.tokens(source, "val")) for source in data.sources)
+
+
+def batches(windows: Iterable[Window], size: int) -> Iterator[tuple[str, Batch]]:
+    """Up to `size` windows at a time, of one source and length, in order; targets that are not scored are -100."""
+    whole = (Window(*window) for window in windows)
+    for (source, _), group in groupby(whole, key=lambda w: (w.source, len(w.inputs))):
+        while chunk := list(islice(group, size)):
+            inputs, targets, scored = (np.stack(part) for part in list(zip(*chunk, strict=True))[1:4])
+            text = [np.ones(len(w.inputs), dtype=bool) if w.text is None else w.text for w in chunk]
+            documents = [np.zeros(len(w.inputs), dtype=np.int32) if w.documents is None else w.documents for w in chunk]
+            yield source, Batch(inputs, np.where(scored, targets, IGNORE_INDEX), np.stack(documents), np.stack(text))
+
+
+def model_inputs(train: TrainConfig, batch: Batch, device: torch.device) -> dict[str, Tensor | None]:
+    """What a model is called with for a batch, whoever calls it: documents as its training had them, padding masked.
+
+    Args:
+        train: the settings that the model was, or is, trained with (`model.cfg.train`).
+
+    Returns:
+        tokens_BS and targets_BS on the device; documents_BS and mask_BS, which are read, on the CPU, or None where
+        nothing depends on them.
+    """
+    documents, text = batch.documents, batch.text
+    if not train.document_mask or documents is None or (documents == documents[:, :1]).all():
+        documents = None
+    if text is not None and text.all():
+        text = None
+    return {
+        "tokens_BS": _to(device, batch.inputs),
+        "targets_BS": _to(device, batch.targets),
+        "documents_BS": None if documents is None else torch.from_numpy(documents),
+        "mask_BS": None if text is None else torch.from_numpy(text),
+    }
+
+
+def _to(device: torch.device, array: np.ndarray) -> Tensor:
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 @torch.no_grad()
@@ -157,37 +217,28 @@ def evaluate(
     *,
     batch: int,
     dtype: torch.dtype = torch.float32,
-    mask_by: int | None = None,
     progress: Callable[[int], None] = lambda scored: None,
 ) -> dict[str, Score]:
-    """The score of each source, in order.
+    """The score of each source, in order; attention is kept inside documents where the model was trained so.
 
     Args:
         windows: of one source after the other.
         lengths: `byte_lengths` of the tokenizer.
         batch: windows at a time.
         dtype: of the matrix products (autocast).
-        mask_by: the end-of-text id, for a model whose attention was kept inside documents.
         progress: called with the number of tokens scored so far.
     """
     device = model.embedding.weight.device
     scores: dict[str, Score] = {}
     done = 0
-    for (source, _), group in groupby(windows, key=lambda w: (w[0], len(w[1]))):
-        while chunk := list(islice(group, batch)):
-            inputs_BS, targets_BS, scored_BS = (np.stack(part) for part in list(zip(*chunk, strict=True))[1:])
-            masked_BS = torch.from_numpy(np.where(scored_BS, targets_BS, IGNORE_INDEX)).to(device)
-            documents_BS = None
-            if mask_by is not None:
-                documents_BS = torch.from_numpy(document_ids(inputs_BS, mask_by))
-            with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-                tokens_BS = torch.from_numpy(inputs_BS).to(device)
-                mean = model(tokens_BS, masked_BS, documents_BS=documents_BS).losses["lm"]
-            tokens = int(scored_BS.sum())
-            part = Score(mean.item() * tokens / math.log(2), tokens, int(lengths[targets_BS[scored_BS]].sum()))
-            scores[source] = scores[source] + part if source in scores else part
-            done += tokens
-            progress(done)
+    for source, part in batches(windows, batch):
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+            mean = model(**model_inputs(model.cfg.train, part, device)).losses["lm"]
+        targets = part.targets[part.targets != IGNORE_INDEX]
+        score = Score(mean.item() * len(targets) / math.log(2), len(targets), int(lengths[targets].sum()))
+        scores[source] = scores[source] + score if source in scores else score
+        done += len(targets)
+        progress(done)
     return scores
 
 

@@ -22,29 +22,40 @@ class Routing(NamedTuple):
 
     ids_TK: Tensor  # int64, the chosen experts in falling order of score
     weights_TK: Tensor  # at least float32, each row sums to 1
-    logits_TE: Tensor  # at least float32, before any bias
-    batch: int  # sequences, of T / batch tokens each
+    logits_BSE: Tensor  # at least float32, before any bias
+    text_BS: Tensor | None = None  # bool, False at padding, which counts nowhere; None where all is text
+
+    @property
+    def logits_TE(self) -> Tensor:
+        """The logits, token after token."""
+        return self.logits_BSE.flatten(0, 1)
 
     @property
     def n_experts(self) -> int:
         """Experts that the router chooses among."""
-        return self.logits_TE.shape[1]
+        return self.logits_BSE.shape[2]
 
     @property
     def counts_E(self) -> Tensor:
-        """Routed tokens per expert, int64; they sum to T * K."""
-        return expert_counts(self.ids_TK.view(1, -1), self.n_experts)[0]
+        """Routed tokens per expert, int64; they sum to K times the tokens of text."""
+        return self._counts_BE.sum(0)
 
     @property
     def balance_B(self) -> Tensor:
-        """The balance loss of each sequence, before its weight: 1 when even."""
-        counts_BE = expert_counts(self.ids_TK.view(self.batch, -1), self.n_experts)
-        return balance_loss(rearrange(self.logits_TE, "(b s) e -> b s e", b=self.batch), counts_BE)
+        """The balance loss of each sequence, before its weight: 1 when even, 0 where it has no text."""
+        return balance_loss(self.logits_BSE, self._counts_BE, self.text_BS)
 
     @property
     def z_T(self) -> Tensor:
-        """The z-loss of each token, before its weight."""
-        return z_loss(self.logits_TE)
+        """The z-loss of each token, before its weight: 0 at padding."""
+        z_BS = z_loss(self.logits_BSE)
+        return (z_BS if self.text_BS is None else z_BS.masked_fill(~self.text_BS, 0.0)).flatten()
+
+    @property
+    def _counts_BE(self) -> Tensor:
+        (B, S, E), K = self.logits_BSE.shape, self.ids_TK.shape[1]
+        text_BR = None if self.text_BS is None else self.text_BS.repeat_interleave(K, 1)
+        return expert_counts(self.ids_TK.view(B, S * K), E, text_BR)
 
 
 class Router(nn.Module):
@@ -67,9 +78,9 @@ class Router(nn.Module):
         """x_BSD -> the routing of its B*S tokens, in that order."""
         wide = at_least_fp32(x_BSD.dtype)
         with without_autocast(x_BSD.device.type):
-            logits_TE = F.linear(cast(x_BSD, wide), cast(self.weight, wide)).flatten(0, 1)
-            weights_TK, ids_TK = self.choose(logits_TE)
-        return Routing(ids_TK, weights_TK, logits_TE, len(x_BSD))
+            logits_BSE = F.linear(cast(x_BSD, wide), cast(self.weight, wide))
+            weights_TK, ids_TK = self.choose(logits_BSE.flatten(0, 1))
+        return Routing(ids_TK, weights_TK, logits_BSE)
 
     def choose(self, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
         """The weights and ids [T, K] of the chosen experts. A replay puts another function in its place."""
@@ -83,25 +94,31 @@ class Router(nn.Module):
             self.bias_E += self.bias_update_rate * torch.sign(load_E.mean() - load_E)
 
 
-def expert_counts(ids_BR: Tensor, n_experts: int) -> Tensor:
-    """How often each expert occurs in each row -> int64 [B, E]. No host sync (bincount would)."""
-    zeros = torch.zeros(len(ids_BR), n_experts, dtype=torch.int64, device=ids_BR.device)
-    return zeros.scatter_add(1, ids_BR, torch.ones_like(ids_BR))
+def expert_counts(ids_BR: Tensor, n_experts: int, text_BR: Tensor | None = None) -> Tensor:
+    """How often each expert occurs in each row, where `text_BR` is True -> int64 [B, E]. No host sync."""
+    zeros = ids_BR.new_zeros(ids_BR.shape[0], n_experts, dtype=torch.int64)
+    ones = torch.ones_like(ids_BR, dtype=torch.int64) if text_BR is None else text_BR.long()
+    return zeros.scatter_add(1, ids_BR, ones)
 
 
-def balance_loss(logits_BSE: Tensor, counts_BE: Tensor) -> Tensor:
+def balance_loss(logits_BSE: Tensor, counts_BE: Tensor, text_BS: Tensor | None = None) -> Tensor:
     """E * sum over experts of (fraction of choices) x (mean probability), per sequence -> [B]: 1 when even.
 
     Switch Transformer's loss (Fedus et al. 2021, eq. 4) taken per sequence, so that micro-batching, data and pipeline
-    parallelism do not change it.
+    parallelism do not change it. Both factors are of text alone; a sequence without any has 0.
     """
-    fraction_BE = counts_BE.to(logits_BSE.dtype) / counts_BE.sum(1, keepdim=True)
-    return logits_BSE.shape[-1] * (fraction_BE * logits_BSE.softmax(-1).mean(1)).sum(1)
+    fraction_BE = counts_BE.to(logits_BSE.dtype) / counts_BE.sum(1, keepdim=True).clamp(min=1)
+    p_BSE = logits_BSE.softmax(-1)
+    if text_BS is None:
+        mean_BE = p_BSE.sum(1) / max(logits_BSE.shape[1], 1)
+    else:
+        mean_BE = (p_BSE * text_BS.unsqueeze(2)).sum(1) / text_BS.sum(1, keepdim=True).clamp(min=1)
+    return logits_BSE.shape[-1] * (fraction_BE * mean_BE).sum(1)
 
 
-def z_loss(logits_TE: Tensor) -> Tensor:
-    """logsumexp(logits)^2 per token -> [T], which keeps the logits small (ST-MoE, Zoph et al. 2022, eq. 5)."""
-    return logits_TE.logsumexp(-1).square()
+def z_loss(logits: Tensor) -> Tensor:
+    """logsumexp(logits [..., E])^2 -> [...], which keeps the logits small (ST-MoE, Zoph et al. 2022, eq. 5)."""
+    return logits.logsumexp(-1).square()
 
 
 class Experts(nn.Module):

@@ -30,7 +30,7 @@ from moe.layers import (
     rotate,
     untouched,
 )
-from moe.model import Block, Embedding, Transformer, check_sampling, sample
+from moe.model import Block, Embedding, Transformer, check_sampling, last_of_text, sample
 
 # ----------------------------------------------------------------------------------------------------------- tokens
 
@@ -41,6 +41,7 @@ def stream(
     prompt_BS: Tensor,
     max_new_tokens: int,
     *,
+    mask_BS: Tensor | None = None,
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
@@ -49,20 +50,21 @@ def stream(
     """Yield the next token of every sequence, int64 [B], `max_new_tokens` times, or until the context is full.
 
     Args:
-        prompt_BS: int64 ids, at least one token.
+        prompt_BS: int64 ids, at least one token each.
+        mask_BS: False, or 0, at padding, on either side, where prompts are not equally long.
         temperature: 0 for greedy. top_k: 0 for all. top_p: in (0, 1], 1 for all.
 
     Raises:
         ValueError: an empty or over-long prompt, or a sampling setting out of range.
     """
-    check_sampling(prompt_BS, temperature, top_k, top_p)
+    check_sampling(prompt_BS, temperature, top_k, top_p, mask_BS)
     batch, length = prompt_BS.shape
     max_len = min(length + max_new_tokens, model.cfg.max_seq_len)
     weight = model.embedding.weight
     cache = KVCache(model.cfg, batch, max(max_len, length), weight.dtype, weight.device)
     generator = torch.Generator(weight.device).manual_seed(seed)
-    step = DecodeStep(model, cache) if DecodeStep.fits(model) else None
-    logits_BV = model(prompt_BS, cache=cache).logits_BSV[:, -1]
+    logits_BV = last_of_text(model(prompt_BS, mask_BS=mask_BS, cache=cache).logits_BSV, mask_BS)
+    step = DecodeStep(model, cache) if cache.even and DecodeStep.fits(model) else None
     for n in range(1, max_new_tokens + 1):
         next_B = sample(logits_BV, temperature, top_k, top_p, generator)
         yield next_B
@@ -138,7 +140,7 @@ class DecodeStep:
             N = k_BNPC.shape[1]
             n_BD = self._norm(x_BD, layer.attention_norm_D)
             with span("projections"):
-                qkv_BAC = torch.mm(n_BD, layer.wqkv_DA).view(B, -1, C)
+                qkv_BAC = torch.mm(n_BD, layer.wqkv_DA).view(B, layer.wqkv_DA.shape[1] // C, C)
             with span("attention"):
                 H = qkv_BAC.shape[1] - 2 * N
                 qk_BAC = rotate(qkv_BAC[:, : H + N], cos, sin)

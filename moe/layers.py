@@ -6,7 +6,7 @@ C head width.
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import groupby, pairwise
 from typing import Any, NamedTuple
@@ -34,7 +34,7 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def without_autocast(device_type: str) -> AbstractContextManager[object]:
     """Autocast off for a block of code; where it is off already, for free."""
-    if torch.is_autocast_enabled(device_type):
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
 
@@ -121,7 +121,7 @@ class RMSNorm(nn.Module):
         wide = at_least_fp32(x.dtype)
         x_wide, weight = cast(x, wide), cast(self.weight, wide)
         with without_autocast(x.device.type):
-            if x.device.type != "cpu":
+            if x.device.type != "cpu" or torch._C._are_functorch_transforms_active():
                 return cast(F.rms_norm(x_wide, weight.shape, weight, self.eps), x.dtype)
             if torch.is_grad_enabled():
                 return cast(_CpuRMSNorm.apply(x_wide, weight, self.eps), x.dtype)
@@ -309,7 +309,77 @@ def within_documents_by_mask(documents_BS: Tensor) -> Attend:
 
 def _first(documents_BS: Tensor) -> Tensor:
     """Whether each position is the first of its document."""
-    return torch.cat([torch.ones_like(documents_BS[:, :1], dtype=torch.bool), documents_BS.diff() != 0], dim=1)
+    first_S = torch.arange(documents_BS.shape[1], device=documents_BS.device) == 0
+    return (documents_BS != documents_BS.roll(1, 1)) | first_S
+
+
+# ---------------------------------------------------------------------------------------------------------- padding
+
+
+class TextFirst:
+    """The positions of a batch with each sequence's text at the front, in order, and its padding behind.
+
+    There causal attention already ignores the padding, positions count text alone, and memory stays linear in S,
+    wherever the padding was.
+    """
+
+    def __init__(self, text_BS: Tensor, device: torch.device) -> None:
+        self._order_BS = text_BS.to(device).logical_not().to(torch.uint8).argsort(dim=1, stable=True)
+        self._place_BS = self._order_BS.argsort(1)
+
+    def front(self, x_BS: Tensor) -> Tensor:
+        """[B, S, ...] with text at the front."""
+        return _taken(x_BS, self._order_BS)
+
+    def back(self, x_BS: Tensor) -> Tensor:
+        """Undoes `front`."""
+        return _taken(x_BS, self._place_BS)
+
+    def rope(self, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """The rotations [S, 1, C] or [B, S, 1, C] of the positions at the front, each where its token is."""
+        cos, sin = (self.back(t.expand(self._place_BS.shape[0], *t.shape[-3:])) for t in tables)
+        return cos, sin
+
+    def attend(self, attend: Attend) -> Attend:
+        """`attend` as it sees text at the front."""
+        return lambda q, k, v: self.back(attend(self.front(q), self.front(k), self.front(v)))
+
+
+def _taken(x_BS: Tensor, places_BS: Tensor) -> Tensor:
+    return x_BS.gather(1, places_BS.view(*places_BS.shape, *[1] * (x_BS.ndim - 2)).expand(x_BS.shape))
+
+
+def text_of(mask_BS: Tensor, shape: torch.Size) -> Tensor:
+    """A mask as bool [B, S]: True at text.
+
+    Raises:
+        ValueError: of another shape, or floating point, such as one that is added to scores.
+    """
+    if mask_BS.shape != shape:
+        raise ValueError(f"mask {list(mask_BS.shape)} must have the shape of the tokens {list(shape)}")
+    if mask_BS.is_floating_point():
+        raise ValueError(f"mask of {mask_BS.dtype}: must be bool, or integers with 0 where there is no text")
+    return mask_BS.bool()
+
+
+def text_first(text_BS: Tensor, device: torch.device) -> TextFirst | None:
+    """For tensors on `device`; None where text is at the front already, which is seen in a mask on the CPU."""
+    if can_read(text_BS) and not (text_BS[:, 1:] & ~text_BS[:, :-1]).any():
+        return None
+    return TextFirst(text_BS, device)
+
+
+def has_values(x: Tensor) -> bool:
+    """Whether a tensor's values can be looked at: not on meta, in a fake tensor, in a graph that is being traced, or
+    under a transform of torch.func."""
+    if torch.compiler.is_compiling() or x.is_meta or type(x) not in (Tensor, nn.Parameter):
+        return False
+    return not torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
+def can_read(x: Tensor) -> bool:
+    """Whether that costs no wait for a device either."""
+    return x.device.type == "cpu" and has_values(x)
 
 
 # ------------------------------------------------------------------------------------------------------------ cache
@@ -367,9 +437,10 @@ class KVCache:
         at_BS = self._next(n)
         return [functools.partial(_extend, cache, at_BS, self.length + n) for cache in self.layers]
 
-    def advance(self, n: int) -> None:
-        """The next `n` positions of each sequence are filled, in every layer."""
-        self.lengths = [length + n for length in self.lengths]
+    def advance(self, n: int | Sequence[int]) -> None:
+        """The next `n` positions of each sequence are filled, in every layer; or of each as many as it says."""
+        more = [n] * self.batch if isinstance(n, int) else n
+        self.lengths = [length + m for length, m in zip(self.lengths, more, strict=True)]
 
     def _next(self, n: int) -> Tensor:
         """The next `n` positions of each sequence, int64 [B, n]."""

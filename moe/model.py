@@ -6,13 +6,14 @@ Shape suffixes: L layers, B batch, S sequence, T = B*S tokens, D model width, V 
 import hashlib
 import math
 import sys
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from moe.config import Config, RouterConfig
 from moe.experts import Experts, MoE, Routing
@@ -26,8 +27,12 @@ from moe.layers import (
     KVCache,
     RMSNorm,
     at_least_fp32,
+    can_read,
     causal,
+    has_values,
     rope_tables,
+    text_first,
+    text_of,
     untouched,
     within_documents,
     within_documents_by_mask,
@@ -50,8 +55,8 @@ class Counts(NamedTuple):
     """What the sums are divided by."""
 
     targets: Tensor | int
-    sequences: int
-    tokens: int
+    sequences: Tensor | int  # that have text
+    tokens: Tensor | int  # of text
 
 
 def objective(router: RouterConfig, sums: Sums, counts: Counts) -> Tensor:
@@ -65,11 +70,15 @@ def objective(router: RouterConfig, sums: Sums, counts: Counts) -> Tensor:
 
 
 def losses(sums: Sums, counts: Counts) -> dict[str, Tensor]:
-    """The means of the sums, by name. Of targets that are all -100, "lm" is 0."""
-    means = {"balance": sums.balance / counts.sequences, "z": sums.z / counts.tokens}
+    """The means of the sums, by name; of nothing, such as targets that are all -100, a mean is 0."""
+    means = {"balance": _mean(sums.balance, counts.sequences), "z": _mean(sums.z, counts.tokens)}
     if sums.lm is not None:
-        means["lm"] = sums.lm / torch.as_tensor(counts.targets, device=sums.lm.device).clamp(min=1)
+        means["lm"] = _mean(sums.lm, counts.targets)
     return means
+
+
+def _mean(total: Tensor, n: Tensor | int) -> Tensor:
+    return total / (n.to(total.device).clamp(min=1) if isinstance(n, Tensor) else max(n, 1))
 
 
 @dataclass
@@ -96,6 +105,31 @@ class Output:
         if self.sums is None or self.counts is None or self.sums.lm is None:
             return None
         return objective(self.router, self.sums, self.counts)
+
+
+# A tree of tensors: so DistributedDataParallel, FSDP and torch.export see what they have to handle.
+_PARTS = ("logits_BSV", "hidden_BSD", "sums", "counts", "routing")
+
+
+def _flatten(out: Any) -> tuple[list[Any], RouterConfig]:
+    return [getattr(out, name) for name in _PARTS], out.router
+
+
+def _flatten_with_keys(out: Any) -> tuple[list[tuple[Any, Any]], RouterConfig]:
+    return [(pytree.GetAttrKey(name), getattr(out, name)) for name in _PARTS], out.router
+
+
+pytree.register_pytree_node(
+    Output,
+    _flatten,
+    lambda parts, router: Output(router, *parts),
+    flatten_with_keys_fn=_flatten_with_keys,
+    serialized_type_name="moe.Output",
+    to_dumpable_context=asdict,
+    from_dumpable_context=lambda content: RouterConfig(**content),
+)
+for _part in (Sums, Counts, Routing):
+    pytree._register_namedtuple(_part, serialized_type_name=f"moe.{_part.__name__}")
 
 
 # ------------------------------------------------------------------------------------------------------------ model
@@ -183,6 +217,7 @@ class Transformer(nn.Module):
         targets_BS: Tensor | None = None,
         *,
         documents_BS: Tensor | None = None,
+        mask_BS: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Output:
         """Logits of the next token at every position, or, with targets, the loss without ever holding the logits.
@@ -192,6 +227,9 @@ class Transformer(nn.Module):
             targets_BS: int64 ids of the same shape, -100 where there is none to predict.
             documents_BS: integers of the same shape, on any device, best on the CPU: attention stays inside each run
                 of equal ones.
+            mask_BS: False, or 0, at padding: tokens of the same shape that are no text, anywhere in a sequence; on any
+                device, best on the CPU. Text is treated as if they were not there: by attention, positions, targets,
+                losses and counts. What comes out at padding means nothing.
             cache: holds the earlier positions, and takes these; without targets and documents only.
 
         Raises:
@@ -201,22 +239,30 @@ class Transformer(nn.Module):
         """
         B, S = tokens_BS.shape[:2]
         self._check_input(tokens_BS, targets_BS, documents_BS, cache)
+        text_BS = None if mask_BS is None else text_of(mask_BS, tokens_BS.shape[:2])
         x_BSD = tokens_BS if self.embedding is None else self.embedding(tokens_BS)
+        moved = None if text_BS is None else text_first(text_BS, x_BSD.device)
         if cache is not None:
             rope, attends = cache.rope(S), cache.attends(S)
         else:
             attention = self.cfg.attention
             rope = rope_tables(0, S, attention.head_dim, attention.rope, x_BSD.dtype, x_BSD.device)
+            if documents_BS is not None and moved is not None:
+                documents_BS = moved.front(documents_BS.to(x_BSD.device))
             attends = [_seen(documents_BS, x_BSD.device)] * len(self.blocks)
+        if moved is not None:
+            rope, attends = moved.rope(rope), [moved.attend(attend) for attend in attends]
+        if text_BS is not None:
+            text_BS = text_BS.to(x_BSD.device)
         out = Output(self.cfg.router)
         mode = self.activation_checkpointing if cache is None else "none"
         for block, attend in zip(self.blocks, attends, strict=True):
             if block is not None:
                 x_BSD, routing = run_block(block, x_BSD, rope, attend, mode)
                 if routing is not None:
-                    out.routing.append(routing)
+                    out.routing.append(routing if text_BS is None else routing._replace(text_BS=text_BS))
         if cache is not None:
-            cache.advance(S)
+            cache.advance(S if text_BS is None else text_BS.sum(1).tolist())
         if self.norm is not None:
             x_BSD = self.norm(x_BSD)
         lm, n_targets = None, 0
@@ -225,11 +271,15 @@ class Transformer(nn.Module):
         elif targets_BS is None:
             out.logits_BSV = self.head(x_BSD)
         else:
+            if text_BS is not None:
+                targets_BS = targets_BS.masked_fill(~text_BS, IGNORE_INDEX)
             lm, n_targets = _cross_entropy(self.head, x_BSD, targets_BS), (targets_BS != IGNORE_INDEX).sum()
         if cache is None:
             # Sums and counts only: what is made of them is made outside of a compiled graph, whose scalar outputs that
             # depend on each other torch 2.13's compiler differentiates wrongly.
-            out.sums, out.counts = Sums(lm, *_router_sums(out.routing, x_BSD)), Counts(n_targets, B, B * S)
+            sequences, tokens = (B, B * S) if text_BS is None else (text_BS.any(1).sum(), text_BS.sum())
+            out.sums = Sums(lm, *_router_sums(out.routing, x_BSD))
+            out.counts = Counts(n_targets, sequences, tokens)
         return out
 
     @torch.no_grad()
@@ -238,6 +288,7 @@ class Transformer(nn.Module):
         prompt_BS: Tensor,
         max_new_tokens: int,
         *,
+        mask_BS: Tensor | None = None,
         temperature: float = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
@@ -247,15 +298,15 @@ class Transformer(nn.Module):
 
         `moe.generate.stream` is the fast way to the same tokens; settings, and what they raise, as there.
         """
-        check_sampling(prompt_BS, temperature, top_k, top_p)
+        check_sampling(prompt_BS, temperature, top_k, top_p, mask_BS)
         (B, S), weight = prompt_BS.shape, self.embedding.weight
         n = min(max_new_tokens, max(1, self.cfg.max_seq_len + 1 - S))
         cache = KVCache(self.cfg, B, S + max(0, n - 1), weight.dtype, weight.device)
         generator = torch.Generator(weight.device).manual_seed(seed)
         tokens_BS, new_BS = prompt_BS, prompt_BS
         for _ in range(n):
-            logits_BSV = self(new_BS, cache=cache).logits_BSV
-            new_BS = sample(logits_BSV[:, -1], temperature, top_k, top_p, generator).unsqueeze(1)
+            logits_BV = last_of_text(self(new_BS, mask_BS=mask_BS, cache=cache).logits_BSV, mask_BS)
+            new_BS, mask_BS = sample(logits_BV, temperature, top_k, top_p, generator).unsqueeze(1), None
             tokens_BS = torch.cat([tokens_BS, new_BS], 1)
         return tokens_BS
 
@@ -282,23 +333,30 @@ class Transformer(nn.Module):
                 raise ValueError(f"sequence of {length} tokens, but the cache was made for {cache.max_len}")
             if batch != cache.batch:
                 raise ValueError(f"batch of {batch}, but the cache was made for {cache.batch}")
-        if self.embedding is not None and tokens.device.type == "cpu" and tokens.numel():
-            if torch.compiler.is_compiling():
-                return
-            low, high = (bound.item() for bound in tokens.aminmax())
-            if low < 0 or high >= self.cfg.vocab_size:
-                raise ValueError(
-                    f"token id {low if low < 0 else high} is outside the vocabulary of {self.cfg.vocab_size} ids "
-                    f"({self.cfg.name}): the text was encoded with another tokenizer"
-                )
+        if self.embedding is not None:
+            _check_ids("token", tokens, self.cfg)
+        if targets is not None and self.head is not None:
+            _check_ids("target", targets, self.cfg, unless=IGNORE_INDEX)
+
+
+def _check_ids(what: str, ids: Tensor, cfg: Config, unless: int | None = None) -> None:
+    """Raises ValueError for ids outside the vocabulary, where looking costs nothing."""
+    if not can_read(ids) or not ids.numel():
+        return
+    low, high = (bound.item() for bound in (ids if unless is None else ids.masked_fill(ids == unless, 0)).aminmax())
+    if low < 0 or high >= cfg.vocab_size:
+        raise ValueError(
+            f"{what} id {low if low < 0 else high} is outside the vocabulary of {cfg.vocab_size} ids ({cfg.name}): "
+            "the text was encoded with another tokenizer"
+        )
 
 
 def _seen(documents_BS: Tensor | None, device: torch.device) -> Attend:
     if documents_BS is None:
         return causal
-    if torch.compiler.is_compiling():
-        return within_documents_by_mask(documents_BS.to(device))
-    return within_documents(documents_BS)
+    if has_values(documents_BS):
+        return within_documents(documents_BS)
+    return within_documents_by_mask(documents_BS.to(device))
 
 
 def _router_sums(routing: list[Routing], like: Tensor) -> tuple[Tensor, Tensor]:
@@ -447,7 +505,9 @@ def generator_for(device: torch.device, *key: object) -> torch.Generator:
 # ------------------------------------------------------------------------------------------------------- generation
 
 
-def check_sampling(prompt_BS: Tensor, temperature: float, top_k: int, top_p: float) -> None:
+def check_sampling(
+    prompt_BS: Tensor, temperature: float, top_k: int, top_p: float, mask_BS: Tensor | None = None
+) -> None:
     """Raises ValueError for an empty prompt or a sampling setting out of range."""
     for name, value, ok, rule in (
         ("prompt", list(prompt_BS.shape), prompt_BS.ndim == 2 and prompt_BS.shape[1] > 0, "must be [B, S] with S > 0"),
@@ -457,6 +517,17 @@ def check_sampling(prompt_BS: Tensor, temperature: float, top_k: int, top_p: flo
     ):
         if not ok:
             raise ValueError(f"{name} = {value}: {rule}")
+    if mask_BS is not None and not (with_text_B := text_of(mask_BS, prompt_BS.shape).any(1)).all():
+        raise ValueError(f"prompt {int(with_text_B.int().argmin())} has no token that its mask calls text")
+
+
+def last_of_text(x_BSV: Tensor, mask_BS: Tensor | None) -> Tensor:
+    """[B, V]: what stands at the last token of each sequence, or at the last that its mask calls text."""
+    if mask_BS is None:
+        return x_BSV[:, -1]
+    S = x_BSV.shape[1]
+    last_B = S - 1 - mask_BS.to(x_BSV.device).bool().flip(1).int().argmax(1)
+    return x_BSV[torch.arange(len(last_B), device=x_BSV.device), last_B]
 
 
 def sample(

@@ -46,7 +46,7 @@ def test_some_windows_are_whole_spread_and_repeatable(data):
     again = list(evaluate.some_windows(data, 16, 320))
     assert {w[0] for w in windows} == set(data.sources)
     assert sum(len(w[2]) for w in windows) == pytest.approx(320, abs=32)
-    for (_, inputs, targets, scored), other in zip(windows, again, strict=True):
+    for (_, inputs, targets, scored, *_), other in zip(windows, again, strict=True):
         assert (inputs[1:] == targets[:-1]).all()
         assert scored.all()
         assert (targets == other[2]).all()

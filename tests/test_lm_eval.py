@@ -222,7 +222,7 @@ def test_rolling_equals_the_bits_of_evaluate(lm, model, tokenizer, words):
     ids = np.array(tokenizer.encode(text))
     data = evaluate.Texts(tokenizer, {"one": text})
     data._ids["one"] = ids  # without the end-of-text that documents have and lm-eval's do not
-    windows = [("one", *w) for w in validation_windows(data, "one", CONTEXT, CONTEXT)]  # type: ignore[arg-type]
+    windows = [evaluate.Window("one", *w) for w in validation_windows(data, "one", CONTEXT, CONTEXT)]  # type: ignore[arg-type]
     score = evaluate.evaluate(model, windows, evaluate.byte_lengths(tokenizer), batch=4)["one"]
     assert (score.tokens, score.bytes) == (len(ids), len(text.encode()))
     assert (len(ids) > CONTEXT) == (words == 60)

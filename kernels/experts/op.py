@@ -161,7 +161,7 @@ def _check_expert_mlp(
     n_experts, n_gates, n_hidden, width = w_in.shape
     if n_gates != ACTIVATIONS[activation]:
         raise ValueError(f"w_in has G = {n_gates}, but {activation} needs G = {ACTIVATIONS[activation]}")
-    if x.shape[1] != width or w_out.shape != (n_experts, width, n_hidden) or len(ids) != len(x):
+    if x.shape[1] != width or w_out.shape != (n_experts, width, n_hidden) or ids.shape[0] != x.shape[0]:
         raise ValueError(
             f"shapes do not fit together: x {list(x.shape)}, w_in {list(w_in.shape)}, w_out {list(w_out.shape)}, "
             f"ids {list(ids.shape)}"

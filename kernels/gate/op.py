@@ -34,7 +34,7 @@ def topk_gate(
     Raises:
         ValueError: `impl` cannot run here, or `given_TK` does not fit; the message says why.
     """
-    if given_TK is not None and (given_TK.shape != (len(logits_TE), top_k) or given_TK.dtype != torch.int64):
+    if given_TK is not None and (given_TK.shape != (logits_TE.shape[0], top_k) or given_TK.dtype != torch.int64):
         raise ValueError(
             f"given_TK must be int64 [{len(logits_TE)}, {top_k}]; got {given_TK.dtype} {list(given_TK.shape)}"
         )
@@ -58,7 +58,7 @@ def _topk_gate(logits: Tensor, bias: Tensor | None, given: Tensor | None, top_k:
 
 @_topk_gate.register_fake
 def _(logits, bias, given, top_k):
-    shape = len(logits), top_k
+    shape = logits.shape[0], top_k
     return logits.new_empty(shape), logits.new_empty(shape, dtype=torch.int64)
 
 
@@ -71,7 +71,7 @@ def _topk_gate_backward(dweights: Tensor, weights: Tensor, ids: Tensor, n_expert
 
 @_topk_gate_backward.register_fake
 def _(dweights, weights, ids, n_experts):
-    return weights.new_empty(len(weights), n_experts)
+    return weights.new_empty(weights.shape[0], n_experts)
 
 
 def _topk_gate_setup(ctx, inputs, output) -> None:

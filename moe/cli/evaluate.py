@@ -17,6 +17,7 @@ from tyro.conf import Positional
 from moe.cli.show import progress_bar
 
 if TYPE_CHECKING:
+    from moe.data import ConversationData
     from moe.evaluate import HeldOut, Score
     from moe.model import Transformer
     from moe.tokenizer import Tokenizer
@@ -39,7 +40,7 @@ def evaluate(
 
     Args:
         checkpoint: A run of moe train (RUN is its RUN/final), or any checkpoint of this program.
-        data: Prepared data (moe data prepare): all of its held-out text, each source apart.
+        data: Prepared data: all of its held-out text, or of conversations all held-out responses, each source apart.
         text: Text files, each scored as one document.
         tasks: Tasks of lm-eval: YAML files, or names that it knows. Needs the extra "eval".
         seq_len: The longest context. Default: what the model was trained at; for tasks all that it has.
@@ -81,12 +82,15 @@ def evaluate(
 
 
 def _score_data(model: "Transformer", place: Path, seq_len: int, batch: int) -> dict[str, Any]:
-    from moe.data import TokenData, compressed, compression, held_out_text
+    from moe.data import TokenData, compressed, compression, held_out_text, open_data
 
-    data = TokenData.open(place)
+    data = open_data(place)
     data.check_compatible(model.cfg.vocab_size)
-    compressors = {source: compressed(part) for source, part in held_out_text(data).items()}
-    figures = _score(model, data, data.tokenizer(), seq_len, batch, {**compressors, "total": compression(data)})
+    compressors = {}
+    if isinstance(data, TokenData):
+        compressors = {source: compressed(part) for source, part in held_out_text(data).items()}
+        compressors["total"] = compression(data)
+    figures = _score(model, data, data.tokenizer(), seq_len, batch, compressors)
     return {"path": str(place), "fingerprint": data.fingerprint, **figures}
 
 
@@ -116,7 +120,7 @@ def _read_text(file: Path) -> str:
 
 def _score(
     model: "Transformer",
-    data: "HeldOut",
+    data: "HeldOut | ConversationData",
     tokenizer: "Tokenizer",
     seq_len: int,
     batch: int,
@@ -136,7 +140,7 @@ def _score(
         scores = evaluate.evaluate(model, windows, lengths, batch=batch, dtype=dtype, progress=progress)
     seconds = time.perf_counter() - started
     scores = {**scores, "total": evaluate.total(scores)}
-    figures = {name: {**_figures(score), **compressors[name]} for name, score in scores.items()}
+    figures = {name: {**_figures(score), **compressors.get(name, {})} for name, score in scores.items()}
     _print_scores(figures, f"context {seq_len:,}, {str(dtype).removeprefix('torch.')}, {device}")
     print(f"{tokens:,} tokens in {seconds:.1f} s: {tokens / seconds:,.0f} tokens/s")
     speed = {"seconds": seconds, "tokens_per_second": tokens / seconds}
@@ -165,7 +169,8 @@ def _print_scores(figures: dict[str, dict[str, float]], setting: str) -> None:
         table.add_column(name, justify="right" if name else "left")
     for name, f in figures.items():
         cells = [name, f"{f['bytes']:,}", f"{f['tokens']:,}"]
-        cells += [f"{f[key]:.3f}" for key in ("bits_per_byte", "gzip", "xz")] + [f"{f['perplexity']:,.2f}"]
+        cells += [f"{f[key]:.3f}" if key in f else "" for key in ("bits_per_byte", "gzip", "xz")]
+        cells.append(f"{f['perplexity']:,.2f}")
         table.add_row(*(Text(cell) for cell in cells), style="bold" if name == "total" else "")
     # A pipe has no width to fit.
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)

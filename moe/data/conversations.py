@@ -380,7 +380,7 @@ class ConversationData:
 
     def held_out_windows(
         self, seq_len: int, n_tokens: int | None = None
-    ) -> Iterator[tuple[str, np.ndarray, np.ndarray, np.ndarray]]:
+    ) -> Iterator[tuple[str, np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
         """Held-out conversations, each a window of its own, for `moe.evaluate.evaluate`: responses are scored.
 
         Windows come by source and, so that equal ones make a batch, by length, which is rounded up to a multiple of
@@ -390,7 +390,7 @@ class ConversationData:
             n_tokens: about so many tokens of windows in all, from every n-th conversation; None for all.
 
         Yields:
-            (source, inputs int64 [S], targets int64 [S], scored bool [S]).
+            (source, inputs int64 [S], targets int64 [S], scored bool [S], text bool [S], False at padding).
         """
         tables = {source: self.table(source, "val") for source in self.sources}
         padded = {s: np.minimum(-(-(t.n_tokens - 1) // 32) * 32, seq_len) for s, t in tables.items()}
@@ -402,13 +402,13 @@ class ConversationData:
                 if window[2].any():
                     yield source, *window
 
-    def _window(self, source: str, begin: int, n_tokens: int, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _window(self, source: str, begin: int, n_tokens: int, length: int) -> tuple[np.ndarray, ...]:
         size = min(n_tokens - 1, length)
         values = np.asarray(self.values(source, "val")[begin : begin + size + 1], dtype=np.int64)
         inputs, targets = (np.full(length, self.end_id, dtype=np.int64) for _ in range(2))
         scored = np.zeros(length, dtype=bool)
         inputs[:size], targets[:size], scored[:size] = values[:-1] >> 1, values[1:] >> 1, values[1:] & 1
-        return inputs, targets, scored
+        return inputs, targets, scored, np.arange(length) < size
 
 
 def open_data(path: str | Path) -> TokenData | ConversationData:

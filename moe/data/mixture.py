@@ -90,6 +90,7 @@ class Batch(NamedTuple):
     inputs: np.ndarray  # int64
     targets: np.ndarray  # int64, -100 where there is nothing to predict
     documents: np.ndarray | None = None  # int32, equal where positions may attend to each other
+    text: np.ndarray | None = None  # bool, False at padding; None where all is text
 
 
 class Stream(Protocol):
@@ -174,6 +175,7 @@ class Mixture:
         S = self.seq_len
         inputs = np.full((count, S), self.data.eot_id, dtype=np.int64)
         targets = np.full((count, S), IGNORE, dtype=np.int64)
+        text = np.zeros((count, S), dtype=bool)
         for row, (where, window) in enumerate(zip(*self._locate(np.arange(start, start + count)), strict=True)):
             stream, begin = self.data.tokens(self._names[where], "train"), int(window) * S
             tokens = stream[max(0, begin - 1) : begin + S]
@@ -182,7 +184,9 @@ class Mixture:
             n = len(tokens) - 1 + first
             targets[row, :n] = tokens[1 - first :]
             inputs[row, first:n] = tokens[: n - first]
-        return Batch(inputs, targets, document_ids(inputs, self.data.eot_id) if self.documents else None)
+            text[row, :n] = True
+        documents = document_ids(inputs, self.data.eot_id) if self.documents else None
+        return Batch(inputs, targets, documents, None if text.all() else text)
 
     def _locate(self, ks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(index into _names, window) of samples ks, each int64 [len(ks)]."""

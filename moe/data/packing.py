@@ -147,6 +147,7 @@ class ConversationStream:
         inputs = np.full((count, self.seq_len), self.data.end_id, dtype=np.int64)
         targets = np.full((count, self.seq_len), IGNORE, dtype=np.int64)
         documents = np.zeros((count, self.seq_len), dtype=np.int32)
+        text = np.zeros((count, self.seq_len), dtype=bool)
         for row, window in enumerate(self._windows(np.arange(start, start + count))):
             place = 0
             items = self._items[self._begin[window] : self._begin[window + 1]]
@@ -158,8 +159,8 @@ class ConversationStream:
                 targets[row, place:end] = np.where(values[1:] & 1, values[1:] >> 1, IGNORE)
                 documents[row, place:end] = number
                 place = end
-            documents[row, place:] = len(items)
-        return Batch(inputs, targets, documents if self.documents else None)
+            documents[row, place:], text[row, :place] = len(items), True
+        return Batch(inputs, targets, documents if self.documents else None, None if text.all() else text)
 
     def _windows(self, ks: np.ndarray) -> np.ndarray:
         """The window that each sample is, int64 [len(ks)]."""

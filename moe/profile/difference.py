@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from moe.errors import SubjectError
-from moe.profile.subject import Subject, Window, log_probabilities
+from moe.evaluate import Window
+from moe.profile.subject import Subject, log_probabilities
 from moe.profile.trace import Comparison, Trace, compare, record
 
 

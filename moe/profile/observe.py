@@ -5,6 +5,7 @@ checkpointing) is not a pass. Shape suffixes: L layers, B batch, S sequence, T =
 token.
 """
 
+import inspect
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -30,6 +31,16 @@ class Pass(NamedTuple):
     logits_LTE: Tensor  # router logits, before any bias
     shape: tuple[int, int]  # B, S
     tokens_T: Tensor | None  # int64, where the model was called with ids
+    text_T: Tensor | None = None  # bool, False at padding; None where all is text
+
+    def text(self) -> "Pass":
+        """The same without its padding, as one sequence."""
+        if self.text_T is None:
+            return self
+        at = self.text_T.nonzero().squeeze(1)
+        ids_LTK, weights_LTK, logits_LTE = (x.index_select(1, at) for x in self[:3])
+        tokens_T = None if self.tokens_T is None else self.tokens_T[at]
+        return Pass(ids_LTK, weights_LTK, logits_LTE, (1, len(at)), tokens_T)
 
 
 def routers(model: nn.Module) -> list[nn.Module]:
@@ -54,6 +65,36 @@ def n_experts(router: nn.Module) -> int:
     """Experts of a router: the rows of its weight."""
     weight: Any = router.weight
     return len(weight)
+
+
+# What models call the token ids, and the mask of what is text.
+_CALLED_WITH = {"tokens": ("input_ids", "tokens_BS"), "mask": ("attention_mask", "mask_BS")}
+
+
+def called_with(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
+    """The token ids and the mask, [B, S] each, of a call of the model: what it has of them."""
+    given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
+    given |= given.get("kwargs", {})
+    found = {}
+    for what, names in _CALLED_WITH.items():
+        value = next((given[name] for name in names if name in given), None)
+        if isinstance(value, Tensor) and value.ndim == 2 and not value.is_floating_point():
+            found[what] = value
+    return found
+
+
+def placed(called: dict[str, Tensor], T: int) -> tuple[tuple[int, int], Tensor | None, Tensor | None]:
+    """(B, S), tokens_T and text_T of a pass of T tokens, as far as the call says."""
+    tokens, mask = called.get("tokens"), called.get("mask")
+    if tokens is not None and tokens.numel() != T:
+        tokens = None
+    if mask is not None and tokens is not None and len(mask) == len(tokens):
+        mask = mask[:, -tokens.shape[1] :]  # with a cache, a mask is also of what is in it
+    if mask is not None and mask.numel() != T:
+        mask = None
+    known = tokens if tokens is not None else mask
+    shape = (1, T) if known is None else (known.shape[0], known.shape[1])
+    return shape, None if tokens is None else tokens.flatten(), None if mask is None else mask.flatten().bool()
 
 
 @contextmanager
@@ -94,13 +135,11 @@ class _Watch:
         self._lock = threading.Lock()
         self._own = _Thread()
 
-    def begin(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        tokens = kwargs.get("input_ids", args[0] if args else None)
-        ids = isinstance(tokens, Tensor) and tokens.ndim == 2 and not tokens.is_floating_point()
-        self._own.tokens = tokens if ids else None
+    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._own.called = called_with(module, args, kwargs)
 
     def end(self, _module: nn.Module, _args: Any, output: Any) -> None:
-        self._own.tokens = None
+        self._own.called = {}
         if output is not None and not _computes_again():  # None: it ended in an exception
             with self._lock:
                 self.calls += 1
@@ -119,21 +158,18 @@ class _Watch:
                 torch.stack([part.to(where) for part in parts]) for parts in zip(*own.spoken, strict=True)
             )
             own.spoken.clear()
-            tokens = own.tokens
-            fits = tokens is not None and tokens.numel() == ids.shape[1]
-            shape = (len(tokens), tokens.shape[1]) if tokens is not None and fits else (1, ids.shape[1])
-            seen = Pass(ids, weights, logits, shape, tokens.flatten() if tokens is not None and fits else None)
+            seen = Pass(ids, weights, logits, *placed(own.called, ids.shape[1]))
             with self._lock:
                 self.on_pass(seen)
                 self.passes += 1
 
 
 class _Thread(threading.local):
-    """A thread's own pass: what the routers said so far, and the tokens that the model was called with."""
+    """A thread's own pass: what the routers said so far, and what the model was called with."""
 
     def __init__(self) -> None:
         self.spoken: list[tuple[Tensor, Tensor, Tensor]] = []
-        self.tokens: Tensor | None = None
+        self.called: dict[str, Tensor] = {}
 
 
 def _computes_again() -> bool:

@@ -25,17 +25,17 @@ from moe.experts import Router
 from moe.hf import routers as foreign
 from moe.kernels import ops
 from moe.profile.hooks import Hook, Shared, called_module, uncompiled
-from moe.profile.observe import routers
+from moe.profile.observe import called_with, placed, routers
 
-# The experts of one pass, int64 [T, K], for (layer, T, device).
-Given = Callable[[int, int, torch.device], Tensor]
+# The experts of one pass for (layer, T, N, device), N of whose T tokens are text: int64 [T, K] or [N, K].
+Given = Callable[[int, int, int, torch.device], Tensor]
 
 
 @contextmanager
 def override(model: nn.Module, next_pass: Callable[[], Given]) -> Iterator[None]:
     """Inside the block, each pass of `model` takes the experts that `next_pass()` gives for it, weighed as ever.
 
-    Compiled code runs eagerly meanwhile.
+    Padding for which none are given keeps those that its router chooses. Compiled code runs eagerly meanwhile.
 
     Raises:
         NotObservable: a router of transformers whose way of weighing is not known here.
@@ -57,10 +57,10 @@ def override(model: nn.Module, next_pass: Callable[[], Given]) -> Iterator[None]
 
 
 class _Pass:
-    """One pass: its experts, the layers that took theirs, and the passes (of other models) that it runs within."""
+    """One pass: its experts, its call, the layers that took theirs, and the passes of other models around it."""
 
-    def __init__(self, given: Given, around: "_Passes") -> None:
-        self.given = given
+    def __init__(self, given: Given, called: dict[str, Tensor], around: "_Passes") -> None:
+        self.given, self.called = given, called
         self.took: set[int] = set()
         self.around = around
 
@@ -84,7 +84,7 @@ class _Override:
     @contextmanager
     def _in_force(self) -> Iterator[None]:
         with uncompiled, _REMEMBERING, ExitStack() as handles:
-            before = self.root.register_forward_pre_hook(Hook(self._begin))
+            before = self.root.register_forward_pre_hook(Hook(self._begin), with_kwargs=True)
             after = self.root.register_forward_hook(Hook(self._end), always_call=True)
             handles.callback(before.remove)
             handles.callback(after.remove)
@@ -94,7 +94,7 @@ class _Override:
                 handles.callback(hook.remove)
             yield
 
-    def _begin(self, *_: Any) -> None:
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         again = _AGAIN.get(None)
         if again is not None:
             given = next(again.get(self, iter(())), None)
@@ -114,7 +114,7 @@ class _Override:
         for scope in _SCOPES.get(()):
             scope.begun.setdefault(self, []).append(given)
         around = {other: its for other, its in _PASSES.get({}).items() if other is not self}
-        _PASSES.set({**around, self: _Pass(given, around)})
+        _PASSES.set({**around, self: _Pass(given, called_with(module, args, kwargs), around)})
 
     def _end(self, _module: nn.Module, _args: Any, output: Any) -> None:
         this = _PASSES.get({}).get(self)
@@ -134,7 +134,7 @@ class _Override:
             this = _PASSES.get({}).get(self)
             if this is not None:
                 this.took.add(layer)
-                return _with_experts(module, output, lambda T, device: this.given(layer, T, device))
+                return _with_experts(module, output, layer, this)
             if not self.open or _AGAIN.get(None) is not None:
                 return None  # of another block's pass, computed again
             if torch._C._current_graph_task_id() != -1:
@@ -150,14 +150,20 @@ class _Override:
         return hook
 
 
-def _with_experts(module: nn.Module, output: Any, given: Callable[[int, torch.device], Tensor]) -> Any:
-    """What the router would have returned, had it chosen the experts `given(T, device)`."""
-    if isinstance(module, Router):
-        logits_TE = output.logits_TE
-        weights_TK, ids_TK = ops.topk_gate(logits_TE, module.top_k, given_TK=given(len(logits_TE), logits_TE.device))
+def _with_experts(module: nn.Module, output: Any, layer: int, this: _Pass) -> Any:
+    """What the router would have returned, had it chosen the experts of this pass."""
+    ours = isinstance(module, Router)
+    logits, _, ids = (output.logits_TE, None, output.ids_TK) if ours else output
+    own_TK = ids.flatten(0, -2)
+    text_T = placed(this.called, len(own_TK))[2]
+    n_text = len(own_TK) if text_T is None else int(text_T.sum())
+    new_TK = this.given(layer, len(own_TK), n_text, ids.device)
+    if text_T is not None and len(new_TK) < len(own_TK):
+        new_TK = own_TK.index_put((text_T.to(ids.device).nonzero().squeeze(1),), new_TK)
+    if ours:
+        weights_TK, ids_TK = ops.topk_gate(logits, module.top_k, given_TK=new_TK)
         return output._replace(ids_TK=ids_TK, weights_TK=weights_TK)
-    logits, _, ids = output
-    new = given(ids.shape[:-1].numel(), ids.device).view(ids.shape)
+    new = new_TK.view(ids.shape)
     return logits, foreign.WEIGHINGS[type(module).__name__](module, logits, new), new
 
 

@@ -63,7 +63,6 @@ class RoutingProfile:
         self.source: str | None = None  # of the passes to come
         self.passes = 0
         self.tokens = 0
-        self._pairs = 0  # consecutive tokens
         self._top_k = 0
         self._device: torch.device | None = None
         self._spans: list[tuple[int, Tensor]] = []  # (passes, counts_LE)
@@ -75,14 +74,17 @@ class RoutingProfile:
     # ------------------------------------------------------------------------------------------------------- feeding
 
     def update(self, p: Pass) -> None:
-        """Counts one forward pass. It counts the same under autocast, inference mode and any default dtype."""
+        """Counts the text of one forward pass: the same under autocast, inference mode and any default dtype."""
         device = self._device = self._device or p.ids_LTK.device  # that of the first pass, whatever runs elsewhere
-        parts = (t if t is None else t.to(device) for t in (p.ids_LTK, p.weights_LTK, p.logits_LTE, p.tokens_T))
-        ids, weights, logits, tokens = parts
+        p = p._replace(**{name: x.to(device) for name, x in p._asdict().items() if isinstance(x, Tensor)})
         with torch.no_grad(), torch.inference_mode(False), torch.autocast(device.type, enabled=False), device:
-            self._update(p._replace(ids_LTK=ids, weights_LTK=weights, logits_LTE=logits, tokens_T=tokens))
+            self._update(p)
 
     def _update(self, p: Pass) -> None:
+        row_T = torch.arange(p.shape[0]).repeat_interleave(p.shape[1])
+        if p.text_T is not None:
+            row_T = row_T[p.text_T]
+        p, B = p.text(), p.shape[0]
         ids, E = p.ids_LTK, self.n_experts
         L, T, K = ids.shape
         if self.passes and len(self._sums["counts"]) != L:
@@ -107,12 +109,13 @@ class RoutingProfile:
         for factor in self.capacity_factors:
             capacity = math.ceil(factor * T * K / E)
             self._add(f"dropped {factor}", (counts_LE - capacity).clamp(min=0).sum(1).long())
-        B, S = p.shape
-        first_LBS = ids[..., 0].view(L, B, S)
-        self._add("same_as_before", (first_LBS[..., 1:] == first_LBS[..., :-1]).sum((1, 2)))
-        self._pairs += B * (S - 1)
+        follows = row_T[1:] == row_T[:-1]
+        self._add("pairs", follows.sum())
+        self._add("same_as_before", ((ids[:, 1:, 0] == ids[:, :-1, 0]) & follows).sum(1))
         if self.source is not None:
-            self._add_source(self.source, chosen_LTE.view(L, B, S, E).sum(2).double() / (S * K))
+            chosen_LBE = chosen_LTE.new_zeros(L, B, E).index_add_(1, row_T, chosen_LTE).double()
+            has_text_B = chosen_LBE[0].sum(1) > 0
+            self._add_source(self.source, (chosen_LBE / chosen_LBE.sum(2, keepdim=True))[:, has_text_B])
         if p.tokens_T is not None and 0 < L * E * self.vocab_size <= MAX_TOKEN_COUNTS:
             self._add_tokens(ids, p.tokens_T)
         self._add_span(counts_LE.long())
@@ -246,7 +249,7 @@ class RoutingProfile:
     @property
     def repeat_rate_L(self) -> Tensor:
         """How often a token's first choice is that of the token before it."""
-        return self._sum("same_as_before").double() / max(1, self._pairs)
+        return self._sum("same_as_before").double() / self._sum("pairs").clamp(min=1)
 
     @property
     def expected_repeat_rate_L(self) -> Tensor:

@@ -7,11 +7,10 @@ import contextlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import groupby, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,8 +19,11 @@ from torch import Tensor
 
 from moe import checkpoint as checkpoints
 from moe import hf
-from moe.data import TokenData, spaced_windows
+from moe.config import TrainConfig
+from moe.data import Batch, document_ids, open_data, spaced_windows
 from moe.errors import NotObservable, SubjectError
+from moe.evaluate import Window, batches, model_inputs, some_windows
+from moe.kernels.loss import IGNORE_INDEX
 from moe.model import Transformer
 from moe.profile.observe import routers
 from moe.profile.statistics import RoutingProfile, routing
@@ -29,9 +31,6 @@ from moe.profile.trace import record
 from moe.tokenizer import Tokenizer
 
 TOKENIZER_FILE = checkpoints.TOKENIZER_FILE
-
-# (source, inputs int64 [S], targets int64 [S])
-Window = tuple[str, np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -111,13 +110,14 @@ def _through_transformers(place: Path) -> Any:
 
 
 def prepared_text(subject: Subject, directory: str | os.PathLike[str], tokens: int, seq_len: int) -> Text:
-    """About `tokens` held-out tokens of prepared data, in windows evenly spaced over each source.
+    """About `tokens` held-out tokens of prepared data, in windows evenly spaced over each source, or held-out
+    conversations, a window each.
 
     Raises:
         DataError: no prepared data, or more ids than the model has.
         SubjectError: the checkpoint comes with another tokenizer.
     """
-    data = TokenData.open(Path(directory))
+    data = open_data(Path(directory))
     data.check_compatible(subject.vocab_size)
     own, theirs = subject.path / TOKENIZER_FILE, data.path / TOKENIZER_FILE
     tokenizer = data.tokenizer()
@@ -126,9 +126,7 @@ def prepared_text(subject: Subject, directory: str | os.PathLike[str], tokens: i
             f"{directory}: was prepared with another tokenizer than {own}; prepare it with `moe data prepare "
             f"--tokenizer {own}`, or give files of text with --text"
         )
-    streams = {s: data.tokens(s, "val") for s in data.sources if len(data.tokens(s, "val"))}
-    first = dict.fromkeys(streams, data.eot_id)
-    windows = list(spaced_windows(streams, first, min(seq_len, subject.context), tokens))
+    windows = list(some_windows(data, min(seq_len, subject.context), tokens))
     return Text(windows, lambda i: repr(tokenizer.decode([i]))[1:-1])
 
 
@@ -141,7 +139,7 @@ def text_of_files(subject: Subject, files: Sequence[str], tokens: int, seq_len: 
     Raises:
         SubjectError: no tokenizer, one with more ids than the model, or a file that is not UTF-8 text of two tokens.
     """
-    encode, show = _tokenizer(subject.path / TOKENIZER_FILE)
+    encode, show, eot_id = _tokenizer(subject.path / TOKENIZER_FILE)
     streams: dict[str, list[int]] = {}
     for given in files:
         name, _, path = given.rpartition("=") if not Path(given).exists() else ("", "", given)
@@ -151,7 +149,9 @@ def text_of_files(subject: Subject, files: Sequence[str], tokens: int, seq_len: 
             raise SubjectError(f"{path}: not UTF-8 text (byte {error.start}); convert it first") from None
         except OSError as error:
             raise SubjectError(f"{path}: cannot be read ({error.strerror}); --text takes PATH or NAME=PATH") from None
-        streams.setdefault(name or Path(path).stem, []).extend(ids)
+        stream = streams.setdefault(name or Path(path).stem, [])
+        stream += [eot_id] if stream and eot_id is not None else []  # another document
+        stream += ids
     for name, ids in streams.items():
         if len(ids) < 2:
             raise SubjectError(f"text {name!r}: has {len(ids)} tokens, at least 2 are needed; give a longer file")
@@ -162,20 +162,24 @@ def text_of_files(subject: Subject, files: Sequence[str], tokens: int, seq_len: 
             )
     rest = {name: np.array(ids[1:]) for name, ids in streams.items()}
     first = {name: ids[0] for name, ids in streams.items()}
-    return Text(list(spaced_windows(rest, first, min(seq_len, subject.context), tokens)), show)
+    found = []
+    for name, inputs, targets in spaced_windows(rest, first, min(seq_len, subject.context), tokens):
+        documents = None if eot_id is None else document_ids(inputs[None], eot_id)[0]
+        found.append(Window(name, inputs, targets, np.ones(len(targets), dtype=bool), documents))
+    return Text(found, show)
 
 
-def _tokenizer(file: Path) -> tuple[Callable[[str], list[int]], Callable[[int], str]]:
-    """How to encode, special tokens at the beginning included, and how to show a token."""
+def _tokenizer(file: Path) -> tuple[Callable[[str], list[int]], Callable[[int], str], int | None]:
+    """How to encode, special tokens at the beginning included, how to show a token, and our end-of-text."""
     if not file.is_file():
         raise SubjectError(
             f"{file}: no such file, and text needs the checkpoint's own tokenizer; copy it there (transformers writes "
             "one: AutoTokenizer.from_pretrained(...).save_pretrained(...)), or give --data"
         )
     content = _json(file)
-    if "moe_tokenizer" in content:
+    if (file.parent / checkpoints.CONFIG_FILE).is_file() or "moe_tokenizer" in content:
         ours = Tokenizer.load(file)
-        return ours.encode, lambda i: repr(ours.decode([i]))[1:-1]
+        return ours.encode, lambda i: repr(ours.decode([i]))[1:-1], ours.eot_id
     try:
         import tokenizers
 
@@ -193,7 +197,7 @@ def _tokenizer(file: Path) -> tuple[Callable[[str], list[int]], Callable[[int], 
             return repr(backend.decode([token_id], skip_special_tokens=False))[1:-1]
         return repr((backend.id_to_token(token_id) or "").replace("▁", " "))[1:-1]
 
-    return lambda text: backend.encode(text).ids, show
+    return lambda text: backend.encode(text).ids, show, None
 
 
 def _vocabulary(file: Path) -> dict[str, Any]:
@@ -226,43 +230,41 @@ def profile_routing(
     """Runs the windows, `batch` at a time, and profiles each source apart; records the routing where `trace` says."""
     recording = record(subject.model, trace) if trace is not None else contextlib.nullcontext()
     with recording, routing(subject.model, subject.vocab_size) as p:
-        for p.source, inputs_BS, targets_BS in _batches(subject, windows, batch):
-            if isinstance(subject.model, Transformer):
-                subject.model(inputs_BS, targets_BS)  # the logits are never whole
-            else:
-                subject.model(input_ids=inputs_BS, logits_to_keep=1, use_cache=False)
+        for p.source, part in batches(windows, batch):
+            _run(subject, part, "targets")  # the logits are never whole
     return p
 
 
 @torch.no_grad()
 def log_probabilities(subject: Subject, windows: Iterable[Window], batch: int) -> dict[str, Tensor]:
-    """The natural logarithm of the probability of every target token, per source, in order: float32 [tokens]."""
+    """The natural logarithm of the probability of every scored target, per source, in order: float32 [tokens]."""
     found: dict[str, list[Tensor]] = {}
-    for source, inputs_BS, targets_BS in _batches(subject, windows, batch):
-        if isinstance(subject.model, Transformer):
-            logits_BSV = subject.model(inputs_BS).logits_BSV
-        else:
-            logits_BSV = subject.model(input_ids=inputs_BS, use_cache=False).logits
-        for logits_SV, targets_S in zip(logits_BSV, targets_BS, strict=True):
-            log_p_S = logits_SV.float().log_softmax(-1).gather(1, targets_S[:, None]).squeeze(1)
+    for source, part in batches(windows, batch):
+        logits_BSV = _run(subject, part, "logits")
+        for logits_SV, targets_S in zip(logits_BSV, torch.from_numpy(part.targets).to(logits_BSV.device), strict=True):
+            at = (targets_S != IGNORE_INDEX).nonzero().squeeze(1)
+            log_p_S = logits_SV[at].float().log_softmax(-1).gather(1, targets_S[at, None]).squeeze(1)
             found.setdefault(source, []).append(log_p_S.cpu())
     return {source: torch.cat(parts) for source, parts in found.items()}
 
 
-def _batches(subject: Subject, windows: Iterable[Window], batch: int) -> Iterator[tuple[str, Tensor, Tensor]]:
-    device = next(subject.model.parameters()).device
-    for (source, _), group in groupby(windows, key=lambda window: (window[0], len(window[1]))):
-        while chunk := list(islice(group, batch)):
-            inputs_BS, targets_BS = (
-                torch.from_numpy(np.stack(part)).to(device) for part in list(zip(*chunk, strict=True))[1:]
-            )
-            yield source, inputs_BS, targets_BS
+def _run(subject: Subject, batch: Batch, want: Literal["logits", "targets"]) -> Any:
+    """A forward pass, ours as its training had it -> its logits [B, S, V], or with "targets" none of use."""
+    model, device = subject.model, next(subject.model.parameters()).device
+    if isinstance(model, Transformer):
+        inputs = model_inputs(model.cfg.train, batch, device)
+        return model(**inputs if want == "targets" else inputs | {"targets_BS": None}).logits_BSV
+    inputs = model_inputs(TrainConfig(), batch, device)
+    keep = {"logits_to_keep": 1} if want == "targets" else {}
+    mask = inputs["mask_BS"]
+    mask = None if mask is None else mask.to(device)
+    return model(input_ids=inputs["tokens_BS"], attention_mask=mask, use_cache=False, **keep).logits
 
 
 def equal_windows(subject: Subject, windows: Iterable[Window], batch: int) -> Tensor:
     """Up to `batch` windows of the commonest length with the target after each, int64 [B, S + 1], on the device."""
-    lengths = Counter(len(inputs) for _, inputs, _ in windows)
+    lengths = Counter(len(inputs) for _, inputs, *_ in windows)
     length = lengths.most_common(1)[0][0]
-    rows = [np.append(inputs, targets[-1]) for _, inputs, targets in windows if len(inputs) == length]
+    rows = [np.append(inputs, targets[-1]) for _, inputs, targets, *_ in windows if len(inputs) == length]
     chosen = np.linspace(0, len(rows) - 1, min(batch, len(rows))).astype(int)
     return torch.from_numpy(np.stack([rows[i] for i in chosen])).to(next(subject.model.parameters()).device)

@@ -70,7 +70,8 @@ class Recorder:
         self._tokens = 0
 
     def add(self, p: Pass) -> None:
-        """Records one forward pass."""
+        """Records one forward pass; one with padding as a single sequence of its text."""
+        p = p.text()
         if p.ids_LTK.shape[1]:
             shape = torch.tensor([p.shape], dtype=torch.int32, device="cpu")
             self.add_rows(p.ids_LTK.transpose(0, 1), p.weights_LTK.transpose(0, 1), p.tokens_T, shape)
@@ -360,10 +361,11 @@ def replay(model: nn.Module, trace: Trace) -> Iterator[None]:
             raise TraceError(f"{trace.path}: no pass left to replay; it has {trace.tokens} tokens")
         ids_TLK = recorded.ids_TLK
 
-        def given(layer: int, tokens: int, device: torch.device) -> Tensor:
-            if len(ids_TLK) != tokens:
+        def given(layer: int, tokens: int, text: int, device: torch.device) -> Tensor:
+            if len(ids_TLK) not in (tokens, text):
+                called = f"{tokens}" if text == tokens else f"{tokens}, of which {text} are text"
                 raise TraceError(
-                    f"{trace.path}: pass {number} has {len(ids_TLK)} tokens, the model was called with {tokens}"
+                    f"{trace.path}: pass {number} has {len(ids_TLK)} tokens, the model was called with {called}"
                 )
             return ids_TLK[:, layer].to(device)
 

@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -142,16 +141,18 @@ def _train_step(run: Run, traced: bool) -> None:
     t = run.cfg.train
     count = run.schedule.batch(run.sample)
     batch = run.stream.batch(run.sample, count)
-    counts = Counts(int((batch.targets != IGNORE_INDEX).sum()), count, count * run.seq_len)
+    # Every window has text: of conversations at least one, of a source at least its last token.
+    tokens = batch.inputs.size if batch.text is None else int(batch.text.sum())
+    counts = Counts(int((batch.targets != IGNORE_INDEX).sum()), count, tokens)
     scalars: dict[str, Tensor] = {}
     counts_LE = torch.zeros_like(run.meter.counts_LE)
     passes: list[Pass] = []
     for begin in range(0, count, run.micro_batch):
         rows = slice(begin, min(begin + run.micro_batch, count))
+        part = Batch(*(None if x is None else x[rows] for x in batch))  # type: ignore[arg-type]
         with torch.autocast(run.device.type, dtype=run.dtype, enabled=run.dtype != torch.float32):
-            tokens_BS = _to(run.device, batch.inputs[rows])
-            targets_BS = _to(run.device, batch.targets[rows])
-            out: Output = run.forward(tokens_BS, targets_BS, documents_BS=_documents(run, batch, rows))
+            inputs = evaluate.model_inputs(run.cfg.train, part, run.device)
+            out: Output = run.forward(**inputs)
         assert out.sums is not None
         loss = objective(run.cfg.router, out.sums, counts)
         loss.backward()
@@ -160,7 +161,7 @@ def _train_step(run: Run, traced: bool) -> None:
             scalars[name] = scalars.get(name, 0) + value.detach()
         counts_LE += torch.stack([routing.counts_E for routing in out.routing])
         if traced:
-            passes.append(traces.routing_of(out, tokens_BS))
+            passes.append(traces.routing_of(out, inputs["tokens_BS"]))  # type: ignore[arg-type]
     scalars["grad_norm"] = torch.nn.utils.clip_grad_norm_(run.model.parameters(), t.grad_clip)
     run.optimizers.set_lr(run.schedule.lr_scale(run.sample + count))
     run.optimizers.step()
@@ -171,21 +172,10 @@ def _train_step(run: Run, traced: bool) -> None:
     run.meter.add(scalars, counts_LE)
     run.step += 1
     run.sample += count
+    run.tokens += tokens
     if passes:
         with _untimed(run):
             traces.write(run.dir, run.step, passes, run.cfg.experts.n_experts)
-
-
-def _documents(run: Run, batch: Batch, rows: slice) -> Tensor | None:
-    """Document ids, which the model reads on the CPU; None where no window crosses a boundary."""
-    if batch.documents is None or (batch.documents[rows] == batch.documents[rows, :1]).all():
-        return None
-    return torch.from_numpy(batch.documents[rows])
-
-
-def _to(device: torch.device, array: np.ndarray) -> Tensor:
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def _log(run: Run) -> None:
@@ -255,7 +245,6 @@ def _score(
         run.byte_lengths,
         batch=run.micro_batch,
         dtype=run.dtype,
-        mask_by=run.data.eot_id if isinstance(run.data, TokenData) and run.cfg.train.document_mask else None,
         progress=progress,
     )
 
@@ -284,6 +273,7 @@ def _save(run: Run) -> None:
             "stream": run.stream.fingerprint,
             "step": run.step,
             "sample": run.sample,
+            "tokens": run.tokens,
             "seconds": run.seconds,
             "marked_tokens": run.marked_tokens,
             "optimizers": run.optimizers.state_dict(),

@@ -30,7 +30,7 @@ CONFIG_FILE = "config.toml"
 
 @dataclass
 class Run:
-    """All that the steps of a run share. `step` and `sample` count what is done."""
+    """All that the steps of a run share. `step`, `sample` (windows) and `tokens` (of text) count what is done."""
 
     cfg: Config
     dir: Path
@@ -55,6 +55,7 @@ class Run:
     memory_before: int  # bytes that the process held before the model was there
     step: int = 0
     sample: int = 0
+    tokens: int = 0
     seconds: float = 0.0  # of training, without evaluation, samples and saving, up to `mark`
     mark: float = field(default_factory=time.perf_counter)
     marked_tokens: int = 0
@@ -66,10 +67,6 @@ class Run:
     @property
     def micro_batch(self) -> int:
         return self.schedule.micro_batch
-
-    @property
-    def tokens(self) -> int:
-        return self.sample * self.seq_len
 
     @property
     def complete(self) -> bool:
@@ -148,6 +145,7 @@ def open_run(
 
 def _restore(run: Run, saved: dict[str, Any]) -> None:
     run.step, run.sample, run.seconds = saved["step"], saved["sample"], saved["seconds"]
+    run.tokens = saved.get("tokens", run.sample * run.seq_len)
     run.marked_tokens = saved["marked_tokens"]
     run.optimizers.load_state_dict(saved["optimizers"])
     run.meter.load_state_dict(saved["meter"])

@@ -19,8 +19,9 @@ def routing_of(out: Output, tokens_BS: Tensor) -> Pass:
     """What a forward pass reports of its routing; no hooks, so that a compiled model reports it too."""
     parts = ([getattr(r, name).detach() for r in out.routing] for name in ("ids_TK", "weights_TK", "logits_TE"))
     ids_LTK, weights_LTK, logits_LTE = map(torch.stack, parts)
-    batch, length = tokens_BS.shape
-    return Pass(ids_LTK, weights_LTK, logits_LTE, (batch, length), tokens_BS.flatten())
+    text_BS, (batch, length) = out.routing[0].text_BS, tokens_BS.shape
+    text_T = None if text_BS is None else text_BS.flatten()
+    return Pass(ids_LTK, weights_LTK, logits_LTE, (batch, length), tokens_BS.flatten(), text_T)
 
 
 def write(run_dir: Path, step: int, passes: list[Pass], n_experts: int) -> Path:

@@ -328,9 +328,11 @@ def test_what_is_too_long_is_cut_or_left_out_with_a_notice(tokenizer: Tokenizer,
 def test_held_out_windows_score_the_held_out_responses(prepared: Prepared) -> None:
     data = prepared.data
     tokenizer, found = data.tokenizer(), []
-    for source, inputs, targets, scored in data.held_out_windows(64):
+    for source, inputs, targets, scored, is_text in data.held_out_windows(64):
         assert source == "talk"
         assert len(inputs) in (32, 64)
+        assert (inputs[~is_text] == data.end_id).all()
+        assert is_text.tolist() == sorted(is_text.tolist(), reverse=True), "padding is behind the text"
         last = int(np.flatnonzero(scored)[-1])
         found.append(tokenizer.decode([*inputs[: last + 1].tolist(), int(targets[last])]))
         assert tokenizer.decode(targets[scored].tolist()).startswith(("answer", "again"))

@@ -186,7 +186,7 @@ def test_the_loss_is_that_of_the_model_on_all_held_out_tokens(climbed_once, data
     model, data = moe.load(place / row["name"] / "final"), TokenData.open(data_dir)
     nats, count = 0.0, 0
     with torch.no_grad():
-        for _, inputs, targets, scored in evaluate.all_windows(data, 16):
+        for _, inputs, targets, scored, *_ in evaluate.all_windows(data, 16):
             logits = model(torch.from_numpy(inputs)[None]).logits_BSV[0].double()
             chosen = torch.from_numpy(targets)[scored]
             nats -= logits.log_softmax(-1)[scored].gather(1, chosen[:, None]).sum().item()

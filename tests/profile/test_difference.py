@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import moe
+from moe.evaluate import Window
 from moe.profile import Recorder, Trace
 from moe.profile.difference import Reading, compare_readings, log_probability_change
 from moe.profile.observe import Pass
@@ -98,7 +99,7 @@ def test_several_sources_are_summed_up(tmp_path: Path) -> None:
     window = np.arange(3)
     log_p = {"prose": [-1.0, -2.0], "verse": [-3.0]}, {"prose": [-1.5, -2.5], "verse": [-1.0]}
     for sources, want in ((["prose"], None), (["prose", "verse"], (-0.5 - 0.5 + 2.0) / 3)):
-        windows = [(source, window, window + 1) for source in sources]
+        windows = [Window(source, window, window + 1, window >= 0) for source in sources]
         readings = [
             Reading(tmp_path / name, windows, {s: torch.tensor(found[s]) for s in sources}, Trace.open(tmp_path / name))
             for name, found in zip(("one", "other"), log_p, strict=True)

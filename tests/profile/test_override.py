@@ -309,6 +309,40 @@ def test_whoever_watches_sees_what_the_experts_get(trace: Trace, tmp_path: Path)
         assert torch.equal(next(iter(Trace.open(tmp_path / name))).ids_TLK, want)
 
 
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_:FutureWarning")
+@pytest.mark.parametrize("kind", [Ours, Theirs])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_batches(kind: Callable[[], Subject], side: str, tmp_path: Path) -> None:
+    """A trace holds the experts of text: padding keeps what its router chooses, and changes nothing of the text."""
+    s, x = kind(), tokens(0)
+    mask = torch.ones_like(x, dtype=torch.bool)
+    mask[1, : 4 if side == "left" else 0] = mask[1, 9 if side == "left" else 5 :] = False
+    named = {"mask_BS": mask} if isinstance(s, Ours) else {"attention_mask": mask.long()}
+    g = torch.Generator().manual_seed(3)
+    n = int(mask.sum())
+    ids = torch.rand(2, n, E, generator=g).topk(2).indices
+    with Recorder(tmp_path / "t", E) as recorder:
+        recorder.add(Pass(ids, torch.full(ids.shape, 0.5), torch.zeros(1), (1, n), None))
+    with replay(s.model, Trace.open(tmp_path / "t")), record(s.model, tmp_path / "again"):
+        s.model(x, **named)
+    assert torch.equal(next(iter(Trace.open(tmp_path / "again"))).ids_TLK, ids.transpose(0, 1))
+    found = []
+    for _ in range(2):
+        with replay(s.model, Trace.open(tmp_path / "t")):
+            out = s.model(x, **named)
+        logits = out.logits_BSV if isinstance(s, Ours) else out.logits
+        s.model.zero_grad()
+        logits[mask].square().sum().backward()
+        found.append([logits[mask], *(p.grad.clone() for p in s.model.parameters())])
+        s.checkpoint(s.modes[-1])
+    assert all(rel(a, b) < 1e-5 for a, b in zip(*found, strict=True))
+    with (
+        replay(s.model, Trace.open(tmp_path / "t")),
+        pytest.raises(TraceError, match=f"has {n} tokens.* called with 18$"),
+    ):
+        s.model(x)
+
+
 # ------------------------------------------------------------------------------------------ what cannot be replayed
 
 

@@ -15,9 +15,19 @@ from torch import Tensor
 
 import moe
 from moe.errors import NotObservable
-from moe.profile import RoutingProfile, Trace, closest_pairs, expert_similarity, observe, record, routing, tables
+from moe.profile import (
+    RoutingProfile,
+    Trace,
+    closest_pairs,
+    compare,
+    expert_similarity,
+    observe,
+    record,
+    routing,
+    tables,
+)
 from moe.profile.observe import Pass
-from tests.conftest import rel
+from tests.conftest import rel, tiny_config
 from tests.hf_models import MODELS, build
 
 E, K, V = 6, 2, 40
@@ -399,6 +409,39 @@ def test_transformers_models(name: str) -> None:
         for t, v in enumerate(token):
             words[layer, ids[layer, t], v] += 1
     assert torch.equal(p.token_counts_LEV, words)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", ["ours", "Mixtral"])
+def test_padding_is_not_profiled(name: str, side: str, tmp_path: Path) -> None:
+    """Two texts of 30 and 4 tokens in a batch of 2 x 30: 34 tokens, whose figures are those of the texts alone."""
+    model: Any = build(name) if name != "ours" else moe.Transformer(tiny_config(vocab_size=97))
+    g = torch.Generator().manual_seed(2)
+    texts = [torch.randint(3, 97, (n,), generator=g) for n in (30, 4)]
+    tokens, mask = torch.zeros(2, 30, dtype=torch.int64), torch.zeros(2, 30, dtype=torch.int64)
+    for row, text in enumerate(texts):
+        at = slice(30 - len(text), 30) if side == "left" else slice(0, len(text))
+        tokens[row, at], mask[row, at] = text, 1
+    with torch.no_grad(), record(model, tmp_path / "padded"), routing(model, 97) as padded:
+        padded.source = "it"
+        if name == "ours":
+            model(tokens, mask_BS=mask)
+        else:
+            model(input_ids=tokens, attention_mask=mask)
+    with torch.no_grad(), record(model, tmp_path / "alone"), routing(model, 97) as alone:
+        alone.source = "it"
+        for text in texts:
+            model(text[None])
+    assert padded.tokens == alone.tokens == 34
+    for figure in ("counts_LE", "first_counts_LE", "coactivation_LEE", "next_layer_counts", "token_counts_LEV"):
+        assert torch.equal(getattr(padded, figure), getattr(alone, figure)), figure
+    for figure in ("weight_LE", "router_entropy_L", "top_weight_L", "repeat_rate_L"):
+        assert rel(getattr(padded, figure), getattr(alone, figure)) < 1e-5, figure
+    assert padded.sources["it"].sequences == 2
+    assert rel(padded.sources["it"].mean_LE, alone.sources["it"].mean_LE) < 1e-6
+    difference = compare(Trace.open(tmp_path / "padded"), Trace.open(tmp_path / "alone"))
+    assert difference.tokens == 34
+    assert difference.moved_L.sum() == 0
 
 
 def test_an_interrupted_pass_leaves_nothing_behind() -> None:

@@ -12,7 +12,7 @@ import moe
 from moe.data import prepare
 from moe.profile.subject import log_probabilities, open_subject, text_of_files
 from moe.tokenizer import Tokenizer, train_bpe
-from tests.conftest import rel, run_cli
+from tests.conftest import rel, run_cli, tiny_config
 from tests.hf_models import MODELS, build
 
 PROSE = "and so it was that the old man went on to the sea, " * 2
@@ -119,18 +119,25 @@ def test_a_tokenizer_that_marks_spaces(tmp_path: Path) -> None:
     backend.save(str(tmp_path / "model" / "tokenizer.json"))
     (tmp_path / "t.txt").write_text("the sea the the")
     text = text_of_files(open_subject(tmp_path / "model"), [str(tmp_path / "t.txt")], 100, 100)
-    ((source, inputs, targets),) = text.windows
+    ((source, inputs, targets, *_),) = text.windows
     assert (source, inputs.tolist(), targets.tolist()) == ("t", [0, 1, 2, 1], [1, 2, 1, 1])
     assert [text.show(i) for i in range(3)] == ["<s>", " the", " sea"]
 
 
 def test_files_of_one_name_are_one_source(tmp_path: Path, texts: Path, tokenizer: Tokenizer) -> None:
-    saved("Mixtral", tmp_path / "model", tokenizer)
-    subject = open_subject(tmp_path / "model")
-    found = text_of_files(subject, [f"all={texts / 'a.py'}", f"all={texts / 'tale.txt'}"], 10**6, 10**6)
-    ((source, inputs, _),) = found.windows
-    assert source == "all"
-    assert inputs.tolist() == (tokenizer.encode(CODE) + tokenizer.encode(PROSE))[:-1]
+    """With an end-of-text between them where it is ours: its documents."""
+    saved("Mixtral", tmp_path / "theirs", tokenizer)
+    moe.save(moe.Transformer(tiny_config(vocab_size=400, max_seq_len=512)), tmp_path / "ours", tokenizer=tokenizer)
+    code, prose = tokenizer.encode(CODE), tokenizer.encode(PROSE)
+    for name, between in (("theirs", []), ("ours", [tokenizer.eot_id])):
+        subject = open_subject(tmp_path / name)
+        found = text_of_files(subject, [f"all={texts / 'a.py'}", f"all={texts / 'tale.txt'}"], 10**6, 10**6)
+        ((source, inputs, _, _, documents, _),) = found.windows
+        assert source == "all"
+        assert inputs.tolist() == [*code, *between, *prose][:-1]
+        if between:
+            assert documents is not None
+            assert documents.tolist() == [0] * len(code) + [1] * len(prose)
 
 
 def test_what_bad_models_and_texts_get(

@@ -18,6 +18,7 @@ from moe.model import Transformer
 from moe.tokenizer import train_bpe
 from moe.train import loop, train
 from moe.train.finetune import recipe
+from tests.conftest import rel, run_cli
 
 ANIMALS = ("cat", "dog", "owl", "fox", "hen", "cow", "pig", "ant")
 SOUNDS = ("meow", "woof", "hoot", "yip", "cluck", "moo", "oink", "none")
@@ -96,7 +97,7 @@ def test_the_first_loss_is_that_of_the_responses_each_seen_alone(
     batch = ConversationStream(data, 48, short.train.seed).batch(0, 4)
     assert batch.documents is not None
     model, total, count = moe.load(base).double(), 0.0, 0
-    for inputs, targets, documents in zip(*map(torch.from_numpy, batch), strict=True):
+    for inputs, targets, documents in zip(*map(torch.from_numpy, batch[:3]), strict=True):
         for number in documents.unique():
             here = documents == number
             if (targets[here] == IGNORE).all():
@@ -105,6 +106,44 @@ def test_the_first_loss_is_that_of_the_responses_each_seen_alone(
             total += torch.nn.functional.cross_entropy(logits, targets[here], reduction="sum").item()
             count += int((targets[here] != IGNORE).sum())
     assert records(tmp_path / "run", "train")[0]["lm"] == pytest.approx(total / count, rel=tolerance)
+
+
+def test_padding_counts_nowhere(data: ConversationData, cfg: Config, tmp_path: Path) -> None:
+    """Losses, loads, biases, tokens: of one window that is mostly padding, as of its conversation alone."""
+    batch = ConversationStream(data, 64, 0).batch(0, 1)
+    assert batch.text is not None
+    n = int(batch.text.sum())
+    base = tmp_path / "base"
+    biased = cfg.with_overrides(["max_seq_len=64", "router.bias_update_rate=0.01"])
+    checkpoint.save(Transformer(biased, seed=5), base, tokenizer=data.tokenizer())
+    changes = ["steps=1", "seq_len=64", "batch_size=1", "micro_batch=1", "dtype=fp32", "eval_every=0", "log_every=1"]
+    overrides = [f"train.{change}" for change in changes]
+    train(recipe(base, data, epochs=1, lora=True, overrides=overrides), data.path, tmp_path / "run", start_from=base)
+    (record,) = records(tmp_path / "run", "train")
+    assert n < 60
+    assert record["tokens"] == record["batch_tokens"] == n
+
+    model = moe.load(base)
+    tokens, targets, documents = (torch.from_numpy(x[:, :n]) for x in batch[:3])  # type: ignore[index]
+    out = model(tokens, targets, documents_BS=documents)
+    for name, value in out.losses.items():
+        assert record[name] == pytest.approx(value.item(), rel=1e-5), name
+    counts_LE = torch.stack([r.counts_E for r in out.routing])
+    assert rel(torch.tensor(record["load"]), counts_LE / counts_LE.sum(1, keepdim=True)) < 1e-6
+    for block, counts_E in zip(moe.load(tmp_path / "run" / "final").blocks, counts_LE, strict=True):
+        want = 0.01 * torch.sign(counts_E.double().mean() - counts_E.double())
+        assert rel(block.moe.router.bias_E, want) < 1e-6  # type: ignore[union-attr]
+
+
+def test_a_fine_tune_is_evaluated_as_it_was_trained(
+    data: ConversationData, base: Path, short: Config, tmp_path: Path
+) -> None:
+    train(short, data.path, tmp_path / "run", start_from=base)
+    out = tmp_path / "eval.json"
+    assert run_cli("eval", tmp_path / "run" / "final", "--data", data.path, "--out", out) == 0
+    found = json.loads(out.read_text())["data"]["scores"]["animals"]["bits_per_byte"]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert found == pytest.approx(summary["bits_per_byte"]["animals"], rel=1e-5)
 
 
 def test_an_interrupted_fine_tune_goes_on_to_the_same_weights(

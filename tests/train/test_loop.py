@@ -8,15 +8,19 @@ import pytest
 import torch
 
 import moe
+from moe import evaluate
 from moe.config import RouterConfig, TrainConfig
-from moe.data import TokenData, prepare
+from moe.data import Mixture, TokenData, prepare
 from moe.errors import CheckpointError, ConfigError, DataError, TrainError
+from moe.evaluate import some_windows
 from moe.plan.calibrate import read_steps
+from moe.profile import Trace
+from moe.profile.subject import log_probabilities, open_subject
 from moe.train import loop, state, train
 from moe.train.metrics import read_metrics
 from moe.train.schedule import Schedule
 from moe.train.watch import Watch
-from tests.conftest import rel
+from tests.conftest import rel, run_cli
 
 
 @pytest.fixture(autouse=True)
@@ -342,6 +346,48 @@ def test_micro_batches_of_unequal_windows_give_the_gradient_of_the_whole_batch(c
     for key in ("loss", "lm", "balance", "z", "grad_norm"):
         assert [r[key] for r in runs["parts"]] == pytest.approx([r[key] for r in runs["whole"]], rel=1e-4)
     assert len({r["grad_norm"] for r in runs["whole"]}) > 10
+
+
+def test_what_attention_was_kept_inside_holds_outside_of_training_too(cfg, data_dir, tmp_path, capsys):
+    """`moe eval`, `moe profile` and `moe profile compare` of a run with a document mask do what the run did."""
+    cfg = cfg.with_overrides(["train.document_mask=true", "train.steps=10", "train.lr=0.02", "train.dtype=fp32"])
+    train(cfg, data_dir, tmp_path / "run")
+    final, out = tmp_path / "run" / "final", tmp_path / "eval.json"
+    assert run_cli("eval", final, "--data", data_dir, "--out", out) == 0
+    found = json.loads(out.read_text())["data"]["scores"]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    for source, bits in summary["bits_per_byte"].items():
+        assert found[source]["bits_per_byte"] == pytest.approx(bits, rel=1e-5)
+
+    model, data = moe.load(final), TokenData.open(data_dir)
+    windows = list(some_windows(data, 16, 400))
+    crossed, counts = 0, 0
+    for window in windows:
+        documents = torch.from_numpy((window.inputs == data.eot_id).cumsum())[None]
+        tokens = torch.from_numpy(window.inputs)[None]
+        crossed += not torch.equal(model(tokens).logits_BSV, model(tokens, documents_BS=documents).logits_BSV)
+        counts += torch.stack([r.counts_E for r in model(tokens, documents_BS=documents).routing])
+    assert crossed > 3
+    arguments = ["--data", data_dir, "--tokens", 400, "--seq-len", 16]
+    assert (
+        run_cli("profile", "routing", final, *arguments, "--out", tmp_path / "p.json", "--trace", tmp_path / "t") == 0
+    )
+    assert Trace.open(tmp_path / "t").counts_PLE().sum(0).tolist() == counts.tolist()
+    subject = open_subject(final)
+    log_p = log_probabilities(subject, windows, 3)
+    scores = evaluate.evaluate(model, windows, evaluate.byte_lengths(data.tokenizer()), batch=4)
+    for source, score in scores.items():
+        assert -log_p[source].sum().item() / math.log(2) == pytest.approx(score.bits, rel=1e-5)
+
+
+def test_the_padding_behind_the_last_window_of_a_source_counts_nowhere(cfg, data_dir):
+    stream = Mixture(TokenData.open(data_dir), 16, 0)
+    batch = stream.batch(0, stream.windows_per_epoch)
+    n = sum(len(stream.data.tokens(source, "train")) for source in stream.data.sources)
+    assert batch.text is not None
+    assert batch.text.sum() == n
+    assert (batch.targets[~batch.text] == -100).all()
+    assert (batch.targets[batch.text] != -100).all()
 
 
 def test_a_stage_begins_with_the_weights_of_another(cfg, data_dir, tmp_path):
