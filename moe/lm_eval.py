@@ -13,13 +13,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from moe import checkpoint as checkpoints
+from moe.data import Batch, document_ids
 from moe.device import pick_device, pick_dtype
 from moe.errors import ConfigError, DataError
+from moe.evaluate import model_inputs
 from moe.generate import TextStream, stream
+from moe.kernels.loss import IGNORE_INDEX
 from moe.model import Transformer
 from moe.tokenizer import Tokenizer
 
@@ -178,9 +182,11 @@ class MoeLM(TemplateLM):
         self, inputs: Sequence[tuple[int, ...]], targets: Sequence[Sequence[tuple[int, list[int]]]]
     ) -> Iterator[tuple[int, tuple[float, bool]]]:
         """(number of the request, answer) for the requests that end each of the inputs."""
-        length = max(map(len, inputs))
-        padded = [[*ids, *[self.eot_token_id] * (length - len(ids))] for ids in inputs]  # attention is causal
-        x_BSD = self._hidden(torch.tensor(padded, device=self._device))
+        text_BS = np.arange(max(map(len, inputs))) < np.array([[len(ids)] for ids in inputs])
+        tokens_BS = np.full(text_BS.shape, self.eot_token_id, dtype=np.int64)
+        tokens_BS[text_BS] = np.concatenate(inputs)
+        documents_BS = document_ids(tokens_BS, self.eot_token_id)
+        x_BSD = self._hidden(Batch(tokens_BS, np.full_like(tokens_BS, IGNORE_INDEX), documents_BS, text_BS))
         for x_SD, ids, ends in zip(x_BSD, inputs, targets, strict=True):
             most = max(len(continuation) for _, continuation in ends)
             x_ND = x_SD[len(ids) - most : len(ids)]
@@ -191,8 +197,11 @@ class MoeLM(TemplateLM):
                 rows = slice(most - len(continuation), most)
                 yield i, (float(logp[rows, column].sum()), bool(greedy[rows, column].all()))
 
-    def _hidden(self, tokens_BS: Tensor) -> Tensor:
-        """What the output layer gets, [B, S, D]. All logits at once would be S x V; only some are wanted."""
+    def _hidden(self, batch: Batch) -> Tensor:
+        """What the output layer gets, [B, S, D], of the model called as in training, its padding masked.
+
+        All logits at once would be S x V; only some are wanted.
+        """
         seen: list[Tensor] = []
 
         def keep(module: torch.nn.Module, arguments: tuple[Tensor]) -> tuple[Tensor]:
@@ -202,7 +211,7 @@ class MoeLM(TemplateLM):
         hook = self.model.head.register_forward_pre_hook(keep)
         try:
             with self._autocast():
-                self.model(tokens_BS)
+                self.model(**model_inputs(self.model.cfg.train, batch, self._device) | {"targets_BS": None})
         finally:
             hook.remove()
         return seen[0]

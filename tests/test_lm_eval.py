@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import moe
-from moe import evaluate
+from moe import evaluate, profile
 from moe.data import validation_windows
 from moe.errors import ConfigError, DataError
 from moe.tokenizer import train_bpe
@@ -119,7 +119,7 @@ def test_is_greedy_where_the_model_would_write_it(lm, model, tokenizer):
 def test_equal_inputs_run_once(lm, monkeypatch):
     rows = []
     hidden = lm._hidden
-    monkeypatch.setattr(lm, "_hidden", lambda tokens: rows.append(len(tokens)) or hidden(tokens))
+    monkeypatch.setattr(lm, "_hidden", lambda batch: rows.append(len(batch.inputs)) or hidden(batch))
     lm._loglikelihood_tokens([(None, [1, 2, 3], [i]) for i in range(20)], disable_tqdm=True)
     assert sum(rows) == 1
 
@@ -321,6 +321,38 @@ def test_the_entry_point_is_the_one_that_lm_eval_documents():
     models = Registry("model", base_cls=LM)
     models.register("moe", target=importlib.metadata.EntryPoint("moe", declared, "lm_eval.models"))
     assert models.get("moe") is MoeLM
+
+
+# ------------------------------------------------------------------------------------------- as the model was trained
+
+
+@pytest.mark.parametrize("kept_apart", [False, True])
+def test_attention_is_kept_inside_documents_where_training_had_it_so(model, tokenizer, kept_apart):
+    """A request that holds an end-of-text: what stands before it is seen, or is not."""
+    apart = moe.Transformer(model.cfg.with_overrides([f"train.document_mask={str(kept_apart).lower()}"]))
+    apart.load_state_dict(model.state_dict())
+    lm = MoeLM(model=apart, tokenizer=tokenizer, batch_size=2)
+    before, after = [11, 12, 13], [tokenizer.eot_id, 20, 21]
+    asked = [(None, before + after, [22, 23]), (None, [30], [31])]
+    found = lm._loglikelihood_tokens(asked, disable_tqdm=True)[0][0]
+    seen = after if kept_apart else before + after
+    with torch.no_grad():
+        logits_SV = model(torch.tensor([[*seen, 22]])).logits_BSV[0, -2:].double()
+    want = logits_SV.log_softmax(-1)[[0, 1], [22, 23]].sum().item()
+    assert found == pytest.approx(want, rel=1e-5)
+
+
+def test_padding_is_seen_by_no_router(model, tokenizer):
+    """Requests of several lengths, in one batch and each alone."""
+    pairs = [("the cat sat", " on"), ("two", " " + sentence(2, 12)), (sentence(4, 9), " mat")]
+    counts = []
+    for size in (1, 3):
+        lm = MoeLM(model=model, tokenizer=tokenizer, batch_size=size)
+        with profile.routing(model, model.cfg.vocab_size) as p:
+            lm.loglikelihood(requests("loglikelihood", pairs), disable_tqdm=True)
+        counts.append((p.tokens, p.counts_LE.tolist(), p.token_counts_LEV.sum((0, 1)).tolist()))
+    assert counts[0] == counts[1]
+    assert counts[0][0] == sum(len(tokenizer.encode("".join(pair))) - 1 for pair in pairs)
 
 
 # ------------------------------------------------------------------------------------------------------------ tasks
