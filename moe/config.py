@@ -184,7 +184,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _positive("train.", self, "steps", "batch_size", "lr", "muon_lr", "embedding_lr", "grad_clip", "log_every")
-        intervals = ("eval_every", "eval_tokens", "final_eval_tokens", "sample_every", "save_every")
+        intervals = "eval_every", "eval_tokens", "final_eval_tokens", "sample_every", "save_every"
         _not_negative("train.", self, "", "seq_len", "micro_batch", "warmup", *intervals, "weight_decay")
         for name in ("min_lr", "decay"):
             require(0 <= getattr(self, name) <= 1, f"train.{name}", getattr(self, name), "is a fraction: 0 to 1")
