@@ -4,6 +4,7 @@ As in main.py, the command imports what it needs when it runs.
 """
 
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
