@@ -121,28 +121,28 @@ def flop(cfg: Config, windows: float) -> float:
     return device_step_work(cfg)["step.flops"].to("FLOP") * windows / cfg.train.batch_size
 
 
-MAX_TRIAL_SECONDS = 5.0  # of a pass through two layers, at the device's best rate
+TRIAL_SECONDS, MAX_TRIAL_SECONDS = 0.3, 3.0  # of a pass through two layers, at the device's best rate
 
 
 def trial_step(cfg: Config, micro_batch: int, dtype: torch.dtype, device: torch.device, rate: float) -> float | None:
     """Seconds of an optimizer step, from steps of models of one and of two layers, which are built for it.
 
-    None where two layers would need more than half of the memory or too long. `rate` is the device's, FLOP/s.
+    They take as many windows at a time as `micro_batch` or, where that would last, fewer. None where two layers would
+    need more than half of the memory or one window too long. `rate` is the device's, FLOP/s.
     """
-    two = replace(cfg, n_layers=2, dense=None, train=replace(cfg.train, batch_size=micro_batch, micro_batch=0))
-    need = process_memory(two, micro_batch, dtype, device, 0)
-    if need > memory_available(device) / 2 or flop(two, micro_batch) / rate > MAX_TRIAL_SECONDS:
+    two = replace(cfg, n_layers=2, dense=None)
+    windows = micro_batch
+    while windows > 1 and flop(two, windows) / rate > TRIAL_SECONDS:
+        windows = math.ceil(windows / 2)
+    two = replace(two, train=replace(cfg.train, batch_size=windows, micro_batch=0, batch_ramp=""))
+    need = process_memory(two, windows, dtype, device, 0)
+    if need > memory_available(device) / 2 or flop(two, windows) / rate > MAX_TRIAL_SECONDS:
         return None
-    (one_pass, one_update), (two_pass, two_update) = (
-        _trial(replace(two, n_layers=n), micro_batch, dtype, device) for n in (1, 2)
+    one, both = (_trial(replace(two, n_layers=n), windows, dtype, device) for n in (1, 2))
+    passed, updated = (
+        first + (cfg.n_layers - 1) * max(0.0, second - first) for first, second in zip(one, both, strict=True)
     )
-    passes = math.ceil(cfg.train.batch_size / micro_batch)
-    more = cfg.n_layers - 1
-    return (
-        passes * (one_pass + more * max(0.0, two_pass - one_pass))
-        + one_update
-        + more * max(0.0, two_update - one_update)
-    )
+    return cfg.train.batch_size / windows * passed + updated
 
 
 def _trial(cfg: Config, micro_batch: int, dtype: torch.dtype, device: torch.device) -> tuple[float, float]:
