@@ -9,6 +9,7 @@ from typing import Any
 
 from tyro.conf import Positional
 
+from moe.cli import usage
 from moe.cli.flags import Flag, Settings, assignments
 from moe.cli.train import print_forecast
 
@@ -56,7 +57,11 @@ def finetune(
     if dry_run:
         print_forecast(cfg, data, device)
         return 0
-    how: dict[str, Any] = {"resume": "never" if fresh else "auto", "device": device, "reporter": console.reporter()}
+    how: dict[str, Any] = {
+        "resume": "never" if fresh else "auto",
+        "device": device,
+        "reporter": usage.speaking(console.reporter(), "--out", "--fresh"),
+    }
     result = train(cfg, data, out, start_from=checkpoint, lora=adapters, **how)
     if result.status == "stopped":
         with contextlib.suppress(OSError):  # the terminal may be what was closed

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg
 
+from moe.cli import usage
 from moe.cli.data import default_data, default_place
 from moe.cli.flags import Flag, Settings, assignments
 
@@ -60,7 +61,7 @@ def train(
         resume=resume,
         start_from=from_,
         device=device,
-        reporter=console.reporter(),
+        reporter=usage.speaking(console.reporter(), "--out", "--fresh"),
         trace_every=trace_every,
     )
     if result.status == "stopped":

@@ -23,6 +23,16 @@ def can_draw() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
+def require() -> None:
+    """Before work that ends in pictures.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    if not can_draw():
+        raise ImportError('pictures need matplotlib: pip install "gpt4-moe[plot]"')
+
+
 def shown_layers(n_layers: int) -> np.ndarray:
     """The layers that get a panel."""
     return np.unique(np.linspace(0, n_layers - 1, min(n_layers, MAX_LAYERS)).round().astype(int))
@@ -34,10 +44,8 @@ def figure(rows: int, columns: int, width: float, height: float) -> tuple[Any, l
     Raises:
         ImportError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError('pictures need matplotlib: pip install "gpt4-moe[plot]"') from error
+    require()
+    from matplotlib.figure import Figure
 
     whole = Figure(figsize=(width * columns, height * rows), layout="constrained")
     whole.get_layout_engine().set(w_pad=0.12, h_pad=0.12, wspace=0.04, hspace=0.04)  # type: ignore[union-attr]

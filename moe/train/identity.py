@@ -58,12 +58,13 @@ def check_same(saved: Mapping[str, Any], now: Record, run_dir: Path) -> None:
         if key in saved and before != given:
             raise ConfigError(
                 f"{run_dir} holds a run {say(saved[key])}, and this is one {say(now[key])}: give what it had, choose "
-                "another directory (--out), or start anew (--fresh)"
+                "another directory (`run_dir`), or start anew (`resume='never'`)"
             )
     if "data" in saved and saved["data"] != now["data"]:
         raise DataError(
             f"{run_dir} holds a run on other data, another stream of tokens (fingerprint {saved['data'][:12]}, here "
-            f"{now['data'][:12]}): give the data it had, choose another directory (--out), or start anew (--fresh)"
+            f"{now['data'][:12]}): give the data it had, choose another directory (`run_dir`), or start anew "
+            "(`resume='never'`)"
         )
 
 
@@ -77,7 +78,7 @@ def _lora(settings: Any) -> str:
 
 
 def _from(begun: Any) -> str:
-    return f"begun with the weights of {begun['path']}" if begun else "begun without another's weights (--from)"
+    return f"begun with the weights of {begun['path']}" if begun else "begun without another's weights (`start_from`)"
 
 
 def check_complete(
@@ -97,8 +98,8 @@ def check_complete(
     if done < schedule.windows and any(key in changed for key in state.LENGTH):
         if state.latest(run_dir) is None:
             raise ConfigError(
-                f"{run_dir} has no checkpoint left to go on from: begin another run with its weights (--from "
-                f"{run_dir / FINAL}, another --out)"
+                f"{run_dir} has no checkpoint left to go on from: begin another run with its weights ("
+                f"`start_from={run_dir / FINAL}`, another `run_dir`)"
             )
         return False
     wrong = [f"{key} (was {v[0]!r}, now {v[1]!r})" for key, v in changed.items() if key in state.RATES]
@@ -112,7 +113,7 @@ def check_complete(
     if wrong:
         raise ConfigError(
             f"{run_dir} holds a run that is complete, and this asks for another: {', '.join(wrong)}. Choose another "
-            "directory (--out), start anew (--fresh), or set a greater train.steps to go on"
+            "directory (`run_dir`), start anew (`resume='never'`), or set a greater train.steps to go on"
         )
     return True
 
@@ -123,7 +124,7 @@ def check_ahead(saved: Mapping[str, Any], schedule: Schedule, run_dir: Path) -> 
         raise ConfigError(
             f"{run_dir} has had {saved['sample'] * schedule.seq_len:,} tokens in {saved['step']:,} steps already, and "
             f"train.steps or train.tokens asks for {schedule.windows * schedule.seq_len:,}: give that many or more, "
-            "choose another directory (--out), or start anew (--fresh)"
+            "choose another directory (`run_dir`), or start anew (`resume='never'`)"
         )
 
 

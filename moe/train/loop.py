@@ -98,7 +98,9 @@ def train(
     with Stop() as stop, devices.callers_state(where), ExitStack() as held:
         shown: Any = held.enter_context(console.Unbroken(reporter or console.Lines(), lambda: stop.signal != 0))
         if summary is not None and _is_it(cfg, data, place, summary, start_from, lora, device, trace_every):
-            shown.note(f"the run in {place} is complete; start it anew with --fresh, or choose another --out")
+            shown.note(
+                f"the run in {place} is complete; start it anew with `resume='never'`, or choose another `run_dir`"
+            )
             return Result("complete", summary["step"], place, summary)
         with _memory_explained(cfg):
             run = open_run(cfg, data, place, resume, start_from, lora, where, shown, stop, held)

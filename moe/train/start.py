@@ -26,13 +26,13 @@ def enter(run_dir: Path, resume: str, start_from: str | Path | None, held: ExitS
         TrainError: something other than a run is there, or it holds the weights to begin with.
     """
     if run_dir.exists() and not run_dir.is_dir():
-        raise TrainError(f"run directory {run_dir} is a file: choose another --out")
+        raise TrainError(f"run directory {run_dir} is a file: choose another `run_dir`")
     if is_taken(run_dir):
         if not (run_dir / checkpoint.CONFIG_FILE).is_file():
-            raise TrainError(f"run directory {run_dir} exists and is not a run: choose a new or an empty --out")
+            raise TrainError(f"run directory {run_dir} exists and is not a run: choose a new or an empty `run_dir`")
         if resume == "never":
             if start_from is not None and Path(start_from).resolve().is_relative_to(run_dir.resolve()):
-                raise TrainError(f"{start_from} is in {run_dir}, which would be moved aside: choose another --out")
+                raise TrainError(f"{start_from} is in {run_dir}, which would be moved aside: choose another `run_dir`")
             with locked(run_dir):
                 n = 1
                 while (aside := run_dir.with_name(f"{run_dir.name}-old-{n}")).exists():
@@ -64,7 +64,7 @@ def check_start(cfg: Config, data: TokenData | ConversationData, start_from: Pat
     if tokenizer.fingerprint != data.tokenizer().fingerprint:
         raise ConfigError(
             f"{start_from} was trained with another tokenizer than {data.path} was prepared with: prepare the data "
-            f"with --tokenizer {start_from / 'tokenizer.json'}"
+            f"with that one, `tokenizer={start_from / 'tokenizer.json'}`"
         )
 
 

@@ -107,7 +107,7 @@ def load_training(checkpoint: Path) -> dict[str, Any]:
         age = "an older" if version < VERSION else "a newer"
         raise CheckpointError(
             f"{checkpoint / TRAINING_FILE} is of version {version}, of {age} gpt4-moe, and this one knows {VERSION}: "
-            f"resume with that one, or begin a new run with these weights (--from {checkpoint})"
+            f"resume with that one, or begin a new run with these weights (`start_from={checkpoint}`)"
         )
     return training
 
@@ -126,7 +126,7 @@ def check_same_config(saved: str, cfg: Config, run_dir: Path) -> dict[str, list[
     if harmful:
         raise ConfigError(
             f"{run_dir} holds a run with another configuration: {', '.join(harmful)}. Restore it to resume, choose "
-            "another directory (--out), or start anew (--fresh)"
+            "another directory (`run_dir`), or start anew (`resume='never'`)"
         )
     return {key: values for key, values in _changed(saved, cfg).items() if key != "name"}
 

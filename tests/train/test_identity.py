@@ -110,7 +110,7 @@ def test_a_complete_run_is_not_taken_for_another(cfg, data_dir, other_data, tmp_
     before = (run / "metrics.jsonl").read_bytes()
     final = tmp_path / "first" / "final"
     asked: dict[str, tuple[tuple[Any, Any], dict[str, Any]]] = {
-        "other data, another stream .*--out.*--fresh": ((cfg, other_data), {"start_from": final}),
+        "other data, another stream .*`run_dir`.*`resume=": ((cfg, other_data), {"start_from": final}),
         "begun with the weights of .*first/final, and this is one begun without": ((cfg, data_dir), {}),
         "begun with the weights of .*run/final": ((cfg, data_dir), {"start_from": run / "final"}),
         "without LoRA, and this is one with LoRA .*'rank': 2": (
@@ -266,7 +266,7 @@ def test_a_run_is_extended_with_a_lower_rate(cfg, data_dir, tmp_path, complete):
 def test_a_complete_run_without_a_checkpoint_is_not_extended_by_beginning_anew(cfg, data_dir, tmp_path):
     train(cfg, data_dir, tmp_path / "run")
     (tmp_path / "run" / "checkpoints").rename(tmp_path / "gone")
-    with pytest.raises(ConfigError, match=r"no checkpoint left to go on from.*--from .*run/final"):
+    with pytest.raises(ConfigError, match=r"no checkpoint left to go on from.*`start_from=.*run/final"):
         train(cfg.with_overrides(["train.steps=9"]), data_dir, tmp_path / "run")
 
 
