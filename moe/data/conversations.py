@@ -31,6 +31,7 @@ from moe.data.shards import (
     TokenData,
     TokenStream,
     check_vocabulary,
+    complete,
     load_tokenizer,
     map_stream,
     read_index,
@@ -175,7 +176,7 @@ def _existing(out: Path, inputs: str, overwrite: bool) -> "ConversationData | No
     try:
         index = json.loads((out / INDEX_FILE).read_bytes())
         ours = isinstance(index, dict) and index.get("format") == FORMAT
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         ours = False
     if not ours:
         raise DataError(f"out_dir {out} exists and is not prepared conversations: choose a new or an empty directory")
@@ -285,7 +286,9 @@ class ConversationData:
     def open(path: str | Path) -> "ConversationData":
         """Opens a prepared directory. Raises DataError where it is none, of another version, or damaged."""
         path = Path(path)
-        return ConversationData(path, read_index(path, FORMAT, VERSION, MAKER))
+        index = read_index(path, FORMAT, VERSION, MAKER)
+        with complete(path):
+            return ConversationData(path, index)
 
     def __reduce__(self) -> Any:
         return reopened, (ConversationData, os.path.abspath(self.path), self.fingerprint)  # not the tokens
