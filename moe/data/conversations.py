@@ -143,6 +143,7 @@ def prepare_conversations(
         raise DataError(
             f"no conversation to train on ({counts['val']} held out, {report.empty} without a response, "
             f"{len(report.skipped)} not valid text): one in twenty is held out, by its request; give more"
+            + "".join(f" ({notice})" for notice in report.notices)
         )
     if not counts["val"]:
         notices.append("no conversation is held out, so there is nothing to evaluate on: give more of them")
