@@ -118,6 +118,15 @@ class Tokenizer:
     def __reduce__(self) -> Any:
         return Tokenizer, (self._given,)  # made anew: a pickled backend forgets what is no part of its file
 
+    # How a model that was taught conversations expects them, as Jinja for transformers; None: it was taught none.
+    chat_template: str | None = None
+
+    def with_chat_template(self, template: str | None) -> "Tokenizer":
+        """The same tokenizer, for a model that was taught conversations in this template; saved beside the model."""
+        other = object.__new__(Tokenizer)
+        other.__dict__.update(self.__dict__, chat_template=template)
+        return other
+
     @property
     def vocab_size(self) -> int:
         """The number of ids, special tokens included: ids run from 0 to vocab_size - 1."""

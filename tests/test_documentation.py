@@ -197,6 +197,20 @@ def test_target_exists(command: Command) -> None:
     run(["make", "--dry-run", *command.words[1:]], ROOT)
 
 
+def test_the_demo_installs_what_it_needs_and_the_tests_the_rest(tmp_path: Path) -> None:
+    def installs(target: str) -> list[str]:
+        done = run(["make", "--dry-run", target, f"VENV={tmp_path}", f"BIN={tmp_path}/bin"], ROOT)
+        return re.findall(r"-e '\.\[(\w+)\]'", done.stdout)
+
+    assert installs("demo") == installs("aot") == ["demo"]
+    assert installs("test") == ["demo", "dev"]
+    (tmp_path / ".installed-demo").touch()
+    assert installs("demo") == []
+    assert installs("test") == ["dev"]
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    assert extras["demo"] == ["gpt4-moe[train,plot,texts]"]
+
+
 def test_every_kind_of_block_is_known() -> None:
     """A new kind of command, or of block, needs a test here."""
     assert {c.words[0] for c in commands()} <= {"make", "moe", "python"}
@@ -276,8 +290,10 @@ def make(target: str, tmp_path: Path, script: str, *variables: str) -> None:
     moe = tmp_path / "bin" / "moe"
     moe.write_text(f"#!/bin/sh\n{script.format(moe=f'{shlex.quote(sys.executable)} -m moe')}\n")
     moe.chmod(0o755)
-    (tmp_path / ".installed").touch()
-    arguments = [f"VENV={tmp_path}", f"BIN={tmp_path}/bin", "--old-file", f"{tmp_path}/.installed"]
+    arguments = [f"VENV={tmp_path}", f"BIN={tmp_path}/bin"]
+    for stamp in (".installed-demo", ".installed"):
+        (tmp_path / stamp).touch()
+        arguments += ["--old-file", f"{tmp_path}/{stamp}"]
     run(["make", target, *arguments, *variables], ROOT)
 
 

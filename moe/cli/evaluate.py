@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from tyro.conf import Positional
 
-from moe.cli.show import progress_bar
+from moe.cli.show import draw_table, progress_bar
 
 if TYPE_CHECKING:
     from moe.data import ConversationData
@@ -166,22 +166,13 @@ def _progress(what: str, total: int) -> "Iterator[Callable[[int], None]]":
 
 
 def _print_scores(figures: dict[str, dict[str, float]], setting: str) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table()
-    for name in ("", "bytes", "tokens", "bits/byte", "gzip -9", "xz -9e", "perplexity"):
-        table.add_column(name, justify="right" if name else "left")
+    rows = []
     for name, f in figures.items():
         cells = [name, f"{f['bytes']:,}", f"{f['tokens']:,}"]
         cells += [f"{f[key]:.3f}" if key in f else "" for key in ("bits_per_byte", "gzip", "xz")]
-        cells.append(f"{f['perplexity']:,.2f}")
-        table.add_row(*(Text(cell) for cell in cells), style="bold" if name == "total" else "")
-    # A pipe has no width to fit.
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
-    console.print(Text(f"held-out bits per byte (lower is better); {setting}"), soft_wrap=True)
-    console.print(table)
+        rows.append([*cells, f"{f['perplexity']:,.2f}"])
+    columns = ["", "bytes", "tokens", "bits/byte", "gzip -9", "xz -9e", "perplexity"]
+    draw_table(f"held-out bits per byte (lower is better); {setting}", columns, rows, {""}, bold="total")
 
 
 # ------------------------------------------------------------------------------------------------------------ tasks

@@ -315,8 +315,12 @@ class ConversationData:
         return read_table(self.path, self.index["sources"][source][split]["documents"])
 
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer that the tokens were made with. Raises DataError where the file beside them is another one."""
-        return load_tokenizer(self.path, self.index["tokenizer_sha256"])
+        """The tokenizer that the tokens were made with, and their chat template.
+
+        Raises DataError where the file beside them is another one.
+        """
+        tokenizer = load_tokenizer(self.path, self.index["tokenizer_sha256"])
+        return tokenizer.with_chat_template(ChatTemplate(tokenizer).jinja)
 
     def held_out_windows(
         self, seq_len: int, n_tokens: int | None = None
