@@ -144,7 +144,7 @@ class TrainConfig:
     steps: int = 1000  # optimizer steps, where `tokens` is empty
     tokens: int | str = ""  # length in tokens: "3M", "13T"; "epochs": once through the epochs; "": `steps` decides
     # how often each source is read, {text = 2, code = 4}; 1 if not named, 0 leaves it out
-    epochs: dict[str, int] = field(default_factory=dict)
+    epochs: dict[str, int] = field(default_factory=dict, hash=False)
     seq_len: int = 0  # tokens of a sequence; 0: max_seq_len
     document_mask: bool = False  # attention stays inside each document
     batch_size: int = 16  # sequences of an optimizer step
