@@ -24,7 +24,16 @@ CONFIG_DIR = Path(__file__).parent / "configs"
 
 def _positive(section: str, owner: object, *names: str) -> None:
     for name in names:
-        require(getattr(owner, name) > 0, section + name, getattr(owner, name), "must be greater than 0")
+        value = getattr(owner, name)
+        require(value > 0, section + name, value, "must be greater than 0")
+        most, rule = (2**31, "must be below 2^31") if isinstance(value, int) else (math.inf, "must be finite")
+        require(value < most, section + name, value, rule)
+
+
+def _not_negative(section: str, owner: object, rule: str, *names: str) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        require(0 <= value < math.inf, section + name, value, f"must be 0 or more{rule}")
 
 
 # --------------------------------------------------------------------------------------------------------- sections
@@ -47,19 +56,20 @@ class RopeConfig:
 
     def __post_init__(self) -> None:
         _positive("attention.rope.", self, "theta", "factor", "original_max_seq_len", "beta_fast", "beta_slow")
+        for name in ("theta", "factor", "beta_fast", "beta_slow"):  # their powers and products stay in float32's range
+            value = getattr(self, name)
+            require(1e-30 <= value <= 1e30, f"attention.rope.{name}", value, "must be between 1e-30 and 1e30")
         require(
             self.scaling != "none" or self.factor == 1.0,
             "attention.rope.factor",
             self.factor,
             'has no effect with scaling = "none"; set scaling to "linear" or "yarn"',
         )
-        # The rule looks for the pair that turns a given number of times: at a base of 1 all turn alike.
-        require(
-            self.scaling != "yarn" or self.theta > 1,
-            "attention.rope.theta",
-            self.theta,
-            'must be greater than 1 with scaling = "yarn"',
-        )
+        if self.scaling == "yarn":
+            rule = 'must be greater than 1 with scaling = "yarn", which divides by its logarithm'
+            require(self.theta > 1, "attention.rope.theta", self.theta, rule)
+            rule = f"must not be less than beta_slow = {self.beta_slow}"
+            require(self.beta_fast >= self.beta_slow, "attention.rope.beta_fast", self.beta_fast, rule)
 
 
 @dataclass(frozen=True)
@@ -97,10 +107,7 @@ class RouterConfig:
     bias_update_rate: float = 0.0  # step of the bias that balances without a loss; 0 turns it off
 
     def __post_init__(self) -> None:
-        for name in ("balance_loss", "z_loss", "bias_update_rate"):
-            require(
-                getattr(self, name) >= 0, f"router.{name}", getattr(self, name), "must be 0 or more; 0 turns it off"
-            )
+        _not_negative("router.", self, "; 0 turns it off", "balance_loss", "z_loss", "bias_update_rate")
 
 
 @dataclass(frozen=True)
@@ -177,14 +184,12 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _positive("train.", self, "steps", "batch_size", "lr", "muon_lr", "embedding_lr", "grad_clip", "log_every")
-        intervals = ("eval_every", "eval_tokens", "final_eval_tokens", "sample_every", "save_every")
-        for name in ("seq_len", "micro_batch", "warmup", *intervals):
-            require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "must be 0 or more")
+        intervals = "eval_every", "eval_tokens", "final_eval_tokens", "sample_every", "save_every"
+        _not_negative("train.", self, "", "seq_len", "micro_batch", "warmup", *intervals, "weight_decay")
         for name in ("min_lr", "decay"):
             require(0 <= getattr(self, name) <= 1, f"train.{name}", getattr(self, name), "is a fraction: 0 to 1")
         require(0 <= self.muon_momentum < 1, "train.muon_momentum", self.muon_momentum, "must be in [0, 1)")
         require(all(0 <= b < 1 for b in self.betas), "train.betas", self.betas, "each must be in [0, 1)")
-        require(self.weight_decay >= 0, "train.weight_decay", self.weight_decay, "must be 0 or more")
         require(
             self.micro_batch == 0 or self.batch_size % self.micro_batch == 0,
             "train.micro_batch",
@@ -251,6 +256,15 @@ class Config:
     def __post_init__(self) -> None:
         _positive("", self, "d_model", "n_layers", "vocab_size", "max_seq_len", "norm_eps")
         require(self.n_layers <= 100_000, "n_layers", self.n_layers, "must be at most 100,000")
+        a, e, dense = self.attention, self.experts, self.dense
+        for name, value, elements in (
+            ("vocab_size", self.vocab_size, self.vocab_size),
+            ("attention.n_heads", a.n_heads, a.n_heads * a.head_dim),
+            ("experts.d_ff", e.d_ff, 2 * e.n_experts * e.d_ff),
+            ("dense.d_ff", dense.d_ff if dense else 0, 2 * dense.d_ff if dense else 0),
+        ):
+            rule = f"makes a weight of 2^{(elements * self.d_model).bit_length() - 1} numbers or more: more than can be"
+            require(elements * self.d_model < 2**60, name, value, rule)
         require(
             self.train.seq_len <= self.max_seq_len,
             "train.seq_len",

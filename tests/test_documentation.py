@@ -144,6 +144,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workshop]:
     root = tmp_path_factory.mktemp("documentation")
     write_pieces(root / "my-texts", "docs/*.md", ".txt")
     write_pieces(root / "my-code", "moe/*.py", ".py")
+    (root / "my-book.txt").write_text("".join(islice(pieces("docs/*.md"), 20)), encoding="utf-8")
     rows = (json.dumps({"text": text}) for text in islice(pieces("kernels/*.py"), 60))
     (root / "rows.jsonl").write_text("\n".join(rows), encoding="utf-8")
     for block in BLOCKS:
@@ -152,7 +153,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workshop]:
             (root / block.title).write_text(block.text, encoding="utf-8")
     defaults = [Source("text", root / "my-texts"), Source("code", root / "my-code")]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("moe.data.preparation.default_sources", lambda: (defaults, []))
+        patch.setattr("moe.data.corpus.default_sources", lambda: (defaults, []))
         patch.setattr("moe.data.instructions.standard_library", small_conversations)
         patch.setattr("moe.data.instructions.small_talk", lambda: small_conversations())
         yield Workshop(root)

@@ -15,9 +15,9 @@ import pytest
 import torch
 
 import moe
-from moe import evaluate
+from moe import evaluate, profile
 from moe.data import validation_windows
-from moe.errors import ConfigError
+from moe.errors import ConfigError, DataError
 from moe.tokenizer import train_bpe
 
 pytest.importorskip("lm_eval")
@@ -111,18 +111,108 @@ def test_is_greedy_where_the_model_would_write_it(lm, model, tokenizer):
     context = [5, 6, 7]
     written = model.generate(torch.tensor([context]), 6, temperature=0)[0, 3:].tolist()
     other = [*written[:-1], (written[-1] + 1) % 300]
-    asked = [(None, context, written), (None, context, written[:1]), (None, context, other), (None, context, [])]
+    asked = [(None, context, written), (None, context, written[:1]), (None, context, other)]
     answers = lm._loglikelihood_tokens(asked, disable_tqdm=True)
-    assert [greedy for _, greedy in answers] == [True, True, False, True]
-    assert answers[3][0] == 0.0
+    assert [greedy for _, greedy in answers] == [True, True, False]
 
 
 def test_equal_inputs_run_once(lm, monkeypatch):
     rows = []
     hidden = lm._hidden
-    monkeypatch.setattr(lm, "_hidden", lambda tokens: rows.append(len(tokens)) or hidden(tokens))
+    monkeypatch.setattr(lm, "_hidden", lambda batch: rows.append(len(batch.inputs)) or hidden(batch))
     lm._loglikelihood_tokens([(None, [1, 2, 3], [i]) for i in range(20)], disable_tqdm=True)
     assert sum(rows) == 1
+
+
+# ---------------------------------------------------------------------- where a context ends, and what has no score
+
+
+@pytest.fixture(scope="module")
+def joining():
+    """It has tokens for "ans", "wer" and "answer", and for pairs of newlines."""
+    words = "answer answers answer wer wer wer wer ans ans ans ans 答え 答え 答 is is\n\n answer  is\n"
+    tokenizer = train_bpe([words * 20], 275)
+    assert [len(tokenizer.encode(word)) for word in ("answer", "ans", "wer")] == [1, 1, 1]
+    return tokenizer
+
+
+def ids_by_hand(tokenizer, context: str, continuation: str) -> tuple[list[int], list[int]]:
+    """Each by itself, with the context's spaces at the continuation."""
+    alone = context.rstrip()
+    return tokenizer.encode(alone) or [tokenizer.eot_id], tokenizer.encode(context[len(alone) :] + continuation)
+
+
+@pytest.mark.parametrize(
+    ("context", "continuation"),
+    [
+        ("ans", "wer"),  # one token together
+        ("the ans", "wer"),
+        ("ans", "wers"),  # two together, of which the first reaches over the boundary
+        ("an", "swer"),
+        ("a", "nswer answers"),
+        ("答", "え"),
+        (" ", "answer"),  # nothing before it but spaces
+        ("\n\n", " "),
+        ("", "answer"),
+        ("answer", " "),
+        ("answer ", " "),
+        ("answer", "\n\n"),
+    ],
+)
+def test_no_continuation_is_given_away_to_its_context(model, joining, context, continuation):
+    """Against each encoded by itself, probabilities in float64: never certain, never another text's."""
+    lm = MoeLM(model=model, tokenizer=joining, batch_size=2)
+    before, after = ids_by_hand(joining, context, continuation)
+    with torch.no_grad():
+        logits_SV = model(torch.tensor([[*before, *after]])).logits_BSV[0].double()
+    predicted = logits_SV[len(before) - 1 : -1].log_softmax(-1)
+    want = float(predicted[torch.arange(len(after)), torch.tensor(after)].sum())
+    ((logp, greedy),) = lm.loglikelihood(requests("loglikelihood", [(context, continuation)]), disable_tqdm=True)
+    assert len(after) > 0
+    assert want < -1e-3
+    assert logp == pytest.approx(want, rel=1e-5)
+    assert greedy == bool((predicted.argmax(-1) == torch.tensor(after)).all())
+
+
+def test_a_choice_that_joins_its_question_does_not_win_by_it(model, joining):
+    """As lm-eval would have it, "wer" has no token of its own and a likelihood of 1."""
+    lm = MoeLM(model=model, tokenizer=joining)
+    found = lm.loglikelihood(requests("loglikelihood", [("ans", "wer"), ("ans", "an"), ("ans", " an")]))
+    assert len({round(logp, 3) for logp, _ in found}) == 3
+    assert all(logp < -0.1 for logp, _ in found)
+
+
+def test_pairs_that_do_not_join_are_split_as_lm_eval_splits_them(lm):
+    from lm_eval.api.model import TemplateLM
+
+    for context, continuation in PAIRS:
+        if context:
+            assert lm._encode_pair(context, continuation) == TemplateLM._encode_pair(lm, context, continuation)
+
+
+@pytest.mark.parametrize("context", ["the cat", "", " "])
+def test_an_empty_continuation_has_no_likelihood(lm, context):
+    for asked in ([(context, "")], [("the", " cat"), (context, "")]):
+        message = rf"request {len(asked) - 1}: an empty continuation after '{context}' .* at least one token"
+        if context == " ":
+            lm.loglikelihood(requests("loglikelihood", asked), disable_tqdm=True)  # the space is the continuation
+        else:
+            with pytest.raises(DataError, match=message):
+                lm.loglikelihood(requests("loglikelihood", asked), disable_tqdm=True)
+    with pytest.raises(DataError, match="request 0: an empty context has"):
+        lm._loglikelihood_tokens([(None, [], [1])], disable_tqdm=True)
+
+
+@pytest.mark.parametrize("stop", [["t s"], [" on"], ["é"], ["at on a", "rain"], [None], None])
+def test_stop_strings_that_several_tokens_make(lm, model, tokenizer, stop):
+    """Against the whole text, cut at the first of them."""
+    context = "the cat sat on a mat while old rain"
+    (whole,) = lm.generate_until(requests("generate_until", [(context, {"max_gen_toks": 12, "until": []})]))
+    stops = [s for s in (stop or []) if s]
+    stops += [whole[i : i + 3] for i in (1, 4)] if stops else []  # which surely come
+    want = whole[: min((whole.index(s) for s in stops if s in whole), default=len(whole))]
+    asked = requests("generate_until", [(context, {"max_gen_toks": 12, "until": stops or stop})])
+    assert lm.generate_until(asked, disable_tqdm=True) == [want]
 
 
 @pytest.mark.parametrize("words", [3, 60])
@@ -231,6 +321,38 @@ def test_the_entry_point_is_the_one_that_lm_eval_documents():
     models = Registry("model", base_cls=LM)
     models.register("moe", target=importlib.metadata.EntryPoint("moe", declared, "lm_eval.models"))
     assert models.get("moe") is MoeLM
+
+
+# ------------------------------------------------------------------------------------------- as the model was trained
+
+
+@pytest.mark.parametrize("kept_apart", [False, True])
+def test_attention_is_kept_inside_documents_where_training_had_it_so(model, tokenizer, kept_apart):
+    """A request that holds an end-of-text: what stands before it is seen, or is not."""
+    apart = moe.Transformer(model.cfg.with_overrides([f"train.document_mask={str(kept_apart).lower()}"]))
+    apart.load_state_dict(model.state_dict())
+    lm = MoeLM(model=apart, tokenizer=tokenizer, batch_size=2)
+    before, after = [11, 12, 13], [tokenizer.eot_id, 20, 21]
+    asked = [(None, before + after, [22, 23]), (None, [30], [31])]
+    found = lm._loglikelihood_tokens(asked, disable_tqdm=True)[0][0]
+    seen = after if kept_apart else before + after
+    with torch.no_grad():
+        logits_SV = model(torch.tensor([[*seen, 22]])).logits_BSV[0, -2:].double()
+    want = logits_SV.log_softmax(-1)[[0, 1], [22, 23]].sum().item()
+    assert found == pytest.approx(want, rel=1e-5)
+
+
+def test_padding_is_seen_by_no_router(model, tokenizer):
+    """Requests of several lengths, in one batch and each alone."""
+    pairs = [("the cat sat", " on"), ("two", " " + sentence(2, 12)), (sentence(4, 9), " mat")]
+    counts = []
+    for size in (1, 3):
+        lm = MoeLM(model=model, tokenizer=tokenizer, batch_size=size)
+        with profile.routing(model, model.cfg.vocab_size) as p:
+            lm.loglikelihood(requests("loglikelihood", pairs), disable_tqdm=True)
+        counts.append((p.tokens, p.counts_LE.tolist(), p.token_counts_LEV.sum((0, 1)).tolist()))
+    assert counts[0] == counts[1]
+    assert counts[0][0] == sum(len(tokenizer.encode("".join(pair))) - 1 for pair in pairs)
 
 
 # ------------------------------------------------------------------------------------------------------------ tasks

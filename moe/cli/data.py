@@ -27,22 +27,27 @@ def prepare(
     out: Path,
     vocab_size: int = 4096,
     tokenizer: str | None = None,
+    validation: str | None = None,
     sample: float = 1.0,
     overwrite: Flag = False,
 ) -> int:
     """Turn documents into token shards.
 
     Args:
-        sources: Files, directories of text, JSONL, parquet, datasets; as PATH or NAME=PATH. Default: text and code from
-            installed packages. Of the Hugging Face Hub, and how much of it:
+        sources: Files, directories of text, JSONL, CSV, parquet, datasets; as PATH or NAME=PATH, with ,split=NAME,
+            ,validation=NAME or ,text=COLUMN after it where needed. Default: text and code from installed packages.
+            Of the Hugging Face Hub, and how much of it:
             hf:OWNER/NAME,config=...,split=train,revision=...,text=text,documents=500k,bytes=20GB.
         out: Directory to write.
         vocab_size: Ids of the byte-level BPE to train.
         tokenizer: cl100k (GPT-4's), or a tokenizer.json, instead of training one.
+        validation: What to hold out: a fraction, or text of its own as PATH or NAME=PATH. Default: the splits that
+            sources come with, else 0.05: one document in twenty, or the end of a long one.
         sample: Fraction of the training documents to take, drawn by their names; all held-out ones are taken.
         overwrite: Replace other prepared data in the directory.
     """
-    _print_data(_prepare(list(sources) or None, out, vocab_size, tokenizer, sample=sample, overwrite=overwrite))
+    how = {"validation": validation, "sample": sample, "overwrite": overwrite}
+    _print_data(_prepare(list(sources) or None, out, vocab_size, tokenizer, **how))
     return 0
 
 

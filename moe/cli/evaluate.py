@@ -4,6 +4,7 @@ As in main.py, the command imports what it needs when it runs.
 """
 
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -128,6 +129,7 @@ def _score(
     """Scores all sources, prints a table, returns its figures."""
     from moe import evaluate
     from moe.device import pick_dtype
+    from moe.errors import DataError
 
     device = model.embedding.weight.device
     dtype = pick_dtype(model.cfg.train, device)
@@ -138,6 +140,11 @@ def _score(
         lengths = evaluate.byte_lengths(tokenizer)
         scores = evaluate.evaluate(model, windows, lengths, batch=batch, dtype=dtype, progress=progress)
     seconds = time.perf_counter() - started
+    for source in data.sources:
+        if source not in scores:
+            print(f"notice: no text of {source} could be scored within {seq_len:,} tokens", file=sys.stderr)
+    if not scores:
+        raise DataError(f"nothing could be scored within {seq_len:,} tokens: give more text, or a longer --seq-len")
     scores = {**scores, "total": evaluate.total(scores)}
     figures = {name: {**_figures(score), **compressors.get(name, {})} for name, score in scores.items()}
     _print_scores(figures, f"context {seq_len:,}, {str(dtype).removeprefix('torch.')}, {device}")

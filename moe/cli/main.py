@@ -18,6 +18,7 @@ from moe.cli.chat import chat
 from moe.cli.configs import configs
 from moe.cli.data import data_app
 from moe.cli.evaluate import evaluate
+from moe.cli.export import export
 from moe.cli.finetune import finetune
 from moe.cli.generate import generate
 from moe.cli.ladder import ladder
@@ -33,6 +34,7 @@ app.command(generate)
 app.command(finetune)
 app.command(chat)
 app.command(name="eval")(evaluate)
+app.command(export)
 app.command(ladder)
 app.command(profile_app, name="profile", help="Measure what the router does, and where the time of a step goes.")
 app.command(plan_app, name="plan", help="Compute what a model costs to train and to serve, and check the article.")

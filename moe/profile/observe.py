@@ -6,8 +6,11 @@ token.
 """
 
 import inspect
+import threading
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +20,7 @@ from torch import Tensor
 from moe.errors import NotObservable
 from moe.experts import Router
 from moe.hf import routers as foreign
-from moe.kernels import ops
+from moe.profile.hooks import Hook, called_module, uncompiled
 
 
 class Pass(NamedTuple):
@@ -68,7 +71,19 @@ def n_experts(router: nn.Module) -> int:
 _CALLED_WITH = {"tokens": ("input_ids", "tokens_BS"), "mask": ("attention_mask", "mask_BS")}
 
 
-def _placed(called: dict[str, Tensor], T: int) -> tuple[tuple[int, int], Tensor | None, Tensor | None]:
+def called_with(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
+    """The token ids and the mask, [B, S] each, of a call of the model: what it has of them."""
+    given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
+    given |= given.get("kwargs", {})
+    found = {}
+    for what, names in _CALLED_WITH.items():
+        value = next((given[name] for name in names if name in given), None)
+        if isinstance(value, Tensor) and value.ndim == 2 and not value.is_floating_point():
+            found[what] = value
+    return found
+
+
+def placed(called: dict[str, Tensor], T: int) -> tuple[tuple[int, int], Tensor | None, Tensor | None]:
     """(B, S), tokens_T and text_T of a pass of T tokens, as far as the call says."""
     tokens, mask = called.get("tokens"), called.get("mask")
     if tokens is not None and tokens.numel() != T:
@@ -84,48 +99,82 @@ def _placed(called: dict[str, Tensor], T: int) -> tuple[tuple[int, int], Tensor 
 
 @contextmanager
 def observe(model: nn.Module, on_pass: Callable[[Pass], None]) -> Iterator[None]:
-    """Calls `on_pass` at the end of every forward pass of `model`.
+    """Calls `on_pass` at the end of every forward pass of `model`, from whichever threads, one at a time.
+
+    Compiled code runs eagerly meanwhile: torch.compile keeps no place for hooks that came after it. Where passes went
+    unseen all the same, a warning at the end of the block says so.
 
     Raises:
         NotObservable: no routers, or, at the call, one whose result is not (logits, weights, ids).
     """
-    layers = routers(model)
-    spoken: list[tuple[Tensor, Tensor, Tensor]] = []
-    called: dict[str, Tensor] = {}
-    parameters = inspect.signature(model.forward)
-
-    def on_call(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        called.clear()
-        given = parameters.bind_partial(*args, **kwargs).arguments
-        given |= given.get("kwargs", {})
-        for what, names in _CALLED_WITH.items():
-            value = next((given[name] for name in names if name in given), None)
-            if isinstance(value, Tensor) and value.ndim == 2 and not value.is_floating_point():
-                called[what] = value
-
-    def on_router(layer: int) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            # Inside a backward: activation checkpointing runs the layer again.
-            if torch._C._current_graph_task_id() != -1:
-                return
-            if layer == 0:
-                spoken.clear()
-            if layer == len(spoken):
-                spoken.append(_routing(module, output))
-            if len(spoken) == len(layers):
-                ids, weights, logits = (torch.stack(parts) for parts in zip(*spoken, strict=True))
-                spoken.clear()
-                on_pass(Pass(ids, weights, logits, *_placed(called, ids.shape[1])))
-
-        return hook
-
-    handles = [model.register_forward_pre_hook(on_call, with_kwargs=True)]
-    handles += [router.register_forward_hook(on_router(i)) for i, router in enumerate(layers)]
-    try:
+    layers, root = routers(model), called_module(model)
+    watch = _Watch(len(layers), on_pass)
+    with uncompiled, ExitStack() as handles:
+        for handle in (
+            root.register_forward_pre_hook(Hook(watch.begin), with_kwargs=True),
+            root.register_forward_hook(Hook(watch.end), always_call=True),
+            *(r.register_forward_hook(Hook(partial(watch.router, i))) for i, r in enumerate(layers)),
+        ):
+            handles.callback(handle.remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    if not watch.passes or watch.passes < watch.calls:
+        warnings.warn(
+            f"{type(root).__name__}: {watch.calls} calls in the block, of which {watch.passes} passes through all of "
+            f"its {len(layers)} routers were seen; a copy, an exported or a captured model has none of the hooks: run "
+            "the model itself inside the block",
+            stacklevel=4,
+        )
+
+
+class _Watch:
+    """What has been seen of the passes."""
+
+    def __init__(self, n_layers: int, on_pass: Callable[[Pass], None]) -> None:
+        self.n_layers, self.on_pass = n_layers, on_pass
+        self.calls = self.passes = 0
+        self._lock = threading.Lock()
+        self._own = _Thread()
+
+    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._own.called = called_with(module, args, kwargs)
+
+    def end(self, _module: nn.Module, _args: Any, output: Any) -> None:
+        self._own.called = {}
+        if output is not None and not _computes_again():  # None: it ended in an exception
+            with self._lock:
+                self.calls += 1
+
+    def router(self, layer: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        own = self._own
+        if _computes_again():
+            return
+        if layer == 0:
+            own.spoken.clear()
+        if layer == len(own.spoken):
+            own.spoken.append(_routing(module, output))
+        if len(own.spoken) == self.n_layers:
+            where = own.spoken[0][0].device  # the layers of a model may be on several
+            ids, weights, logits = (
+                torch.stack([part.to(where) for part in parts]) for parts in zip(*own.spoken, strict=True)
+            )
+            own.spoken.clear()
+            seen = Pass(ids, weights, logits, *placed(own.called, ids.shape[1]))
+            with self._lock:
+                self.on_pass(seen)
+                self.passes += 1
+
+
+class _Thread(threading.local):
+    """A thread's own pass: what the routers said so far, and what the model was called with."""
+
+    def __init__(self) -> None:
+        self.spoken: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.called: dict[str, Tensor] = {}
+
+
+def _computes_again() -> bool:
+    """Whether this runs inside a backward: activation checkpointing."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def _routing(module: nn.Module, output: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -133,50 +182,3 @@ def _routing(module: nn.Module, output: Any) -> tuple[Tensor, Tensor, Tensor]:
     if isinstance(module, Router):
         return output.ids_TK.detach(), output.weights_TK.detach(), output.logits_TE.detach()
     return foreign.routing_of(module, output)
-
-
-# -------------------------------------------------------------------------------------------------------- overriding
-
-# The experts, int64 [T, K], for (layer, T, device).
-Given = Callable[[int, int, torch.device], Tensor]
-
-
-@contextmanager
-def override(model: nn.Module, given: Given) -> Iterator[None]:
-    """Inside the block, the routers take the experts of `given(layer, T, device)`, int64 [T, K], weighed as ever.
-
-    Raises:
-        NotObservable: a router of transformers whose way of weighing is not known here.
-    """
-    handles, ours = [], []
-    for layer, router in enumerate(routers(model)):
-        if isinstance(router, Router):
-            router.choose = _choice(router, layer, given)  # type: ignore[method-assign]
-            ours.append(router)
-        else:
-            if type(router).__name__ not in foreign.WEIGHINGS:
-                raise NotObservable(f"{type(router).__name__}: its weights cannot be made for given experts here")
-            handles.append(router.register_forward_hook(_replacement(layer, given)))
-    try:
-        yield
-    finally:
-        for router in ours:
-            del router.choose
-        for handle in handles:
-            handle.remove()
-
-
-def _choice(router: Router, layer: int, given: Given) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    def choose(logits_TE: Tensor) -> tuple[Tensor, Tensor]:
-        return ops.topk_gate(logits_TE, router.top_k, given_TK=given(layer, len(logits_TE), logits_TE.device))
-
-    return choose
-
-
-def _replacement(layer: int, given: Given) -> Callable[..., Any]:
-    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        logits, _, ids = output
-        new = given(layer, ids.shape[:-1].numel(), ids.device).view(ids.shape)
-        return logits, foreign.WEIGHINGS[type(module).__name__](module, logits, new), new
-
-    return hook

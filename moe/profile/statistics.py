@@ -64,6 +64,7 @@ class RoutingProfile:
         self.passes = 0
         self.tokens = 0
         self._top_k = 0
+        self._device: torch.device | None = None
         self._spans: list[tuple[int, Tensor]] = []  # (passes, counts_LE)
         self._passes_per_span = 1
         self._sources: dict[str, _Moments] = {}
@@ -72,12 +73,17 @@ class RoutingProfile:
 
     # ------------------------------------------------------------------------------------------------------- feeding
 
-    @torch.no_grad()
     def update(self, p: Pass) -> None:
-        """Counts the text of one forward pass."""
-        row_T = torch.arange(p.shape[0], device=p.ids_LTK.device).repeat_interleave(p.shape[1])
+        """Counts the text of one forward pass: the same under autocast, inference mode and any default dtype."""
+        device = self._device = self._device or p.ids_LTK.device  # that of the first pass, whatever runs elsewhere
+        p = p._replace(**{name: x.to(device) for name, x in p._asdict().items() if isinstance(x, Tensor)})
+        with torch.no_grad(), torch.inference_mode(False), torch.autocast(device.type, enabled=False), device:
+            self._update(p)
+
+    def _update(self, p: Pass) -> None:
+        row_T = torch.arange(p.shape[0]).repeat_interleave(p.shape[1])
         if p.text_T is not None:
-            row_T = row_T[p.text_T.to(row_T.device)]
+            row_T = row_T[p.text_T]
         p, B = p.text(), p.shape[0]
         ids, E = p.ids_LTK, self.n_experts
         L, T, K = ids.shape
@@ -85,7 +91,7 @@ class RoutingProfile:
             raise ValueError(f"this pass has {L} layers, those before had {len(self._sums['counts'])}")
         if T == 0:
             return
-        chosen_LTE = torch.zeros(L, T, E, device=ids.device).scatter_(2, ids, 1.0)
+        chosen_LTE = torch.zeros(L, T, E, dtype=torch.float32, device=ids.device).scatter_(2, ids, 1.0)
         first_LTE = F.one_hot(ids[..., 0], E).to(torch.float32)
         counts_LE = chosen_LTE.sum(1)
         logits = p.logits_LTE.float()
@@ -119,7 +125,7 @@ class RoutingProfile:
         if name in self._sums:
             self._sums[name] += value
         else:
-            self._sums[name] = value
+            self._sums[name] = value.clone()  # never a tensor of inference mode, which could not be added to later
 
     def _add_source(self, source: str, shares_LBE: Tensor) -> None:
         new = _Moments(shares_LBE.shape[1], shares_LBE.sum(1), shares_LBE.square().sum(1))
@@ -132,8 +138,13 @@ class RoutingProfile:
         if self._token_counts_LEV is None:
             shape = L, self.n_experts * self.vocab_size
             self._token_counts_LEV = torch.zeros(shape, dtype=torch.int32, device=ids_LTK.device)
-        at_LR = (ids_LTK * self.vocab_size + tokens_T[:, None]).flatten(1)
-        self._token_counts_LEV.scatter_add_(1, at_LR, torch.ones_like(at_LR, dtype=torch.int32))
+        # Flat, as CUDA's deterministic algorithms add into one dimension only.
+        layer_L = torch.arange(L, device=ids_LTK.device)[:, None, None] * self.n_experts
+        known_T = (tokens_T >= 0) & (tokens_T < self.vocab_size)
+        at_LTK = (layer_L + ids_LTK) * self.vocab_size + torch.where(known_T, tokens_T, 0)[:, None]
+        counted_LTK = known_T[:, None].expand_as(at_LTK).to(torch.int32)
+        self._token_counts_LEV.view(-1).scatter_add_(0, at_LTK.flatten(), counted_LTK.flatten())
+        self._add("outside the vocabulary", (~known_T).sum())
 
     def _add_span(self, counts_LE: Tensor) -> None:
         """Loads over time, at most MAX_SPANS of them: when they are full, neighbours merge."""
@@ -268,7 +279,7 @@ class RoutingProfile:
         if not self._spans:
             raise ValueError("nothing was profiled yet: run the model inside `with moe.profile.routing(model)`")
         counts_NLE = torch.stack([counts for _, counts in self._spans]).cpu().double()
-        return torch.tensor([n for n, _ in self._spans]), counts_NLE / counts_NLE.sum(2, keepdim=True)
+        return torch.tensor([n for n, _ in self._spans], device="cpu"), counts_NLE / counts_NLE.sum(2, keepdim=True)
 
     @property
     def sources(self) -> dict[str, Share]:
@@ -295,7 +306,8 @@ class RoutingProfile:
                 raise ValueError(f"source {name!r}: not profiled; there are {', '.join(sorted(shares)) or 'none'}")
         a, b = shares[one], shares[other]
         difference = a.mean_LE - b.mean_LE
-        return difference, difference / (a.error_LE.square() + b.error_LE.square()).sqrt()
+        z_LE = difference / (a.error_LE.square() + b.error_LE.square()).sqrt()
+        return difference, torch.where(difference == 0, 0.0, z_LE)  # no difference is none, even without any error
 
     def dead_experts(self, below: float = 0.1) -> list[tuple[int, int]]:
         """(layer, expert) of those with less than `below` times the mean load."""
@@ -306,10 +318,12 @@ class RoutingProfile:
         """How often each expert serves each token of the vocabulary, int32.
 
         Raises:
-            ValueError: not counted: no `vocab_size`, too large, or a model called without token ids.
+            ValueError: not counted: no `vocab_size`, too large, too small, or a model called without token ids.
         """
         if self._token_counts_LEV is None:
             raise ValueError("tokens were not counted: give vocab_size (L * E * V up to 2^28) and call with token ids")
+        if outside := int(self._sum("outside the vocabulary")):
+            raise ValueError(f"vocab_size = {self.vocab_size}: {outside} tokens have other ids; give the model's own")
         return self._token_counts_LEV.cpu().unflatten(1, (self.n_experts, self.vocab_size))
 
     def layer_top_tokens(self, layer: int, n: int = 10, at_least: int = 8) -> list[list[tuple[int, float]]]:
@@ -323,8 +337,8 @@ class RoutingProfile:
         for counts_V, load in zip(counts_EV, self.load_LE[layer], strict=True):
             lift_V = counts_V / seen_V.clamp(min=1) / (load * self._top_k).clamp(min=1e-12)
             lift_V[seen_V < at_least] = 0
-            best = lift_V.topk(min(n, len(lift_V)))
-            found.append([(int(i), float(v)) for v, i in zip(*best, strict=True) if v > 0])
+            best = lift_V.sort(descending=True, stable=True)  # of equals the lower id comes first
+            found.append([(int(i), float(v)) for v, i in zip(*(part[:n] for part in best), strict=True) if v > 0])
         return found
 
     def top_tokens(self, layer: int, expert: int, n: int = 10, at_least: int = 8) -> list[tuple[int, float]]:
@@ -345,5 +359,10 @@ def routing(model: nn.Module, vocab_size: int = 0) -> Iterator[RoutingProfile]:
 
 
 def load_entropy(load_LE: Tensor) -> Tensor:
-    """Entropy of loads [..., E], each summing to 1, over its maximum: 1 when even, 0 when one expert serves all."""
-    return torch.special.entr(load_LE).sum(-1) / math.log(max(2, load_LE.shape[-1]))
+    """Entropy of loads [..., E], each summing to 1, over its maximum: 1 when even, 0 when one expert serves all.
+
+    A single expert's load is even.
+    """
+    if load_LE.shape[-1] == 1:
+        return torch.ones_like(load_LE[..., 0])
+    return torch.special.entr(load_LE).sum(-1) / math.log(load_LE.shape[-1])

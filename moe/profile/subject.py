@@ -253,7 +253,9 @@ def _run(subject: Subject, batch: Batch, want: Literal["logits", "targets"]) -> 
     model, device = subject.model, next(subject.model.parameters()).device
     if isinstance(model, Transformer):
         inputs = model_inputs(model.cfg.train, batch, device)
-        return model(**inputs if want == "targets" else inputs | {"targets_BS": None}).logits_BSV
+        if want == "logits":
+            del inputs["targets_BS"]
+        return model(**inputs).logits_BSV
     inputs = model_inputs(TrainConfig(), batch, device)
     keep = {"logits_to_keep": 1} if want == "targets" else {}
     mask = inputs["mask_BS"]

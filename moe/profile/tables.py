@@ -63,13 +63,16 @@ def sources(p: RoutingProfile) -> list[Table]:
                 rows.append([str(layer), f"{int(clear[layer])} of {z.shape[1]}", *cells])
             ends = f"most for {one}", f"most for {other}"
             sizes = f"{shares[one].sequences} and {shares[other].sequences} sequences"
+            if 1 in (shares[one].sequences, shares[other].sequences):
+                sizes += "; the error of one alone is unknown, so are clear differences"
             title = f"share of {one} / {other} that an expert serves, ± standard error; {sizes}"
             found.append(Table(title, ["layer", f"differ (|z| > {CLEAR_Z:g})", *ends], rows, ends))
     return found
 
 
 def _share(share: Share, layer: int, expert: int) -> str:
-    return f"{float(share.mean_LE[layer, expert]):.1%} ± {float(share.error_LE[layer, expert]):.1%}"
+    error = float(share.error_LE[layer, expert])
+    return f"{float(share.mean_LE[layer, expert]):.1%} ± {'?' if math.isnan(error) else f'{error:.1%}'}"
 
 
 def top_tokens(p: RoutingProfile, layer: int, show: Callable[[int], str], n: int = 8) -> Table:
@@ -142,34 +145,45 @@ def log_probability_changes(found: Mapping[str, LogProbabilityChange]) -> Table:
 
 
 def as_json(p: RoutingProfile, pairs: Sequence[ClosestPair] = ()) -> dict[str, Any]:
-    """Every figure, as JSON holds it."""
+    """Every figure, as JSON holds it; null for what has none: the weight of an idle expert, the error of one text."""
     names = ["load_entropy_L", "load_cv_L", "max_over_mean_L", "pass_max_over_mean_L", "router_entropy_L"]
     names += ["top_probability_L", "top_weight_L", "repeat_rate_L", "expected_repeat_rate_L", "next_layer_information"]
     names += ["counts_LE", "first_counts_LE", "coactivation_LEE", "next_layer_counts"]
     passes, load = p.load_over_time
-    return {
-        "tokens": p.tokens,
-        "passes": p.passes,
-        **{name: getattr(p, name).tolist() for name in names},
-        "drop_rate_L": {f"{factor:g}": p.drop_rate_L(factor).tolist() for factor in p.capacity_factors},
-        "weight_LE": [[None if math.isnan(w) else w for w in row] for row in p.weight_LE.tolist()],
-        "dead_experts": p.dead_experts(),
-        "closest_experts": [
-            {
-                "layer": c.layer,
-                "experts": [c.one, c.other],
-                "cosine": c.cosine,
-                "median": c.median,
-                "chance": c.by_chance,
-            }
-            for c in pairs
-        ],
-        "load_over_time": {"passes": passes.tolist(), "load_NLE": load.tolist()},
-        "sources": {
-            name: {"sequences": s.sequences, "mean_LE": s.mean_LE.tolist(), "error_LE": s.error_LE.tolist()}
-            for name, s in p.sources.items()
-        },
-    }
+    return _null_for_nan(
+        {
+            "tokens": p.tokens,
+            "passes": p.passes,
+            **{name: getattr(p, name).tolist() for name in names},
+            "drop_rate_L": {f"{factor:g}": p.drop_rate_L(factor).tolist() for factor in p.capacity_factors},
+            "weight_LE": p.weight_LE.tolist(),
+            "dead_experts": p.dead_experts(),
+            "closest_experts": [
+                {
+                    "layer": c.layer,
+                    "experts": [c.one, c.other],
+                    "cosine": c.cosine,
+                    "median": c.median,
+                    "chance": c.by_chance,
+                }
+                for c in pairs
+            ],
+            "load_over_time": {"passes": passes.tolist(), "load_NLE": load.tolist()},
+            "sources": {
+                name: {"sequences": s.sequences, "mean_LE": s.mean_LE.tolist(), "error_LE": s.error_LE.tolist()}
+                for name, s in p.sources.items()
+            },
+        }
+    )
+
+
+def _null_for_nan(value: Any) -> Any:
+    """JSON has no NaN and no infinity."""
+    if isinstance(value, Mapping):
+        return {key: _null_for_nan(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_null_for_nan(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def parts(p: StepProfile) -> Table:

@@ -1,23 +1,23 @@
-"""The routing trace: what every router chose, token by token, in a compact file; read, compared, imported, replayed.
+"""The routing trace: what every router chose, token by token, in a compact file; read, compared, replayed.
 
 A trace is a directory: `trace.json` and shards `trace-00000.safetensors`, ... Each shard holds whole forward passes:
 
-    ids_TLK      uint8 (int16 from 257 experts on)  chosen experts, in falling order of score
+    ids_TLK      uint8 (int16 from 257 experts on)  chosen experts, all different, in falling order of score
     weights_TLK  the router's dtype                 their routing weights; absent in an import
     tokens_T     int32                              token ids; absent where the model was called without
     passes_P2    int32                              (B, S) of each forward pass, in order; T is the sum of B * S
 
-`trace.json` names the format and version, n_layers, n_experts, top_k, and the shards with their tokens. It is written
-after every shard, so that a recording that was killed can be read up to its last shard.
+`trace.json` names the format and version, n_layers, n_experts, top_k, the shards with their tokens, and how many tokens
+are missing from an import. It is written after every shard, so that a recording that was killed can be read up to its
+last shard.
 
 Shape suffixes: L layers, T tokens, K experts per token, P passes.
 """
 
-import base64
 import json
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from moe.errors import TraceError
-from moe.io.files import is_taken, write_whole
+from moe.io.files import is_taken, locked, write_whole
 from moe.profile import observe
 from moe.profile.observe import Pass
+from moe.profile.override import Given, override
 
 INDEX_FILE = "trace.json"
 FORMAT, VERSION = "gpt4-moe routing trace", 1
@@ -43,18 +44,28 @@ class Recorder:
     """Writes passes to a trace; a context manager, or call `close`.
 
     Args:
-        path: a new or empty directory.
+        path: a new or empty directory, which no other process may write to until `close`.
         n_experts: E. shard_tokens: a shard is written once it holds this many.
+
+    Raises:
+        TraceError: something is there; at `add`, ids that are none of E different experts, or a pass unlike the others.
+        InUseError: another process records there.
     """
 
     def __init__(self, path: str | os.PathLike[str], n_experts: int, shard_tokens: int = SHARD_TOKENS) -> None:
         self.path = Path(path)
+        taken = TraceError(f"{self.path}: exists and is not an empty directory; choose another")
         if is_taken(self.path):
-            raise TraceError(f"{self.path}: exists and is not an empty directory; choose another")
-        self.path.mkdir(parents=True, exist_ok=True)
+            raise taken
+        with ExitStack() as lock:
+            lock.enter_context(locked(self.path))
+            if is_taken(self.path):  # by whom held the lock until now
+                raise taken
+            self._lock = lock.pop_all()
         self.n_experts = n_experts
         self.shard_tokens = shard_tokens
         self._index: dict[str, Any] = {"format": FORMAT, "version": VERSION, "n_experts": n_experts, "shards": []}
+        self.missing = 0  # tokens of an import without their experts
         self._passes: list[dict[str, Tensor]] = []
         self._tokens = 0
 
@@ -62,11 +73,15 @@ class Recorder:
         """Records one forward pass; one with padding as a single sequence of its text."""
         p = p.text()
         if p.ids_LTK.shape[1]:
-            shape = torch.tensor([p.shape], dtype=torch.int32)
-            self._add(p.ids_LTK.transpose(0, 1), p.weights_LTK.transpose(0, 1), p.tokens_T, shape)
+            shape = torch.tensor([p.shape], dtype=torch.int32, device="cpu")
+            self.add_rows(p.ids_LTK.transpose(0, 1), p.weights_LTK.transpose(0, 1), p.tokens_T, shape)
 
-    def _add(self, ids_TLK: Tensor, weights_TLK: Tensor | None, tokens_T: Tensor | None, shape_12: Tensor) -> None:
-        dtype = torch.uint8 if self.n_experts <= 256 else torch.int16
+    def add_rows(self, ids_TLK: Tensor, weights_TLK: Tensor | None, tokens_T: Tensor | None, shape_12: Tensor) -> None:
+        """Records one forward pass, its layers after its tokens; `shape_12`: int32 [[B, S]]."""
+        ids_TLK = ids_TLK.cpu()
+        if wrong := wrong_ids(ids_TLK, self.n_experts):
+            raise TraceError(f"{self.path}: {wrong}")
+        dtype = next(d for d in (torch.uint8, torch.int16, torch.int32) if self.n_experts <= torch.iinfo(d).max + 1)
         parts = {"ids_TLK": ids_TLK.to(dtype), "passes_P2": shape_12}
         parts |= {} if weights_TLK is None else {"weights_TLK": weights_TLK}
         parts |= {} if tokens_T is None else {"tokens_T": tokens_T.to(torch.int32)}
@@ -88,11 +103,13 @@ class Recorder:
             write_whole(self.path / name, save(tensors))
             self._index["shards"].append({"file": name, "tokens": self._tokens})
             self._passes, self._tokens = [], 0
-        write_whole(self.path / INDEX_FILE, (json.dumps(self._index, indent=1) + "\n").encode())
+        index = self._index | ({"missing": self.missing} if self.missing else {})
+        write_whole(self.path / INDEX_FILE, (json.dumps(index, indent=1) + "\n").encode())
 
     def close(self) -> None:
-        """Writes what is left."""
-        self._flush()
+        """Writes what is left; a trace that ends here is complete."""
+        with self._lock:
+            self._flush()
 
     def __enter__(self) -> "Recorder":
         return self
@@ -109,6 +126,20 @@ def record(model: nn.Module, path: str | os.PathLike[str]) -> Iterator[Recorder]
         observe.observe(model, recorder.add),
     ):
         yield recorder
+
+
+def wrong_ids(ids_TLK: Tensor, n_experts: int) -> str | None:
+    """What is wrong with the first token whose experts are not different ones of 0 to E - 1; None where none is."""
+    outside_TLK = (ids_TLK < 0) | (ids_TLK >= n_experts)
+    in_order_TLK = ids_TLK.sort(-1).values
+    twice_TL = (in_order_TLK[..., 1:] == in_order_TLK[..., :-1]).any(-1)
+    bad = (outside_TLK.any(-1) | twice_TL).nonzero()
+    if not len(bad):
+        return None
+    token, layer = bad[0].tolist()
+    row = ids_TLK[token, layer].tolist()
+    why = f"outside 0 to {n_experts - 1}" if outside_TLK[token, layer].any() else "an expert twice"
+    return f"the experts {row} of token {token} in layer {layer} are {why} ({len(bad)} such rows)"
 
 
 # ---------------------------------------------------------------------------------------------------------- reading
@@ -133,6 +164,7 @@ class Trace:
     n_experts: int
     top_k: int
     shards: tuple[tuple[str, int], ...]  # file, tokens
+    missing: int = 0  # tokens of an import whose experts the server did not say: the last of a request
 
     @staticmethod
     def open(path: str | os.PathLike[str]) -> "Trace":
@@ -142,10 +174,14 @@ class Trace:
             content = json.loads(index.read_text(encoding="utf-8"))
             if content["format"] != FORMAT or content["version"] != VERSION:
                 raise TraceError(f"{index}: format {content['format']!r} version {content['version']}; want {VERSION}")
-            shards = tuple((shard["file"], shard["tokens"]) for shard in content["shards"])
-            return Trace(Path(path), content.get("n_layers", 0), content["n_experts"], content.get("top_k", 0), shards)
+            shards = tuple((str(shard["file"]), _whole(shard["tokens"])) for shard in content["shards"])
+            names = ("n_layers", "n_experts", "top_k", "missing")
+            layers, experts, top_k, missing = (_whole(content.get(name, 0)) for name in names)
+            return Trace(Path(path), layers, experts, top_k, shards, missing)
         except FileNotFoundError:
             raise TraceError(f"{path}: no {INDEX_FILE} there; record one with moe.profile.record") from None
+        except OSError as error:
+            raise TraceError(f"{index}: cannot be read ({error.strerror})") from None
         except (ValueError, TypeError, KeyError) as error:
             if isinstance(error, TraceError):
                 raise
@@ -159,8 +195,8 @@ class Trace:
     def __iter__(self) -> Iterator[RecordedPass]:
         for name, tokens in self.shards:
             parts = self._read(name)
-            if len(parts["ids_TLK"]) != tokens or int(parts["passes_P2"].long().prod(1).sum()) != tokens:
-                raise TraceError(f"{self.path / name}: holds other than the {tokens} tokens that {INDEX_FILE} says")
+            if wrong := self._wrong(parts, tokens):
+                raise TraceError(f"{self.path / name}: {wrong}; the shards before it are intact, record the rest again")
             begin = 0
             for B, S in parts["passes_P2"].tolist():
                 rows = slice(begin, begin + B * S)
@@ -199,46 +235,34 @@ class Trace:
         except (SafetensorError, OSError) as error:
             raise TraceError(f"{self.path / name}: unreadable ({error}); the shards before it are intact") from error
 
+    def _wrong(self, parts: dict[str, Tensor], tokens: int) -> str | None:
+        """What in a shard is not as its index says; None where nothing is."""
+        shapes = {"ids_TLK": (tokens, self.n_layers, self.top_k), "passes_P2": (-1, 2)}
+        shapes |= {"weights_TLK": shapes["ids_TLK"]} if "weights_TLK" in parts else {}
+        shapes |= {"tokens_T": (tokens,)} if "tokens_T" in parts else {}
+        for name, shape in shapes.items():
+            if name not in parts:
+                return f"has no {name}"
+            found = tuple(parts[name].shape)
+            if len(found) != len(shape) or any(want not in (-1, n) for n, want in zip(found, shape, strict=True)):
+                return f"{name} has the shape {list(found)}, but {INDEX_FILE} says {list(shape)}"
+            if parts[name].is_floating_point() != (name == "weights_TLK"):
+                return f"{name} has the dtype {parts[name].dtype}"
+        passes = parts["passes_P2"].long()
+        if (passes < 1).any() or int(passes.prod(1).sum()) != tokens:
+            return f"its passes hold other than the {tokens} tokens that {INDEX_FILE} says"
+        if "weights_TLK" in parts and len(bad := (~parts["weights_TLK"].isfinite()).nonzero()):
+            token, layer, slot = bad[0].tolist()
+            weight = float(parts["weights_TLK"][token, layer, slot])
+            return f"the weight {weight} of token {token} in layer {layer} is no number: the model had diverged"
+        return wrong_ids(parts["ids_TLK"].long(), self.n_experts)
 
-def import_routed_experts(
-    path: str | os.PathLike[str],
-    requests: Iterable[np.ndarray | Tensor | str],
-    *,
-    n_layers: int,
-    n_experts: int,
-    top_k: int,
-    tokens: Iterable[list[int]] | None = None,
-) -> Trace:
-    """Makes a trace of what a server returned with its requests, each of them one pass of one sequence.
 
-    Args:
-        requests: vLLM's `CompletionOutput.routed_experts`, arrays [S, L, K]; or SGLang's
-            `meta_info["routed_experts"]`, base64 of int32 in the same order.
-        tokens: the token ids of each request, prompt and completion; those beyond S (servers never run the last
-            sampled token) are dropped.
-
-    Raises:
-        TraceError: an array of another shape, or ids out of range.
-    """
-    token_lists = iter(tokens) if tokens is not None else None
-    with Recorder(path, n_experts) as recorder:
-        for number, request in enumerate(requests):
-            if isinstance(request, str):
-                flat = np.frombuffer(base64.b64decode(request), dtype=np.int32)
-                if flat.size % (n_layers * top_k):
-                    raise TraceError(f"request {number}: {flat.size} ids do not divide into {n_layers} x {top_k}")
-                request = flat.reshape(-1, n_layers, top_k)
-            ids = torch.as_tensor(np.asarray(request).astype(np.int64))
-            if ids.ndim != 3 or ids.shape[1:] != (n_layers, top_k):
-                raise TraceError(f"request {number}: shape {list(ids.shape)}; want [tokens, {n_layers}, {top_k}]")
-            if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < n_experts:
-                raise TraceError(f"request {number}: expert ids outside 0 to {n_experts - 1}")
-            own = None if token_lists is None else torch.tensor(next(token_lists)[: len(ids)], dtype=torch.int32)
-            if own is not None and len(own) != len(ids):
-                raise TraceError(f"request {number}: {len(own)} token ids for {len(ids)} routed tokens")
-            if len(ids):
-                recorder._add(ids, None, own, torch.tensor([[1, len(ids)]], dtype=torch.int32))
-    return Trace.open(path)
+def _whole(value: Any) -> int:
+    """A count in an index. Raises ValueError."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"{value!r} is no count")
+    return value
 
 
 # --------------------------------------------------------------------------------------------------------- comparing
@@ -330,25 +354,22 @@ def replay(model: nn.Module, trace: Trace) -> Iterator[None]:
         if getattr(trace, name) != want:
             raise TraceError(f"{trace.path}: {name} = {getattr(trace, name)}, but the model has {want}")
     passes = enumerate(trace)
-    current: dict[str, Any] = {}
 
-    def on_call(_module: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
-        found = next(passes, None)
-        if found is None:
+    def next_pass() -> Given:
+        number, recorded = next(passes, (0, None))
+        if recorded is None:
             raise TraceError(f"{trace.path}: no pass left to replay; it has {trace.tokens} tokens")
-        current["number"], current["ids"] = found[0], found[1].ids_TLK
+        ids_TLK = recorded.ids_TLK
 
-    def given(layer: int, tokens: int, device: torch.device) -> Tensor:
-        ids_TLK = current["ids"]
-        if len(ids_TLK) != tokens:
-            raise TraceError(
-                f"{trace.path}: pass {current['number']} has {len(ids_TLK)} tokens, the model was called with {tokens}"
-            )
-        return ids_TLK[:, layer].to(device)
+        def given(layer: int, tokens: int, text: int, device: torch.device) -> Tensor:
+            if len(ids_TLK) not in (tokens, text):
+                called = f"{tokens}" if text == tokens else f"{tokens}, of which {text} are text"
+                raise TraceError(
+                    f"{trace.path}: pass {number} has {len(ids_TLK)} tokens, the model was called with {called}"
+                )
+            return ids_TLK[:, layer].to(device)
 
-    with observe.override(model, given):
-        handle = model.register_forward_pre_hook(on_call, with_kwargs=True)
-        try:
-            yield
-        finally:
-            handle.remove()
+        return given
+
+    with override(model, next_pass):
+        yield

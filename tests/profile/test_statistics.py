@@ -1,7 +1,11 @@
 """Routing statistics against brute-force counts, on our models and on transformers'."""
 
+import json
 import math
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +15,6 @@ from torch import Tensor
 
 import moe
 from moe.errors import NotObservable
-from moe.experts import Router
 from moe.profile import (
     RoutingProfile,
     Trace,
@@ -21,6 +24,7 @@ from moe.profile import (
     observe,
     record,
     routing,
+    tables,
 )
 from moe.profile.observe import Pass
 from tests.conftest import rel, tiny_config
@@ -224,6 +228,118 @@ def test_token_classes_are_counted_up_to_a_limit(passes: list[Pass], monkeypatch
                 _ = profile.token_counts_LEV
 
 
+def test_top_tokens_that_are_equal_come_in_the_order_of_their_ids() -> None:
+    """With many equals, an unstable choice shuffles them."""
+    tokens = torch.arange(2000) % 200
+    ids = (tokens % 2)[None, :, None]
+    profile = RoutingProfile(2, 200)
+    profile.update(Pass(ids, torch.ones(ids.shape), torch.zeros(1, 2000, 2), (4, 500), tokens))
+    for e in (0, 1):
+        assert [i for i, _ in profile.top_tokens(0, e, n=60)] == list(range(e, 120, 2))
+        assert len(profile.top_tokens(0, e, n=1000)) == 100
+
+
+def test_ids_outside_the_given_vocabulary_are_no_other_tokens(passes: list[Pass]) -> None:
+    profile = RoutingProfile(E, V - 5)
+    for p in passes:
+        profile.update(p)
+    outside = sum(int((p.tokens_T >= V - 5).sum()) for p in passes if p.tokens_T is not None)
+    with pytest.raises(ValueError, match=rf"vocab_size = {V - 5}: {outside} tokens have other ids"):
+        _ = profile.token_counts_LEV
+
+
+FIGURES = ["counts_LE", "first_counts_LE", "coactivation_LEE", "next_layer_counts", "token_counts_LEV", "load_LE"]
+FIGURES += ["router_entropy_L", "top_probability_L", "weight_LE", "repeat_rate_L", "load_entropy_L", "load_cv_L"]
+FIGURES += ["max_over_mean_L", "pass_max_over_mean_L", "next_layer_information", "coactivation_lift_LEE"]
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        *(partial(default_dtype, dtype) for dtype in (torch.float64, torch.bfloat16, torch.float16)),
+        partial(torch.autocast, "cpu", torch.bfloat16),
+        torch.inference_mode,
+        torch.no_grad,
+        deterministic,
+        partial(torch.device, "meta"),
+    ],
+)
+def test_the_same_figures_whatever_is_in_force_around(around: Any) -> None:
+    """Also where it changes from pass to pass, and with more than 256 tokens an expert: bfloat16 counts no further."""
+    passes = [random_pass(3, 3, 700, seed, 0.3) for seed in range(3)]
+    want, got = RoutingProfile(E, V), RoutingProfile(E, V)
+    for i, p in enumerate(passes):
+        want.source = got.source = "text" if i else "code"
+        want.update(p)
+        with around() if i < 2 else nullcontext():
+            tokens = p.tokens_T.to(torch.int32) if p.tokens_T is not None else None
+            # Tensors of inference mode, where that is what is in force.
+            ids, weights, logits = (t.clone() for t in (p.ids_LTK, p.weights_LTK, p.logits_LTE))
+            got.update(Pass(ids, weights, logits, p.shape, tokens))
+    for name in FIGURES:
+        with around():
+            found = getattr(got, name)
+        assert found.dtype == getattr(want, name).dtype
+        assert torch.equal(found.nan_to_num(-1), getattr(want, name).nan_to_num(-1)), name
+    assert torch.equal(got.drop_rate_L(1.25), want.drop_rate_L(1.25))
+    with around():
+        assert got.load_over_time[0].tolist() == [1, 1, 1]
+        found = got.specialisation("code", "text")
+    assert all(torch.equal(a, b) for a, b in zip(found, want.specialisation("code", "text"), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_models_under_another_default_dtype_and_autocast(dtype: torch.dtype, tmp_path: Path) -> None:
+    cfg = moe.load_config("replica-tiny").scaled(d_model=192, n_layers=2, vocab_size=64, max_seq_len=32)
+    with default_dtype(dtype):
+        model = moe.Transformer(cfg)
+        with routing(model, 64) as p, record(model, tmp_path / "t"), torch.autocast("cpu", torch.bfloat16):
+            out = model(torch.arange(32)[None].to(torch.int64))
+        assert p.counts_LE.tolist() == [r.counts_E.tolist() for r in out.routing]
+        counts = Trace.open(tmp_path / "t").counts_PLE()
+    assert counts[0].tolist() == p.counts_LE.tolist()
+
+
+@pytest.mark.parametrize(("n_experts", "top_k", "n_layers"), [(1, 1, 1), (1, 1, 2), (3, 3, 1), (4, 4, 2)])
+def test_models_with_nothing_to_choose(n_experts: int, top_k: int, n_layers: int) -> None:
+    """One expert, all experts, one layer: figures that are numbers, and tables that say so."""
+    profile = RoutingProfile(n_experts, V)
+    for source, seed in (("text", 0), ("text", 1), ("code", 2)):
+        g = torch.Generator().manual_seed(seed)
+        logits = torch.randn(n_layers, 12, n_experts, generator=g)
+        weights, ids = (t.contiguous() for t in logits.topk(top_k))
+        profile.source = source
+        tokens = torch.randint(V, (12,), generator=g)
+        profile.update(Pass(ids, weights.softmax(-1), logits, (2, 6) if source == "text" else (1, 12), tokens))
+    assert profile.load_entropy_L.tolist() == pytest.approx([1.0] * n_layers)
+    assert profile.max_over_mean_L.tolist() == pytest.approx([1.0] * n_layers)
+    difference, z = profile.specialisation("text", "code")
+    assert difference.abs().max() == 0
+    assert z.abs().max() == 0
+    tables_ = [tables.by_layer(profile), *tables.sources(profile), tables.dropped(profile)]
+    tables_.append(tables.top_tokens(profile, 0, str))
+    assert "nan" not in str(tables_)
+    json.dumps(tables.as_json(profile), allow_nan=False)
+
+
 def test_duplicate_experts() -> None:
     """Against cosines of the joined weights; random experts are as close as chance has it, a scaled copy is not."""
     weights, others = torch.randn(E, 2, 30, 20), torch.randn(E, 20, 30)
@@ -363,7 +479,7 @@ def test_a_pass_without_token_ids_has_no_tokens_and_one_row() -> None:
 def test_a_model_without_routers() -> None:
     with pytest.raises(NotObservable, match=r"Linear has no router that is known here"), routing(torch.nn.Linear(2, 2)):
         pass
-    with routing(moe.Transformer(moe.load_config("replica-tiny"))) as p:
+    with pytest.warns(UserWarning, match="0 calls"), routing(moe.Transformer(moe.load_config("replica-tiny"))) as p:
         pass
     with pytest.raises(ValueError, match="nothing was profiled yet"):
         _ = p.counts_LE
@@ -374,4 +490,3 @@ def test_hooks_are_gone_after_an_error() -> None:
     with pytest.raises(RuntimeError, match="stop"), routing(model):
         raise RuntimeError("stop")
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-    assert all("choose" not in vars(m) for m in model.modules() if isinstance(m, Router))

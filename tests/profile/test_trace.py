@@ -1,6 +1,5 @@
 """The routing trace: what is read is what was chosen; replayed bit for bit; compared; imported; broken files."""
 
-import base64
 import json
 from pathlib import Path
 from typing import Any
@@ -8,11 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import moe
-from moe.errors import TraceError
-from moe.profile import Recorder, Trace, compare, import_routed_experts, record, replay
+from moe.errors import InUseError, TraceError
+from moe.profile import Recorder, Trace, compare, record, replay
 from moe.profile.observe import Pass
 from tests.hf_models import MODELS, build
 
@@ -135,7 +135,7 @@ def write(path: Path, ids_TLK: Tensor, tokens: list[int] | None, weighed: bool =
     weights = torch.full(ids_TLK.shape, 0.5) if weighed else None
     with Recorder(path, 16) as recorder:
         shape = torch.tensor([[1, len(ids_TLK)]], dtype=torch.int32)
-        recorder._add(ids_TLK, weights, None if tokens is None else torch.tensor(tokens), shape)
+        recorder.add_rows(ids_TLK, weights, None if tokens is None else torch.tensor(tokens), shape)
     return Trace.open(path)
 
 
@@ -176,28 +176,6 @@ def test_the_first_tokens_and_the_counts_of_a_trace(tmp_path: Path) -> None:
     assert trace.counts_PLE().tolist() == [c for c, ids in zip(counts, passes, strict=True) if len(ids)]
 
 
-def test_import_from_servers(tmp_path: Path) -> None:
-    g = np.random.default_rng(0)
-    arrays = [np.stack([[g.permutation(8)[:2] for _ in range(3)] for _ in range(n)]) for n in (5, 9)]
-    requests = [arrays[0].astype(np.int32), base64.b64encode(arrays[1].astype(np.int32).tobytes()).decode()]
-    trace = import_routed_experts(
-        tmp_path / "t", requests, n_layers=3, n_experts=8, top_k=2, tokens=[list(range(6)), list(range(10))]
-    )
-    for got, want in zip(trace, arrays, strict=True):
-        assert got.ids_TLK.tolist() == want.tolist()
-        assert got.weights_TLK is None
-        assert got.shape == (1, len(want))
-        assert got.tokens_T is not None
-        assert got.tokens_T.tolist() == list(range(len(want)))
-    for bad, message in (
-        (arrays[0][:, :2], r"request 0: shape \[5, 2, 2\]; want \[tokens, 3, 2\]"),
-        (arrays[0] + 7, "request 0: expert ids outside 0 to 7"),
-        (base64.b64encode(b"1234" * 5).decode(), "request 0: 5 ids do not divide into 3 x 2"),
-    ):
-        with pytest.raises(TraceError, match=message):
-            import_routed_experts(tmp_path / message[:12], [bad], n_layers=3, n_experts=8, top_k=2)
-
-
 def test_what_bad_traces_and_calls_get(tmp_path: Path) -> None:
     model = our_model()
     with record(model, tmp_path / "t"):
@@ -232,3 +210,95 @@ def test_a_killed_recording_is_readable_up_to_its_last_shard(tmp_path: Path) -> 
         recorder.add(Pass(ids, torch.ones(ids.shape), torch.zeros(1), (1, 6), None))
     assert Trace.open(tmp_path / "t").tokens == 12
     assert len(list(Trace.open(tmp_path / "t"))) == 2
+
+
+def broken(path: Path, **changes: Any) -> Trace:
+    """A trace of one pass of 2 x 3 tokens, 2 layers, of which parts are others (None: missing)."""
+    ids = torch.tensor([[[0, 1], [2, 3]]] * 6)
+    with Recorder(path, 16) as recorder:
+        recorder.add_rows(ids, torch.full(ids.shape, 0.5), torch.arange(6), torch.tensor([[2, 3]], dtype=torch.int32))
+    shard = path / "trace-00000.safetensors"
+    parts = load_file(shard) | changes
+    save_file({name: part.contiguous() for name, part in parts.items() if part is not None}, shard)
+    return Trace.open(path)
+
+
+def at(token: int, layer: int, row: list[float], like: Tensor) -> Tensor:
+    like[token, layer] = torch.tensor(row, dtype=like.dtype)
+    return like
+
+
+IDS = torch.tensor([[[0, 1], [2, 3]]] * 6)
+HALVES = torch.full(IDS.shape, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ids_TLK": at(4, 1, [3, 3], IDS.clone())}, r"the experts \[3, 3\] of token 4 in layer 1 are an expert twice"),
+        ({"ids_TLK": at(5, 0, [3, 16], IDS.clone())}, r"experts \[3, 16\] of token 5 in layer 0 are outside 0 to 15"),
+        ({"ids_TLK": at(0, 0, [-1, 16], IDS.to(torch.int16))}, r"experts \[-1, 16\] of token 0 in layer 0 are outside"),
+        ({"ids_TLK": IDS[:5]}, r"ids_TLK has the shape \[5, 2, 2\], but trace.json says \[6, 2, 2\]"),
+        ({"ids_TLK": IDS[:, :1]}, r"ids_TLK has the shape \[6, 1, 2\]"),
+        ({"ids_TLK": IDS.float()}, "ids_TLK has the dtype torch.float32"),
+        ({"ids_TLK": None}, "has no ids_TLK"),
+        ({"weights_TLK": at(2, 1, [0.5, float("nan")], HALVES.clone())}, "the weight nan of token 2 in layer 1 is no"),
+        ({"weights_TLK": at(3, 0, [float("inf"), 0], HALVES.clone())}, "the weight inf of token 3 in layer 0 is no"),
+        ({"weights_TLK": HALVES[..., 0]}, r"weights_TLK has the shape \[6, 2\]"),
+        ({"weights_TLK": IDS}, "weights_TLK has the dtype torch.int64"),
+        ({"tokens_T": torch.arange(5)}, r"tokens_T has the shape \[5\]"),
+        ({"passes_P2": torch.tensor([[2, 4]])}, "its passes hold other than the 6 tokens"),
+        ({"passes_P2": torch.tensor([[-2, -3]])}, "its passes hold other than the 6 tokens"),
+        ({"passes_P2": None}, "has no passes_P2"),
+    ],
+)
+def test_a_shard_with_what_cannot_be_is_refused_with_its_row(
+    tmp_path: Path, changes: dict[str, Tensor | None], message: str
+) -> None:
+    trace = broken(tmp_path / "t", **changes)
+    for read in (list, Trace.counts_PLE, lambda t: t.ids_TLK(3), lambda t: compare(t, t)):
+        with pytest.raises(TraceError, match=rf"trace-00000.safetensors: .*{message}.*record the rest again"):
+            read(trace)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": ', '"text"', "\x00", '{"shards": 3}'])
+def test_an_index_that_is_none(tmp_path: Path, content: str) -> None:
+    (tmp_path / "trace.json").write_text(content)
+    with pytest.raises(TraceError, match=r"trace.json: not a routing trace"):
+        Trace.open(tmp_path)
+
+
+@pytest.mark.parametrize(("key", "value"), [("n_layers", -1), ("top_k", "2"), ("n_experts", 1.5), ("missing", None)])
+def test_an_index_with_counts_that_are_none(tmp_path: Path, key: str, value: Any) -> None:
+    broken(tmp_path / "t")
+    index = tmp_path / "t" / "trace.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {key: value}))
+    with pytest.raises(TraceError, match=r"trace.json: not a routing trace.*is no count"):
+        Trace.open(tmp_path / "t")
+
+
+def test_an_index_that_is_a_directory(tmp_path: Path) -> None:
+    (tmp_path / "trace.json").mkdir()
+    with pytest.raises(TraceError, match=r"trace.json: cannot be read \(Is a directory\)"):
+        Trace.open(tmp_path)
+
+
+def test_what_no_router_can_have_chosen_is_not_recorded(tmp_path: Path) -> None:
+    for row, message in (([3, 3], "an expert twice"), ([0, 16], "outside 0 to 15"), ([300, 1], "outside 0 to 15")):
+        with Recorder(tmp_path / str(row), 16) as recorder:
+            ids = torch.tensor([[[0, 1], row]])
+            with pytest.raises(TraceError, match=rf"of token 1 in layer 0 are {message}"):
+                recorder.add(Pass(ids, torch.ones(ids.shape), torch.zeros(1), (1, 2), None))
+
+
+def test_two_recordings_into_one_directory(tmp_path: Path) -> None:
+    ids = torch.tensor([[[0, 1]]])
+    with Recorder(tmp_path / "t", 16) as recorder:
+        recorder.add(Pass(ids, torch.ones(ids.shape), torch.zeros(1), (1, 1), None))
+        with pytest.raises(InUseError, match=r"is in use by process"):
+            Recorder(tmp_path / "t", 16)
+    assert Trace.open(tmp_path / "t").tokens == 1
+    assert sorted(p.name for p in (tmp_path / "t").iterdir()) == ["trace-00000.safetensors", "trace.json"]
+    with pytest.raises(TraceError, match="exists and is not an empty directory"):
+        Recorder(tmp_path / "t", 16)
+    assert sorted(p.name for p in (tmp_path / "t").iterdir()) == ["trace-00000.safetensors", "trace.json"]
