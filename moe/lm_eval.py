@@ -204,7 +204,8 @@ class MoeLM(TemplateLM):
         All logits at once would be S x V; only some are wanted. Of a model whose output is not exactly its own head's,
         those logits after all.
         """
-        inputs = model_inputs(self.model.cfg.train, batch, self._device) | {"targets_BS": None}
+        inputs = model_inputs(self.model.cfg.train, batch, self._device)
+        inputs["targets_BS"] = None
         if not self._ours():
             with self._autocast():
                 logits_BSV = self.model(**inputs).logits_BSV

@@ -254,7 +254,7 @@ def _run(subject: Subject, batch: Batch, want: Literal["logits", "targets"]) -> 
     if isinstance(model, Transformer):
         inputs = model_inputs(model.cfg.train, batch, device)
         if want == "logits":
-            del inputs["targets_BS"]
+            inputs["targets_BS"] = None
         return model(**inputs).logits_BSV
     inputs = model_inputs(TrainConfig(), batch, device)
     keep = {"logits_to_keep": 1} if want == "targets" else {}

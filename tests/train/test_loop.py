@@ -361,12 +361,12 @@ def test_what_attention_was_kept_inside_holds_outside_of_training_too(cfg, data_
 
     model, data = moe.load(final), TokenData.open(data_dir)
     windows = list(some_windows(data, 16, 400))
-    crossed, counts = 0, 0
+    crossed, counts = 0, torch.zeros(1, dtype=torch.int64)
     for window in windows:
         documents = torch.from_numpy((window.inputs == data.eot_id).cumsum())[None]
         tokens = torch.from_numpy(window.inputs)[None]
         crossed += not torch.equal(model(tokens).logits_BSV, model(tokens, documents_BS=documents).logits_BSV)
-        counts += torch.stack([r.counts_E for r in model(tokens, documents_BS=documents).routing])
+        counts = counts + torch.stack([r.counts_E for r in model(tokens, documents_BS=documents).routing])
     assert crossed > 3
     arguments = ["--data", data_dir, "--tokens", 400, "--seq-len", 16]
     assert (
