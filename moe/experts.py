@@ -83,7 +83,7 @@ class Router(nn.Module):
         return Routing(ids_TK, weights_TK, logits_BSE)
 
     def choose(self, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
-        """The weights and ids [T, K] of the chosen experts. A replay puts another function in its place."""
+        """The weights and ids [T, K] of the chosen experts."""
         return ops.topk_gate(logits_TE, self.top_k, self.bias_E)
 
     @torch.no_grad()
