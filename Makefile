@@ -1,6 +1,6 @@
-# make demo   set up, prepare real data, train replica-nano, write samples, a checkpoint and pictures
+# make demo   set up what it needs, prepare real data, train replica-nano, write samples, a checkpoint and pictures
 # make recipe the article's recipe at replica scale: epochs and batch ramp, more context, conversations, chat
-# make test   set up, lint, type-check, run the whole suite but the slow and GPU tests
+# make test   set up the rest, lint, type-check, run the whole suite but the slow and GPU tests
 # make matrix that suite on Python 3.11 to 3.13 with the oldest and the newest torch, in .venv-matrix/
 # make docs   the pages of docs/ as a site in site/
 #
@@ -18,14 +18,19 @@ RECIPE ?= runs/recipe
 .PHONY: demo recipe test test-all matrix lint docs bench aot gpu clean
 
 # torch goes in first and alone: an open range in a dependency could pull gigabytes of CUDA packages.
-$(VENV)/.installed: pyproject.toml
+$(VENV)/.installed-demo: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python >= 3.11 is needed; set PYTHON="; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check '$(TORCH)'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check '$(TORCH)' '$(NUMPY)' -e '.[demo]'
+	touch $@
+
+# Everything, on top of it: what tests, recipe, pages and benchmarks need besides.
+$(VENV)/.installed: $(VENV)/.installed-demo
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check '$(TORCH)' '$(NUMPY)' -e '.[dev]'
 	touch $@
 
-demo: $(VENV)/.installed
+demo: $(VENV)/.installed-demo
 	$(BIN)/moe train replica-nano --out $(RUN) --fresh
 
 # Every line goes on where it was interrupted, and does nothing where it is complete.
@@ -66,7 +71,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/expert_cpu.py
 
 # Compiles every Triton kernel for A100, H100 and MI300, on a machine without a GPU too; fails on spills.
-aot: $(VENV)/.installed
+aot: $(VENV)/.installed-demo
 	$(BIN)/python -m moe.kernels.ahead
 
 # On a machine with a CUDA GPU, with the python that has its torch: no .venv. FLAGS=--quick, FLAGS=--dry-run.

@@ -4,19 +4,14 @@ Such a part stands between the lines `<!-- NAME: docs/generated.py -->` and `<!-
 Run: python docs/generated.py. A test holds every page equal to what this writes.
 """
 
-import ast
-import dataclasses
 import re
-import typing
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import moe.config
 from moe import plan
+from moe.cli.configs import si
 from moe.config import Config, load_config, shipped
-from moe.io.toml import section_of, toml_value
+from moe.io.keys import sections
 from moe.plan.claims import check_claims
 
 ROOT = Path(__file__).parent.parent
@@ -40,60 +35,20 @@ def filled(text: str) -> str:
 
 def keys() -> str:
     """A table of every key of a configuration for each section: type, default, meaning."""
-    return "\n\n".join(f"## {title}\n\n{said}\n\n{table}" for title, said, table in _sections(Config, ""))
+    parts = []
+    for section in sections(Config):
+        title = f"`[{section.name}]`" if section.name else "The model"
+        rows = [(f"`{k.name}`", _choices(k.type), _code(k.default), k.meaning) for k in section.keys]
+        parts.append(f"## {title}\n\n{section.about}\n\n{_table(('key', 'type', 'default', 'meaning'), rows)}")
+    return "\n\n".join(parts)
 
 
-def _sections(kind: type, prefix: str) -> Iterator[tuple[str, str, str]]:
-    hints, meanings, rows, below = typing.get_type_hints(kind), _meanings(kind), [], []
-    for field in dataclasses.fields(kind):
-        hint = hints[field.name]
-        if section := section_of(hint):
-            below += _sections(section, f"{prefix}{field.name}.")
-            continue
-        cells = f"`{prefix}{field.name}`", _type_text(hint), _default(field), meanings[field.name]
-        rows.append(cells)
-    title = f"`[{prefix.rstrip('.')}]`" if prefix else "The model"
-    yield title, " ".join((kind.__doc__ or "").split()), _table(("key", "type", "default", "meaning"), rows)
-    yield from below
+def _choices(kind: str) -> str:
+    return re.sub(r'"\w+"', r"`\g<0>`", kind)
 
 
-def _meanings(kind: type) -> dict[str, str]:
-    """The comment beside, or on the line above, each field of a dataclass of moe/config.py.
-
-    Raises:
-        ValueError: a field has none.
-    """
-    source = Path(moe.config.__file__).read_text(encoding="utf-8")
-    lines = source.splitlines()
-    (found,) = (n for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name == kind.__name__)
-    meanings = {}
-    for node in found.body:
-        if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name):
-            continue
-        if section_of(typing.get_type_hints(kind)[node.target.id]):
-            continue
-        beside = lines[node.lineno - 1][node.end_col_offset or 0 :].strip()
-        comment = beside or lines[node.lineno - 2].strip()
-        if not comment.startswith("# "):
-            raise ValueError(f"moe/config.py:{node.lineno}: {node.target.id} has no comment that says what it means")
-        meanings[node.target.id] = comment.removeprefix("# ")
-    return meanings
-
-
-def _type_text(hint: Any) -> str:
-    if typing.get_origin(hint) is typing.Literal:
-        return " or ".join(f'`"{choice}"`' for choice in typing.get_args(hint))
-    names = {int: "whole number", float: "number", str: "string", bool: "true or false", int | str: "number or string"}
-    if typing.get_origin(hint) is dict:
-        return "table of whole numbers"
-    return names.get(hint) or f"list of {len(typing.get_args(hint))} numbers"
-
-
-def _default(field: Any) -> str:
-    if field.default is field.default_factory is dataclasses.MISSING:
-        return "has to be given"  # of a section that is absent by default
-    value = field.default_factory() if field.default is dataclasses.MISSING else field.default
-    return f"`{toml_value(value)}`"
+def _code(default: str) -> str:
+    return default if default.startswith("has ") else f"`{default}`"
 
 
 # ------------------------------------------------------------------------------------------------------- the planner
@@ -121,17 +76,10 @@ def _shape(cfg: Config) -> tuple[str, ...]:
         f"{e.n_experts}, {e.top_k}, {e.d_ff:,}{gelu}",
         f"{cfg.vocab_size:,}",
         f"{cfg.max_seq_len:,}",
-        _si(counts.total),
-        _si(active),
-        f"{_si(2 * active, ' ')}FLOP",
+        si(counts.total),
+        si(active),
+        f"{si(2 * active, ' ')}FLOP",
     )
-
-
-def _si(value: float, space: str = "") -> str:
-    """Four digits and a prefix: 1.834T, 22.72M."""
-    prefixes = {1e12: "T", 1e9: "G" if space else "B", 1e6: "M"}
-    scale = next(s for s in prefixes if value >= s)
-    return f"{value / scale:.4g}{space}{prefixes[scale]}"
 
 
 def recipe() -> str:

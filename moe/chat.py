@@ -7,30 +7,43 @@ import torch
 
 from moe.data.chat import ChatTemplate
 from moe.generate import TextStream, stream
-from moe.model import Transformer
+from moe.model import Transformer, check_sampling
 from moe.tokenizer import Tokenizer
 
 
 class Session:
     """One conversation: what was said, and the next reply.
 
+    `notice` says why the model may not be one to talk with; empty where it was taught this template.
+
     Args:
-        sampling: temperature, top_k, top_p of `moe.generate.stream`.
+        system: what the model is told before the conversation.
+        max_tokens: the most tokens of a reply.
+        temperature, top_k, top_p: of `moe.generate.stream`. seed: of the draws.
+
+    Raises:
+        ValueError: a setting out of range.
     """
 
     def __init__(
         self,
         model: Transformer,
         tokenizer: Tokenizer,
-        system: str,
-        max_tokens: int,
-        seed: int,
-        sampling: dict[str, Any],
+        *,
+        system: str = "",
+        max_tokens: int = 512,
+        temperature: float = 0.7,
+        top_k: int = 0,
+        top_p: float = 0.95,
+        seed: int = 0,
     ) -> None:
         if max_tokens < 1:
             raise ValueError(f"max_tokens = {max_tokens}: must be 1 or more")
+        check_sampling(torch.zeros(1, 1), temperature, top_k, top_p)
         self.model, self.tokenizer, self.template = model, tokenizer, ChatTemplate(tokenizer)
-        self.max_tokens, self.seed, self.sampling = max_tokens, seed, sampling
+        self.max_tokens, self.seed = max_tokens, seed
+        self.sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        self.notice = _notice(tokenizer, self.template)
         self.system = [{"role": "system", "content": system}] if system else []
         self.turns: list[dict[str, str]] = []
         self.forgotten = 0  # messages that the context had no room for any more
@@ -51,14 +64,12 @@ class Session:
         except ValueError:
             self.turns.pop()
             raise
-        text, said = TextStream(self.tokenizer), ""
+        special = self.tokenizer.special.values()  # the end of the turn, or a marker that has no place in it
+        text, said = TextStream(self.tokenizer, ends=special), ""
         prompt_1S = torch.tensor([ids], device=self.model.embedding.weight.device)
-        special = set(self.tokenizer.special.values())
         seed = self.seed + len(self.turns) // 2
         try:
-            for next_1 in stream(self.model, prompt_1S, self.max_tokens, seed=seed, **self.sampling):
-                if int(next_1) in special:  # the end of the turn, or a marker that has no place in it
-                    break
+            for next_1 in stream(self.model, prompt_1S, self.max_tokens, seed=seed, eos_id=special, **self.sampling):
                 piece = text.push(int(next_1))
                 said += piece
                 yield piece
@@ -79,7 +90,18 @@ class Session:
             if len(self.turns) == 1:
                 raise ValueError(
                     f"the message makes a prompt of {len(ids):,} tokens, and the model's context of {limit:,} leaves "
-                    f"{room:,} beside the reply: shorten it, or lower --max-tokens"
+                    f"{room:,} beside the reply: shorten it, or lower `max_tokens`"
                 )
             del self.turns[:2]
             self.forgotten += 2
+
+
+def _notice(tokenizer: Tokenizer, template: ChatTemplate) -> str:
+    if tokenizer.chat_template is None:
+        return (
+            "this model was not taught to answer (there is no chat template beside it), so it goes on with the text as "
+            "with any document; `moe finetune` teaches it on conversations"
+        )
+    if tokenizer.chat_template != template.jinja:
+        return "this model was taught another chat template than ChatML, which is used here; its replies may be poor"
+    return ""

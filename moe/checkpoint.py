@@ -4,6 +4,7 @@ Weights lie in `model.safetensors`, or in shards under an index (see `moe.io.ten
 under a temporary name and renamed, so that a directory is whole or absent. The optimizer's state is not part of it.
 """
 
+import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -20,19 +21,22 @@ from moe.io.runs import locate
 from moe.io.tensorfiles import (
     INDEX_FILE,
     MAX_SHARD_BYTES,
+    check_plain,
     check_tensors,
     copy_tensors,
+    join_tied,
     list_tensors,
     some,
     write_tensors,
 )
+from moe.layers import at_least_fp32
 from moe.model import Transformer
 from moe.tokenizer import Tokenizer
 
 T = TypeVar("T")
 
 CONFIG_FILE = "config.toml"
-TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_FILE, CHAT_TEMPLATE_FILE = "tokenizer.json", "chat_template.jinja"
 # What the tensors are called and how they lie, in the header of each file. Files without a version are of version 1.
 VERSION_KEY, VERSION = "gpt4_moe_version", 2
 # Names of older versions, by their ends, and what they are called now.
@@ -59,16 +63,19 @@ def save(
 
     Args:
         model: on any device; parameters and persistent buffers are stored in their own dtypes, tied weights once.
-        tokenizer: stored beside the weights.
+        tokenizer: stored beside the weights, with the chat template that it may have.
         max_shard_bytes: above this many bytes of weights there are several files and an index.
 
     Raises:
         CheckpointError: `directory` holds anything but a checkpoint, the tokenizer has more ids than the model, the
-            weights are on the meta device, the disk is full. What was there before is then untouched.
+            weights are no plain tensors (on the meta device, sharded, quantised) or not those that the configuration
+            describes, the disk is full. What was there before is then untouched.
     """
     check_model(model)
+    check_plain(stored_state(model))
+    check_as_configured(model)
     check_vocabulary(model.cfg, tokenizer)
-    check_replaceable(directory, {CONFIG_FILE, TOKENIZER_FILE, INDEX_FILE}, CONFIG_FILE)
+    check_replaceable(directory, {CONFIG_FILE, TOKENIZER_FILE, CHAT_TEMPLATE_FILE, INDEX_FILE}, CONFIG_FILE)
     try:
         with atomic_directory(directory) as temporary:
             write_files(model, temporary, tokenizer=tokenizer, max_shard_bytes=max_shard_bytes)
@@ -92,6 +99,8 @@ def write_files(
     (directory / CONFIG_FILE).write_text(model.cfg.to_toml(), encoding="utf-8")
     if tokenizer is not None:
         tokenizer.save(directory / TOKENIZER_FILE)
+        if tokenizer.chat_template is not None:
+            (directory / CHAT_TEMPLATE_FILE).write_text(tokenizer.chat_template, encoding="utf-8")
 
 
 def cannot_write(directory: str | os.PathLike[str], error: OSError) -> str:
@@ -106,6 +115,21 @@ def check_model(model: object) -> None:
     """Raises CheckpointError unless it is a Transformer itself: a wrapper, as of torch.compile, renames the weights."""
     if not isinstance(model, Transformer) or hasattr(model, "_orig_mod"):
         raise CheckpointError(f"model is a {type(model).__name__}: give the moe.Transformer itself, not what wraps it")
+
+
+def check_as_configured(model: Transformer) -> None:
+    """Raises CheckpointError where the configuration describes other tensors than the model has: `load` would fail."""
+    with torch.device("meta"):
+        described = stored_state(Transformer(model.cfg))
+    state, tied = stored_state(model), model.cfg.tie_embeddings
+    hint = "; a checkpoint holds what its configuration describes: take adapters, wrappers and other layers out first"
+    if any(".lora_" in name for name in state):
+        hint = "; these are adapters: save moe.lora.merged(model), or the adapters alone with moe.lora.save_adapter"
+    elif tied and "head.weight" in state:
+        hint = "; tie_embeddings = true, but the two are no longer one: call model.tie_weights()"
+    elif not tied and "head.weight" not in state:
+        hint = "; it is the embedding's, but tie_embeddings = false: give the configuration tie_embeddings = true"
+    check_tensors("the model", state, {name: tuple(t.shape) for name, t in described.items()}, hint)
 
 
 def check_replaceable(directory: str | os.PathLike[str], files: Iterable[str], config_file: str) -> None:
@@ -158,7 +182,7 @@ def load(
     Args:
         directory: what `save` wrote, or a complete run, whose final/ is meant (`locate`); so for all of this module.
         device: where the weights go.
-        dtype: of the parameters; None keeps what is stored. Buffers (the router's bias) always keep it.
+        dtype: of the parameters; None keeps what is stored. Buffers (the router's bias) keep it, or are float32.
 
     Raises:
         CheckpointError: no directory or file, a file cut short, not a checkpoint, other names or shapes than
@@ -184,16 +208,21 @@ def load_weights(
     stored = with_current_names(list_tensors(directory))
     for file, metadata in {tensor.file: tensor.metadata for tensor in stored.values()}.items():
         _check_version(file, metadata.get(VERSION_KEY, "1"))
+    if model.cfg.tie_embeddings:
+        remedy = f"set tie_embeddings = false in {CONFIG_FILE} to keep both"
+        join_tied(directory, stored, "embedding.weight", "head.weight", remedy)
     state = stored_state(model)
     hint = ""
     if any(n.startswith("model.layers.") for n in stored):
-        hint = "; these are Hugging Face's names: use moe.hf.load"
+        hint = "; these are Hugging Face's names: use moe.hf.load, or convert the model with `moe export`"
     elif any(".lora_" in n for n in stored):
         hint = "; a fine-tune with LoRA saved this to go on from: load what it left in final/"
     check_tensors(directory, stored, {name: tuple(t.shape) for name, t in state.items()}, hint)
     targets = {
         name: torch.empty(
-            t.shape, dtype=dtype if dtype and isinstance(t, nn.Parameter) else stored[name].dtype, device=device
+            t.shape,
+            dtype=(dtype or stored[name].dtype) if isinstance(t, nn.Parameter) else at_least_fp32(stored[name].dtype),
+            device=device,
         )
         for name, t in state.items()
     }
@@ -231,7 +260,11 @@ def load_config_of(directory: str | os.PathLike[str]) -> Config:
         raise CheckpointError(f"{place}: {problem}; give the directory that moe.save wrote")
     if not (place / CONFIG_FILE).is_file():
         foreign = (place / "config.json").is_file()
-        remedy = "it looks like a Hugging Face model, use moe.hf.load" if foreign else "give one that moe.save wrote"
+        remedy = (
+            "it looks like a Hugging Face model, use moe.hf.load, or convert it with `moe export --format moe`"
+            if foreign
+            else "give one that moe.save wrote"
+        )
         raise CheckpointError(f"{place} has no {CONFIG_FILE}, so it is not a checkpoint of this program: {remedy}")
     try:
         return load_config(place / CONFIG_FILE)
@@ -240,7 +273,7 @@ def load_config_of(directory: str | os.PathLike[str]) -> Config:
 
 
 def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
-    """The tokenizer of a checkpoint, or of any directory with a `tokenizer.json`.
+    """The tokenizer of a checkpoint, or of any directory with a `tokenizer.json`; with its chat template, if any.
 
     Raises:
         CheckpointError: there is none, it cannot be read, or it has more ids than the checkpoint's model.
@@ -252,8 +285,8 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
         raise CheckpointError(f"{place}: no such checkpoint directory")
     if not (place / TOKENIZER_FILE).is_file():
         raise CheckpointError(
-            f"{place} has no {TOKENIZER_FILE}: the checkpoint was saved without one; give it to moe.save as "
-            "tokenizer=, or read another with moe.tokenizer.Tokenizer.load"
+            f"{place} has no {TOKENIZER_FILE}: the checkpoint was saved without one; copy there the one that the model "
+            "was trained with, or give it to moe.save as tokenizer="
         )
     try:
         tokenizer = Tokenizer.load(place / TOKENIZER_FILE)
@@ -261,7 +294,26 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
         raise CheckpointError(str(error)) from error
     if (place / CONFIG_FILE).is_file():
         check_vocabulary(load_config_of(place), tokenizer)
-    return tokenizer
+    template = _chat_template(place)
+    return tokenizer if template is None else tokenizer.with_chat_template(template)
+
+
+def _chat_template(place: Path) -> str | None:
+    """The template of a file of its own, or of Hugging Face's `tokenizer_config.json`, where it may be one of several.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
+    file, settings = place / CHAT_TEMPLATE_FILE, place / "tokenizer_config.json"
+    try:
+        if file.is_file():
+            return file.read_text(encoding="utf-8")
+        found = json.loads(settings.read_text(encoding="utf-8")).get("chat_template") if settings.is_file() else None
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{place}: its chat template cannot be read ({error}): copy it again") from None
+    if isinstance(found, list):
+        found = next((entry.get("template") for entry in found if entry.get("name") == "default"), None)
+    return found if isinstance(found, str) else None
 
 
 # ----------------------------------------------------------------------------------------------------- model tensors

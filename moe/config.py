@@ -11,21 +11,29 @@ import dataclasses
 import math
 import os
 import re
-import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from moe.errors import ConfigError
-from moe.io.toml import did_you_mean, from_table, parse_value, require, to_lines
+from moe.io.toml import did_you_mean, from_table, parse_value, read_file, require, shortened, shown, to_lines
 
 CONFIG_DIR = Path(__file__).parent / "configs"
 
 
 def _positive(section: str, owner: object, *names: str) -> None:
     for name in names:
-        require(getattr(owner, name) > 0, section + name, getattr(owner, name), "must be greater than 0")
+        value = getattr(owner, name)
+        require(value > 0, section + name, value, "must be greater than 0")
+        most, rule = (2**31, "must be below 2^31") if isinstance(value, int) else (math.inf, "must be finite")
+        require(value < most, section + name, value, rule)
+
+
+def _not_negative(section: str, owner: object, rule: str, *names: str) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        require(0 <= value < math.inf, section + name, value, f"must be 0 or more{rule}")
 
 
 # --------------------------------------------------------------------------------------------------------- sections
@@ -48,12 +56,20 @@ class RopeConfig:
 
     def __post_init__(self) -> None:
         _positive("attention.rope.", self, "theta", "factor", "original_max_seq_len", "beta_fast", "beta_slow")
+        for name in ("theta", "factor", "beta_fast", "beta_slow"):  # their powers and products stay in float32's range
+            value = getattr(self, name)
+            require(1e-30 <= value <= 1e30, f"attention.rope.{name}", value, "must be between 1e-30 and 1e30")
         require(
             self.scaling != "none" or self.factor == 1.0,
             "attention.rope.factor",
             self.factor,
             'has no effect with scaling = "none"; set scaling to "linear" or "yarn"',
         )
+        if self.scaling == "yarn":
+            rule = 'must be greater than 1 with scaling = "yarn", which divides by its logarithm'
+            require(self.theta > 1, "attention.rope.theta", self.theta, rule)
+            rule = f"must not be less than beta_slow = {self.beta_slow}"
+            require(self.beta_fast >= self.beta_slow, "attention.rope.beta_fast", self.beta_fast, rule)
 
 
 @dataclass(frozen=True)
@@ -91,10 +107,7 @@ class RouterConfig:
     bias_update_rate: float = 0.0  # step of the bias that balances without a loss; 0 turns it off
 
     def __post_init__(self) -> None:
-        for name in ("balance_loss", "z_loss", "bias_update_rate"):
-            require(
-                getattr(self, name) >= 0, f"router.{name}", getattr(self, name), "must be 0 or more; 0 turns it off"
-            )
+        _not_negative("router.", self, "; 0 turns it off", "balance_loss", "z_loss", "bias_update_rate")
 
 
 @dataclass(frozen=True)
@@ -138,7 +151,7 @@ class TrainConfig:
     steps: int = 1000  # optimizer steps, where `tokens` is empty
     tokens: int | str = ""  # length in tokens: "3M", "13T"; "epochs": once through the epochs; "": `steps` decides
     # how often each source is read, {text = 2, code = 4}; 1 if not named, 0 leaves it out
-    epochs: dict[str, int] = field(default_factory=dict)
+    epochs: dict[str, int] = field(default_factory=dict, hash=False)
     seq_len: int = 0  # tokens of a sequence; 0: max_seq_len
     document_mask: bool = False  # attention stays inside each document
     batch_size: int = 16  # sequences of an optimizer step
@@ -163,20 +176,20 @@ class TrainConfig:
     compile: bool = False  # torch.compile
     seed: int = 0  # of the weights and of the order of the data
     eval_every: int = 250  # steps between scores of held-out text; 0: only at the end
-    eval_tokens: int = 65_536  # held-out tokens of such a score, 0: none are made; at the end all are scored
+    eval_tokens: int = 65_536  # held-out tokens of such a score; 0: none are made
+    final_eval_tokens: int = 0  # held-out tokens of the score at the end; 0: all
     sample_every: int = 0  # steps between samples of what the model writes; 0: only at the end
     save_every: int = 250  # steps between checkpoints; 0: only at the end
     log_every: int = 10  # steps between records in metrics.jsonl
 
     def __post_init__(self) -> None:
         _positive("train.", self, "steps", "batch_size", "lr", "muon_lr", "embedding_lr", "grad_clip", "log_every")
-        for name in ("seq_len", "micro_batch", "warmup", "eval_every", "eval_tokens", "sample_every", "save_every"):
-            require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "must be 0 or more")
+        intervals = "eval_every", "eval_tokens", "final_eval_tokens", "sample_every", "save_every"
+        _not_negative("train.", self, "", "seq_len", "micro_batch", "warmup", *intervals, "weight_decay")
         for name in ("min_lr", "decay"):
             require(0 <= getattr(self, name) <= 1, f"train.{name}", getattr(self, name), "is a fraction: 0 to 1")
         require(0 <= self.muon_momentum < 1, "train.muon_momentum", self.muon_momentum, "must be in [0, 1)")
         require(all(0 <= b < 1 for b in self.betas), "train.betas", self.betas, "each must be in [0, 1)")
-        require(self.weight_decay >= 0, "train.weight_decay", self.weight_decay, "must be 0 or more")
         require(
             self.micro_batch == 0 or self.batch_size % self.micro_batch == 0,
             "train.micro_batch",
@@ -210,9 +223,11 @@ def parse_tokens(name: str, text: int | str) -> int:
     """A number of tokens: "64k", "2.5M", "13T" (powers of 1000) or plain digits. Raises ConfigError for others."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([kMGBT]?)", str(text), re.ASCII)
     value = float(match[1]) * _TOKEN_UNITS[match[2]] if match else math.inf
-    if match and value == round(value):
+    if match and value < 2**63 and value == round(value):
         return round(value)
-    raise ConfigError(f'{name} = {text!r}: must be a number of tokens such as "500000", "64k", "2.5M", "10G", "13T"')
+    raise ConfigError(
+        f'{name} = {shown(text)}: must be a number of tokens such as "500000", "64k", "2.5M", "10G", "13T"'
+    )
 
 
 _TOKEN_UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "B": 10**9, "T": 10**12}
@@ -240,6 +255,16 @@ class Config:
 
     def __post_init__(self) -> None:
         _positive("", self, "d_model", "n_layers", "vocab_size", "max_seq_len", "norm_eps")
+        require(self.n_layers <= 100_000, "n_layers", self.n_layers, "must be at most 100,000")
+        a, e, dense = self.attention, self.experts, self.dense
+        for name, value, elements in (
+            ("vocab_size", self.vocab_size, self.vocab_size),
+            ("attention.n_heads", a.n_heads, a.n_heads * a.head_dim),
+            ("experts.d_ff", e.d_ff, 2 * e.n_experts * e.d_ff),
+            ("dense.d_ff", dense.d_ff if dense else 0, 2 * dense.d_ff if dense else 0),
+        ):
+            rule = f"makes a weight of 2^{(elements * self.d_model).bit_length() - 1} numbers or more: more than can be"
+            require(elements * self.d_model < 2**60, name, value, rule)
         require(
             self.train.seq_len <= self.max_seq_len,
             "train.seq_len",
@@ -316,12 +341,14 @@ class Config:
         table: dict[str, Any] = {}
         for assignment in assignments:
             key, equals, text = assignment.partition("=")
-            require(bool(equals and key.strip()), "--set", assignment, "must be key=value, such as train.lr=3e-4")
+            if not equals or not key.strip():
+                raise ConfigError(f"setting {shortened(assignment)!r}: must be key=value, such as train.lr=3e-4")
             *sections, leaf = key.strip().split(".")
             place = table
             for section in sections:
                 place = place.setdefault(section, {})
-                require(isinstance(place, dict), "--set", assignment, f"{section} is a setting, not a section")
+                if not isinstance(place, dict):
+                    raise ConfigError(f"setting {shortened(assignment)!r}: {section} is a setting, not a section")
             place[leaf] = parse_value(text.strip())
         return from_table(Config, table, base=self)
 
@@ -349,14 +376,7 @@ def load_config(name_or_path: str | os.PathLike[str]) -> Config:
                 f"{did_you_mean(str(name_or_path), names)}; there are: {', '.join(names)}; "
                 "or give a path to a .toml file"
             )
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not a TOML file: {error}") from None
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    table = read_file(path)
     try:
         return from_table(Config, {"name": path.stem, **table})
     except ConfigError as error:

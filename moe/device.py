@@ -5,6 +5,8 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -86,7 +88,7 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 def tune_cpu() -> bool:
     """Keeps freed memory for reuse and rounds denormal numbers to zero. Call once, before the first large tensor.
 
-    Nothing here changes a result, apart from denormals.
+    Nothing here changes a result, apart from denormals; `callers_state` takes that back.
 
     By default glibc gives every large tensor back to the kernel when it is freed, and the next one is zeroed anew, page
     by page: adding two 64 MB tensors takes 23 ms so, and 6 to 8 ms when the memory stays. Denormals, which vanishing
@@ -95,7 +97,7 @@ def tune_cpu() -> bool:
     Returns:
         Whether the allocator was tuned: on Linux with glibc only.
     """
-    torch.set_flush_denormal(True)
+    flush_denormals(True)
     if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
@@ -103,3 +105,46 @@ def tune_cpu() -> bool:
         return False
     settings = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 256 * 2**20))
     return all([mallopt(ctypes.c_int(name), ctypes.c_int(value)) == 1 for name, value in settings])
+
+
+def flush_denormals(on: bool) -> None:
+    """Whether denormals are rounded to zero, in this thread and in those that torch shares its work among.
+
+    torch.set_flush_denormal alone sets the mode of the calling thread; the threads of its pool have that of the moment
+    when they were started. They are reached through the OpenMP library that torch comes with, on Linux.
+    """
+    torch.set_flush_denormal(on)
+    parallel = getattr(ctypes.CDLL(None), "GOMP_parallel", None) if sys.platform == "linux" else None
+    if parallel is not None and torch.get_num_threads() > 1:
+        body = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(lambda _: torch.set_flush_denormal(on) and None)
+        parallel(body, None, ctypes.c_uint(torch.get_num_threads()), ctypes.c_uint(0))
+
+
+def flushes_denormals() -> bool:
+    """Whether this thread rounds denormals to zero."""
+    smallest = torch.ones(1, dtype=torch.int32, device="cpu").view(torch.float32)
+    return not (smallest * 1).view(torch.int32).item()
+
+
+@contextmanager
+def callers_state(device: torch.device) -> Iterator[None]:
+    """What training wants of torch's state inside; whatever happens there, the caller's own is there again afterwards.
+
+    Inside: gradients are recorded and new tensors are float32. Kept for the caller: that, how denormals are rounded,
+    the number of threads, the precision of float32 products, and the random generators.
+    """
+    flushing, dtype, threads = flushes_denormals(), torch.get_default_dtype(), torch.get_num_threads()
+    precision = torch.get_float32_matmul_precision()
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices), torch.inference_mode(False), torch.enable_grad():
+        torch.set_default_dtype(torch.float32)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(dtype)
+            if torch.get_num_threads() != threads:
+                torch.set_num_threads(threads)
+            if torch.get_float32_matmul_precision() != precision:
+                torch.set_float32_matmul_precision(precision)
+            if flushes_denormals() != flushing:
+                flush_denormals(flushing)

@@ -5,11 +5,11 @@ that tokenizers, and general compressors, can be compared. Shape suffixes: B win
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
-from typing import NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
@@ -112,15 +112,8 @@ class Score:
 def byte_lengths(tokenizer: Tokenizer) -> np.ndarray:
     """The bytes of text that each id stands for, int64 [V]; special tokens stand for none."""
     special = set(tokenizer.special.values())
-    lengths = [0 if i in special else _length(tokenizer, i) for i in range(tokenizer.vocab_size)]
+    lengths = [0 if i in special else len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)]
     return np.array(lengths, dtype=np.int64)
-
-
-def _length(tokenizer: Tokenizer, token_id: int) -> int:
-    try:
-        return len(tokenizer.token_bytes(token_id))
-    except ValueError:  # an id that the vocabulary leaves unused never occurs
-        return 0
 
 
 def all_windows(data: HeldOut | ConversationData, seq_len: int) -> Iterator[Window]:
@@ -181,7 +174,7 @@ def batches(windows: Iterable[Window], size: int) -> Iterator[tuple[str, Batch]]
             yield source, Batch(inputs, np.where(scored, targets, IGNORE_INDEX), np.stack(documents), np.stack(text))
 
 
-def model_inputs(train: TrainConfig, batch: Batch, device: torch.device) -> dict[str, Tensor | None]:
+def model_inputs(train: TrainConfig, batch: Batch, device: torch.device) -> dict[str, Any]:
     """What a model is called with for a batch, whoever calls it: documents as its training had them, padding masked.
 
     Args:
@@ -221,6 +214,8 @@ def evaluate(
 ) -> dict[str, Score]:
     """The score of each source, in order; attention is kept inside documents where the model was trained so.
 
+    A source of which no byte of text was scored is left out: nothing can be said of it.
+
     Args:
         windows: of one source after the other.
         lengths: `byte_lengths` of the tokenizer.
@@ -239,7 +234,7 @@ def evaluate(
         scores[source] = scores[source] + score if source in scores else score
         done += len(targets)
         progress(done)
-    return scores
+    return {source: score for source, score in scores.items() if score.bytes}
 
 
 def total(scores: dict[str, Score]) -> Score:
@@ -248,15 +243,23 @@ def total(scores: dict[str, Score]) -> Score:
 
 
 def draw_samples(
-    model: Transformer, tokenizer: Tokenizer, *, n_tokens: int = 160, chat: bool = False
+    model: Transformer,
+    tokenizer: Tokenizer,
+    *,
+    n_tokens: int = 160,
+    chat: bool = False,
+    prompts: Sequence[str] | None = None,
 ) -> list[dict[str, str]]:
-    """What the model writes after each of `PROMPTS`, as {"prompt", "text"}; the same each time.
+    """What the model writes after each of `prompts`, as {"prompt", "text"}; the same each time.
 
-    The sample ends with the document. With `chat` it answers `REQUESTS`, and ends with its turn.
+    The sample ends with the document. With `chat` it answers, and ends with its turn. None are `PROMPTS`, or `REQUESTS`
+    with `chat`.
     """
     template = ChatTemplate(tokenizer)
     samples = []
-    for prompt in REQUESTS if chat else PROMPTS:
+    if prompts is None:
+        prompts = REQUESTS if chat else PROMPTS
+    for prompt in prompts:
         if chat:
             ids, end_id = template.prompt([{"role": "user", "content": prompt}]), template.end_id
         else:

@@ -4,7 +4,7 @@ Shape suffixes: B batch, S sequence, T = B*S tokens, D model width, E experts, K
 F expert hidden width.
 """
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moe.config import ExpertsConfig, RouterConfig
 from moe.kernels import ops
-from moe.layers import at_least_fp32, cast, without_autocast
+from moe.layers import at_least_fp32, cast, made_by_init_weights, without_autocast
 
 
 class Routing(NamedTuple):
@@ -62,17 +62,38 @@ class Router(nn.Module):
     """Softmax top-k gate, computed in at least float32.
 
     With bias-based balancing, `bias_E` is added to the scores for choosing only and nudged after each step by
-    `update_bias` (Wang et al. 2024, arXiv:2408.15664).
+    `update_bias` (Wang et al. 2024, arXiv:2408.15664). It sums many small steps, so it is at least float32, whatever
+    the model is cast to or loaded from: bfloat16 adds 0.001 to 0.5 in vain.
     """
 
     bias_E: Tensor | None
+    reset_parameters = made_by_init_weights
 
     def __init__(self, d_model: int, n_experts: int, top_k: int, cfg: RouterConfig) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(n_experts, d_model))
         self.top_k = top_k
         self.bias_update_rate = cfg.bias_update_rate
-        self.register_buffer("bias_E", torch.zeros(n_experts) if cfg.bias_update_rate else None)
+        dtype = at_least_fp32(torch.get_default_dtype())
+        self.register_buffer("bias_E", torch.zeros(n_experts, dtype=dtype) if cfg.bias_update_rate else None)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Router":
+        """Casts and moves; what a cast would round off the bias stays."""
+        bias_E = self.bias_E
+        super()._apply(fn, recurse)
+        if bias_E is not None and self.bias_E is not None and self.bias_E.dtype != at_least_fp32(self.bias_E.dtype):
+            self.bias_E = bias_E.to(self.bias_E.device, at_least_fp32(self.bias_E.dtype))
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if (stored := state_dict.get(f"{prefix}bias_E")) is not None:
+            state_dict[f"{prefix}bias_E"] = cast(stored, at_least_fp32(stored.dtype))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        """For repr: the shape, and whether a bias balances."""
+        (n_experts, d_model), balanced = self.weight.shape, "" if self.bias_E is None else ", bias_E"
+        return f"{d_model}, {n_experts} experts, top_k={self.top_k}{balanced}"
 
     def forward(self, x_BSD: Tensor) -> Routing:
         """x_BSD -> the routing of its B*S tokens, in that order."""
@@ -81,6 +102,10 @@ class Router(nn.Module):
             logits_BSE = F.linear(cast(x_BSD, wide), cast(self.weight, wide))
             weights_TK, ids_TK = self.choose(logits_BSE.flatten(0, 1))
         return Routing(ids_TK, weights_TK, logits_BSE)
+
+    if TYPE_CHECKING:
+        # Of nn.Module it is Any.
+        def __call__(self, x_BSD: Tensor) -> Routing: ...
 
     def choose(self, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
         """The weights and ids [T, K] of the chosen experts."""
@@ -128,6 +153,8 @@ class Experts(nn.Module):
     `recompute`: keep only the input for the backward, as selective checkpointing wants (see ops.expert_mlp).
     """
 
+    reset_parameters = made_by_init_weights
+
     def __init__(self, d_model: int, cfg: ExpertsConfig) -> None:
         super().__init__()
         self.activation = cfg.activation
@@ -136,10 +163,20 @@ class Experts(nn.Module):
         self.w_in_EGFD = nn.Parameter(torch.empty(cfg.n_experts, n_gates, cfg.d_ff, d_model))
         self.w_out_EDF = nn.Parameter(torch.empty(cfg.n_experts, d_model, cfg.d_ff))
 
+    def extra_repr(self) -> str:
+        """For repr: how many experts of which shape, and their parameters."""
+        (n_experts, _, d_ff, d_model), w_out = self.w_in_EGFD.shape, self.w_out_EDF
+        n = self.w_in_EGFD.numel() + w_out.numel()
+        return f"{n_experts} x (d_model={d_model}, d_ff={d_ff}), activation={self.activation}, {n:,} parameters"
+
     def forward(self, x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor) -> Tensor:
         """x_TD -> [T, D]: the sum over a token's experts, weighted, dropless, however uneven the loads."""
         weights = self.w_in_EGFD, self.w_out_EDF
         return ops.expert_mlp(x_TD, *weights, weights_TK, ids_TK, self.activation, recompute=self.recompute)
+
+    if TYPE_CHECKING:
+
+        def __call__(self, x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor) -> Tensor: ...
 
 
 class MoE(nn.Module):
@@ -155,3 +192,7 @@ class MoE(nn.Module):
         routing: Routing = self.router(x_BSD)
         y_TD = self.experts(rearrange(x_BSD, "b s d -> (b s) d"), routing.weights_TK, routing.ids_TK)
         return y_TD.view(x_BSD.shape).to(x_BSD.dtype), routing
+
+    if TYPE_CHECKING:
+
+        def __call__(self, x_BSD: Tensor) -> tuple[Tensor, Routing]: ...

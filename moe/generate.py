@@ -6,7 +6,7 @@ Shape suffixes: B batch, S sequence, D model width, H query heads, N key/value h
 """
 
 import codecs
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from moe.experts import Experts, MoE, Router
 from moe.kernels import ops
+from moe.kernels.arguments import autocasts
 from moe.kernels.spans import span
 from moe.layers import (
     MLP,
@@ -30,7 +31,7 @@ from moe.layers import (
     rotate,
     untouched,
 )
-from moe.model import Block, Embedding, Transformer, check_sampling, last_of_text, sample
+from moe.model import Block, Embedding, Ends, Transformer, check_sampling, last_of_text, sample
 
 # ----------------------------------------------------------------------------------------------------------- tokens
 
@@ -46,29 +47,33 @@ def stream(
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 0,
+    eos_id: int | Collection[int] | None = None,
 ) -> Iterator[Tensor]:
-    """Yield the next token of every sequence, int64 [B], `max_new_tokens` times, or until the context is full.
+    """Yield the next token of every sequence, int64 [B], `max_new_tokens` times, or until the context is full or every
+    sequence has ended.
 
     Args:
         prompt_BS: int64 ids, at least one token each.
         mask_BS: False, or 0, at padding, on either side, where prompts are not equally long.
         temperature: 0 for greedy. top_k: 0 for all. top_p: in (0, 1], 1 for all.
+        eos_id: the id that ends a sequence, such as `tokenizer.eot_id`, or several of them. A sequence that has ended
+            repeats it while others go on. None: none ends.
 
     Raises:
         ValueError: an empty or over-long prompt, or a sampling setting out of range.
     """
-    check_sampling(prompt_BS, temperature, top_k, top_p, mask_BS)
+    check_sampling(prompt_BS, temperature, top_k, top_p, mask_BS, max_new_tokens)
     batch, length = prompt_BS.shape
     max_len = min(length + max_new_tokens, model.cfg.max_seq_len)
     weight = model.embedding.weight
     cache = KVCache(model.cfg, batch, max(max_len, length), weight.dtype, weight.device)
-    generator = torch.Generator(weight.device).manual_seed(seed)
+    generator, ends = torch.Generator(weight.device).manual_seed(seed), Ends(eos_id, model.cfg.vocab_size)
     logits_BV = last_of_text(model(prompt_BS, mask_BS=mask_BS, cache=cache).logits_BSV, mask_BS)
     step = DecodeStep(model, cache) if cache.even and DecodeStep.fits(model) else None
     for n in range(1, max_new_tokens + 1):
-        next_B = sample(logits_BV, temperature, top_k, top_p, generator)
+        next_B = ends.hold(sample(logits_BV, temperature, top_k, top_p, generator))
         yield next_B
-        if n == max_new_tokens or cache.length == model.cfg.max_seq_len:
+        if n == max_new_tokens or cache.length == model.cfg.max_seq_len or ends.all():
             return
         logits_BV = step(next_B) if step else model(next_B.unsqueeze(1), cache=cache).logits_BSV[:, -1]
 
@@ -125,7 +130,7 @@ class DecodeStep:
     @staticmethod
     def fits(model: Transformer) -> bool:
         """Whether every module is exactly ours, and no autocast is on: what is not has to be called."""
-        if torch.is_autocast_enabled(next(model.parameters()).device.type):
+        if autocasts(next(model.parameters()).device.type):
             return False
         return all(type(m) in _KINDS and untouched(m, type(m)) for m in model.modules())
 
@@ -199,17 +204,19 @@ class TextStream:
 
     Args:
         stop: strings that end the text; where two end at the same token, the one that begins first counts.
+        ends: ids that end the text; None: end-of-text. Another special token shows its name.
 
     Raises:
         ValueError: an empty stop string.
     """
 
-    def __init__(self, tokenizer: Vocabulary, stop: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Vocabulary, stop: Sequence[str] = (), ends: Collection[int] | None = None) -> None:
         if "" in stop:
             raise ValueError("stop = '': an empty stop string would end every text before it begins; leave it out")
         self.done = False
         self._tokenizer = tokenizer
         self._stop = list(stop)
+        self._ends = {tokenizer.eot_id} if ends is None else set(ends)
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._held = ""
 
@@ -217,7 +224,7 @@ class TextStream:
         """Takes one token; returns what may be printed now, often nothing. After `done` it takes no more."""
         if self.done:
             return ""
-        if token_id == self._tokenizer.eot_id:
+        if token_id in self._ends:
             return self.finish()
         if token_id >= self._tokenizer.vocab_size:
             return ""  # a model may have more ids than its tokenizer; they stand for no text

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import groupby, pairwise
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import torch
 import torch.nn as nn
@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from moe.config import AttentionConfig, Config, RopeConfig
 from moe.kernels import ops
+from moe.kernels.arguments import autocasts, can_read, transformed
 
 
 def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
@@ -34,7 +35,7 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def without_autocast(device_type: str) -> AbstractContextManager[object]:
     """Autocast off for a block of code; where it is off already, for free."""
-    if device_type != "meta" and torch.is_autocast_enabled(device_type):
+    if autocasts(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
 
@@ -86,17 +87,43 @@ def _global_hooks() -> bool:
     return any(getattr(modules, f"_global_{name}") for name in names)
 
 
+def made_by_init_weights(self: nn.Module) -> NoReturn:
+    """The `reset_parameters` of every module, which knows neither its name nor the depth, on which values depend."""
+    raise RuntimeError(
+        f"{type(self).__name__} cannot make its own first values, which depend on its place in the model: call "
+        "moe.model.init_weights(model, seed) on the whole, after model.to_empty(device=...)"
+    )
+
+
+def tie(one: nn.Module, other: nn.Module) -> None:
+    """Makes the weight of `other` that of `one`, unless one of them is an adapter's, quantised, or of another shape."""
+    weight, old = (module._parameters.get("weight") for module in (one, other))
+    if weight is not None and old is not None and type(weight) is type(old) and weight.shape == old.shape:
+        other.weight = weight
+
+
+def complete_tied(state_dict: dict[str, Tensor], one: str, other: str, errors: list[str]) -> None:
+    """A state dict may hold a tied weight under one of its names or both, and then it must be the same."""
+    found = [state_dict[name] for name in (one, other) if name in state_dict]
+    if len(found) == 1:
+        state_dict |= {one: found[0], other: found[0]}
+    elif len({type(t) for t in found}) == 1 and not found[0].is_meta and not torch.equal(*found):
+        errors.append(f"{one} and {other} are tied, but differ: load them into a model with tie_embeddings = false")
+
+
 # ------------------------------------------------------------------------------------------------- products and norms
 
 
 class Linear(nn.Linear):
     """A bias-free nn.Linear that leaves its weight to `init_weights`, the one place where weights are made."""
 
-    def __init__(self, d_in: int, d_out: int) -> None:
-        super().__init__(d_in, d_out, bias=False)
+    reset_parameters = made_by_init_weights
 
-    def reset_parameters(self) -> None:
-        pass
+    def __init__(self, d_in: int, d_out: int) -> None:
+        nn.Module.__init__(self)  # nn.Linear's own would draw values
+        self.in_features, self.out_features = d_in, d_out
+        self.weight = nn.Parameter(torch.empty(d_out, d_in))
+        self.register_parameter("bias", None)
 
 
 class Head(Linear):
@@ -108,20 +135,30 @@ class Head(Linear):
             return super().forward(x_BSD)
         return ops.linear_cross_entropy(x_BSD.flatten(0, -2), self.weight, targets_BS.flatten())
 
+    if TYPE_CHECKING:
+        # Of nn.Module it is Any.
+        def __call__(self, x_BSD: Tensor, targets_BS: Tensor | None = None) -> Tensor: ...
+
 
 class RMSNorm(nn.Module):
     """Root-mean-square norm (Zhang & Sennrich 2019), computed in at least float32."""
+
+    reset_parameters = made_by_init_weights
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width))
         self.eps = eps
 
+    def extra_repr(self) -> str:
+        """For repr: width and epsilon."""
+        return f"{len(self.weight)}, eps={self.eps}"
+
     def forward(self, x: Tensor) -> Tensor:
         wide = at_least_fp32(x.dtype)
         x_wide, weight = cast(x, wide), cast(self.weight, wide)
         with without_autocast(x.device.type):
-            if x.device.type != "cpu" or torch._C._are_functorch_transforms_active():
+            if x.device.type != "cpu" or transformed():
                 return cast(F.rms_norm(x_wide, weight.shape, weight, self.eps), x.dtype)
             if torch.is_grad_enabled():
                 return cast(_CpuRMSNorm.apply(x_wide, weight, self.eps), x.dtype)
@@ -369,19 +406,6 @@ def text_first(text_BS: Tensor, device: torch.device) -> TextFirst | None:
     return TextFirst(text_BS, device)
 
 
-def has_values(x: Tensor) -> bool:
-    """Whether a tensor's values can be looked at: not on meta, in a fake tensor, in a graph that is being traced, or
-    under a transform of torch.func."""
-    if torch.compiler.is_compiling() or x.is_meta or type(x) not in (Tensor, nn.Parameter):
-        return False
-    return not torch._C._functorch.is_functorch_wrapped_tensor(x)
-
-
-def can_read(x: Tensor) -> bool:
-    """Whether that costs no wait for a device either."""
-    return x.device.type == "cpu" and has_values(x)
-
-
 # ------------------------------------------------------------------------------------------------------------ cache
 
 
@@ -408,6 +432,11 @@ class KVCache:
         self._rope = rope_tables(0, max_len, cfg.attention.head_dim, cfg.attention.rope, dtype, torch.device(device))
         self.max_len = max_len
         self.lengths = [0] * batch
+
+    def __repr__(self) -> str:
+        keys = self.layers[0].k_BNPC
+        shape = f"{len(self.layers)} layers, lengths={self.lengths}, max_len={self.max_len}"
+        return f"KVCache({shape}, n_kv_heads={keys.shape[1]}, head_dim={keys.shape[3]}, {keys.dtype}, {keys.device})"
 
     @property
     def batch(self) -> int:

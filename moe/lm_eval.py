@@ -24,6 +24,7 @@ from moe.errors import ConfigError, DataError
 from moe.evaluate import model_inputs
 from moe.generate import TextStream, stream
 from moe.kernels.loss import IGNORE_INDEX
+from moe.layers import Head, untouched
 from moe.model import Transformer
 from moe.tokenizer import Tokenizer
 
@@ -200,8 +201,16 @@ class MoeLM(TemplateLM):
     def _hidden(self, batch: Batch) -> Tensor:
         """What the output layer gets, [B, S, D], of the model called as in training, its padding masked.
 
-        All logits at once would be S x V; only some are wanted.
+        All logits at once would be S x V; only some are wanted. Of a model whose output is not exactly its own head's,
+        those logits after all.
         """
+        inputs = model_inputs(self.model.cfg.train, batch, self._device)
+        inputs["targets_BS"] = None
+        if not self._ours():
+            with self._autocast():
+                logits_BSV = self.model(**inputs).logits_BSV
+            assert logits_BSV is not None
+            return logits_BSV
         seen: list[Tensor] = []
 
         def keep(module: torch.nn.Module, arguments: tuple[Tensor]) -> tuple[Tensor]:
@@ -211,10 +220,13 @@ class MoeLM(TemplateLM):
         hook = self.model.head.register_forward_pre_hook(keep)
         try:
             with self._autocast():
-                self.model(**model_inputs(self.model.cfg.train, batch, self._device) | {"targets_BS": None})
+                self.model(**inputs)
         finally:
             hook.remove()
         return seen[0]
+
+    def _ours(self) -> bool:
+        return untouched(self.model, Transformer) and untouched(self.model.head, Head)
 
     def _log_probabilities(self, x_ND: Tensor, wanted_NC: Tensor) -> tuple[Tensor, Tensor]:
         """Of the tokens `wanted_NC`: log-probabilities, float64, and whether each is the likeliest, bool; [N, C]."""
@@ -222,7 +234,7 @@ class MoeLM(TemplateLM):
         size = max(1, _CHUNK_ELEMENTS // self.model.cfg.vocab_size)
         for x_D, wanted in zip(x_ND.split(size), wanted_NC.split(size), strict=True):
             with self._autocast():
-                logits_NV = self.model.head(x_D).double()
+                logits_NV = (self.model.head(x_D) if self._ours() else x_D).double()
             logp.append(logits_NV.log_softmax(-1).gather(1, wanted))
             greedy.append(logits_NV.argmax(-1, keepdim=True) == wanted)
         return torch.cat(logp), torch.cat(greedy)
@@ -333,7 +345,7 @@ def _generation(given: dict[str, Any], default: int, max_length: int) -> tuple[t
     if not 1 <= n_tokens < max_length:
         raise ConfigError(
             f"max_gen_toks = {n_tokens}: must be at least 1 and leave room for a context within max_length = "
-            f"{max_length}; set it with --gen_kwargs or in the task"
+            f"{max_length}; set it in the task's generation_kwargs"
         )
     given_stop: Any = settings["until"]
     stop = [s for s in given_stop if s is not None]
@@ -364,12 +376,12 @@ def run_tasks(lm: MoeLM, tasks: Sequence[str], *, limit: int | None = None) -> t
 
     for name in tasks:
         if name.endswith((".yaml", ".yml")) and not Path(name).is_file():
-            raise ConfigError(f"--tasks {name}: no such file")
+            raise ConfigError(f"tasks = {name!r}: no such file")
     config = EvaluatorConfig(model="moe", tasks=list(tasks))  # type: ignore[arg-type]
     try:
         manager = config.process_tasks()
     except ValueError as error:
-        raise ConfigError(f"--tasks {' '.join(tasks)}: {error}") from error
+        raise ConfigError(f"tasks = {' '.join(tasks)!r}: {error}") from error
     results = simple_evaluate(
         model=lm,
         tasks=config.tasks,  # type: ignore[arg-type]

@@ -27,8 +27,9 @@ from moe.checkpoint import cannot_write, put_tensors, stored_state, with_current
 from moe.errors import CheckpointError, ConfigError
 from moe.experts import Experts
 from moe.io.files import write_whole
-from moe.io.tensorfiles import check_tensors
+from moe.io.tensorfiles import check_plain, check_tensors
 from moe.kernels.experts import lora as kernel
+from moe.layers import Linear, made_by_init_weights, untouched
 from moe.model import Transformer, drawn_as, generator_for
 
 TARGETS = ("attention", "experts")
@@ -67,6 +68,8 @@ class LoraConfig:
 class LoraLinear(nn.Module):
     """y = W x + scale * B (A x), with W [O, I] frozen."""
 
+    reset_parameters = made_by_init_weights
+
     def __init__(self, weight_OI: nn.Parameter, cfg: LoraConfig) -> None:
         super().__init__()
         (n_out, n_in), like = weight_OI.shape, {"dtype": weight_OI.dtype, "device": weight_OI.device}
@@ -86,6 +89,8 @@ class LoraLinear(nn.Module):
 
 class LoraExperts(nn.Module):
     """The expert MLPs with adapters on every expert's w_in and w_out, which are frozen."""
+
+    reset_parameters = made_by_init_weights
 
     def __init__(self, experts: Experts, cfg: LoraConfig) -> None:
         super().__init__()
@@ -124,26 +129,43 @@ def add(model: Transformer, cfg: LoraConfig, seed: int = 0) -> None:
     On the meta device there is nothing to draw: load weights into the model (`checkpoint.load_weights`).
 
     Raises:
-        ValueError: the model has adapters already.
+        ValueError: the model has adapters already, or a module that would get them is not ours or is patched (a
+            quantised weight, a forward of its own, hooks): what takes its place would undo that.
     """
     if is_added(model):
         raise ValueError("the model has adapters already: merge them first (moe.lora.merged)")
+    targets = _targets(model, cfg)
+    for name, module in targets.items():
+        kind = Experts if name.endswith(".experts") else Linear
+        if not untouched(module, kind):
+            raise ValueError(
+                f"{name} is no plain {kind.__name__} (it is a {type(module).__name__}, or has hooks, a forward or a "
+                "kind of weight of its own), and adapters would silently undo that: add them to an unchanged model"
+            )
     model.requires_grad_(False)
+    for name, module in targets.items():
+        adapted = LoraExperts(module, cfg) if isinstance(module, Experts) else LoraLinear(module.weight, cfg)  # type: ignore[arg-type]
+        model.set_submodule(name, adapted)
     for block in model.blocks:
-        if "attention" in cfg.targets:
-            for name in _PROJECTIONS:
-                setattr(block.attention, name, LoraLinear(getattr(block.attention, name).weight, cfg))
-        if "experts" in cfg.targets and block.mlp is not None:
-            for name in ("w_in", "w_out"):
-                setattr(block.mlp, name, LoraLinear(getattr(block.mlp, name).weight, cfg))
-        elif "experts" in cfg.targets:
-            block.moe.experts = LoraExperts(block.moe.experts, cfg)  # type: ignore[union-attr]
+        if "experts" in cfg.targets and block.moe is not None:
             block.moe.router.bias_update_rate = 0.0  # type: ignore[union-attr]  # it, too, belongs to the frozen model
     for name, parameter in adapters(model).items():
         if ".lora_a_" in name and not parameter.is_meta:
             bound = 1 / math.sqrt(parameter.shape[-1])
             for e, part in enumerate(parameter.detach() if parameter.ndim == 3 else [parameter.detach()]):
                 part.uniform_(-bound, bound, generator=generator_for(parameter.device, seed, drawn_as(name), e))
+
+
+def _targets(model: Transformer, cfg: LoraConfig) -> dict[str, nn.Module]:
+    """What gets adapters, by name."""
+    names = []
+    for i, block in enumerate(model.blocks):
+        if "attention" in cfg.targets:
+            names += [f"blocks.{i}.attention.{leaf}" for leaf in _PROJECTIONS]
+        if "experts" in cfg.targets:
+            mlp = [f"blocks.{i}.mlp.{leaf}" for leaf in ("w_in", "w_out")]
+            names += mlp if block.moe is None else [f"blocks.{i}.moe.experts"]
+    return {name: model.get_submodule(name) for name in names}
 
 
 def adapters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -178,11 +200,12 @@ def save_adapter(model: Transformer, cfg: LoraConfig, file: str | os.PathLike[st
     """Writes the adapters alone, as safetensors; the settings and a mark of the base model are in its metadata.
 
     Raises:
-        CheckpointError: the model has no adapters, or the file cannot be written.
+        CheckpointError: the model has no adapters, they are sharded, or the file cannot be written.
     """
-    tensors = {name: p.detach().cpu().contiguous() for name, p in adapters(model).items()}
-    if not tensors:
+    if not is_added(model):
         raise CheckpointError("the model has no adapters to save: add some first (moe.lora.add)")
+    check_plain(adapters(model))
+    tensors = {name: p.detach().cpu().contiguous() for name, p in adapters(model).items()}
     metadata = {"format": FORMAT, "lora": json.dumps(asdict(cfg)), "base": _base_mark(model), "name": model.cfg.name}
     try:
         write_whole(Path(file), to_safetensors(tensors, metadata))

@@ -6,8 +6,9 @@ Shape suffixes: L layers, B batch, S sequence, T = B*S tokens, D model width, V 
 import hashlib
 import math
 import sys
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, Unpack, overload
 
 import torch
 import torch.nn as nn
@@ -17,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from moe.config import Config, RouterConfig
 from moe.experts import Experts, MoE, Routing
+from moe.kernels.arguments import can_read, has_values
 from moe.kernels.loss import IGNORE_INDEX
 from moe.kernels.spans import span
 from moe.layers import (
@@ -27,12 +29,13 @@ from moe.layers import (
     KVCache,
     RMSNorm,
     at_least_fp32,
-    can_read,
     causal,
-    has_values,
+    complete_tied,
+    made_by_init_weights,
     rope_tables,
     text_first,
     text_of,
+    tie,
     untouched,
     within_documents,
     within_documents_by_mask,
@@ -132,14 +135,34 @@ for _part in (Sums, Counts, Routing):
     pytree._register_namedtuple(_part, serialized_type_name=f"moe.{_part.__name__}")
 
 
+if TYPE_CHECKING:  # what is surely there, for type checkers; `sums` and `counts` unless there is a cache
+
+    class OutputWithLogits(Output):
+        logits_BSV: Tensor
+        sums: Sums
+        counts: Counts
+
+    class OutputWithLoss(Output):
+        loss: Tensor
+        sums: Sums
+        counts: Counts
+
+    class _How(TypedDict, total=False):
+        documents_BS: Tensor | None
+        mask_BS: Tensor | None
+        cache: KVCache | None
+
+
 # ------------------------------------------------------------------------------------------------------------ model
 
 
 class Embedding(nn.Embedding):
     """An nn.Embedding that leaves its weight to `init_weights`."""
 
-    def reset_parameters(self) -> None:
-        pass
+    reset_parameters = made_by_init_weights
+
+    def __init__(self, vocab_size: int, d_model: int) -> None:
+        super().__init__(vocab_size, d_model, _weight=torch.empty(vocab_size, d_model))
 
 
 class Block(nn.Module):
@@ -188,14 +211,28 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(cfg.d_model, cfg.norm_eps)
         self.head = Head(cfg.d_model, cfg.vocab_size)
         self.activation_checkpointing = "none"
+        self.register_load_state_dict_post_hook(_tie_again)
         self.tie_weights()
         if not self.head.weight.is_meta:
             init_weights(self, seed)
 
     def tie_weights(self) -> None:
-        """Makes the output layer's weight the embedding's, where the configuration ties them."""
-        if self.cfg.tie_embeddings and self.embedding is not None and self.head is not None:
-            self.head.weight = self.embedding.weight
+        """Makes the output layer's weight the embedding's, where the configuration ties them and both are ours."""
+        if self._ties():
+            tie(self.embedding, self.head)
+
+    def _ties(self) -> bool:
+        return self.cfg.tie_embeddings and isinstance(self.embedding, Embedding) and isinstance(self.head, Head)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Transformer":
+        super()._apply(fn, recurse)  # off the meta device it makes a parameter for each name
+        self.tie_weights()
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if self._ties():
+            complete_tied(state_dict, f"{prefix}embedding.weight", f"{prefix}head.weight", errors=args[-1])
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @property
     def activation_checkpointing(self) -> str:
@@ -282,6 +319,14 @@ class Transformer(nn.Module):
             out.counts = Counts(n_targets, sequences, tokens)
         return out
 
+    if TYPE_CHECKING:
+        # Of nn.Module it is Any.
+        @overload
+        def __call__(self, tokens_BS: Tensor, targets_BS: None = None, **how: Unpack[_How]) -> OutputWithLogits: ...
+        @overload
+        def __call__(self, tokens_BS: Tensor, targets_BS: Tensor, **how: Unpack[_How]) -> OutputWithLoss: ...
+        def __call__(self, *args: Any, **how: Any) -> Any: ...
+
     @torch.no_grad()
     def generate(
         self,
@@ -293,20 +338,25 @@ class Transformer(nn.Module):
         top_k: int = 0,
         top_p: float = 1.0,
         seed: int = 0,
+        eos_id: int | Collection[int] | None = None,
     ) -> Tensor:
-        """The prompt and what follows it, int64 [B, S + n], until the context is full: simply, module by module.
+        """The prompt and what follows it, int64 [B, S + n], until the context is full or every sequence has ended:
+        simply, module by module.
 
         `moe.generate.stream` is the fast way to the same tokens; settings, and what they raise, as there.
         """
-        check_sampling(prompt_BS, temperature, top_k, top_p, mask_BS)
+        check_sampling(prompt_BS, temperature, top_k, top_p, mask_BS, max_new_tokens)
         (B, S), weight = prompt_BS.shape, self.embedding.weight
         n = min(max_new_tokens, max(1, self.cfg.max_seq_len + 1 - S))
         cache = KVCache(self.cfg, B, S + max(0, n - 1), weight.dtype, weight.device)
-        generator = torch.Generator(weight.device).manual_seed(seed)
+        generator, ends = torch.Generator(weight.device).manual_seed(seed), Ends(eos_id, self.cfg.vocab_size)
         tokens_BS, new_BS = prompt_BS, prompt_BS
         for _ in range(n):
+            if ends.all():
+                break
             logits_BV = last_of_text(self(new_BS, mask_BS=mask_BS, cache=cache).logits_BSV, mask_BS)
-            new_BS, mask_BS = sample(logits_BV, temperature, top_k, top_p, generator).unsqueeze(1), None
+            new_BS = ends.hold(sample(logits_BV, temperature, top_k, top_p, generator)).unsqueeze(1)
+            mask_BS = None
             tokens_BS = torch.cat([tokens_BS, new_BS], 1)
         return tokens_BS
 
@@ -349,6 +399,10 @@ def _check_ids(what: str, ids: Tensor, cfg: Config, unless: int | None = None) -
             f"{what} id {low if low < 0 else high} is outside the vocabulary of {cfg.vocab_size} ids ({cfg.name}): "
             "the text was encoded with another tokenizer"
         )
+
+
+def _tie_again(model: Transformer, _keys: Any) -> None:
+    model.tie_weights()  # load_state_dict(assign=True), too, makes a parameter for each name
 
 
 def _seen(documents_BS: Tensor | None, device: torch.device) -> Attend:
@@ -506,11 +560,17 @@ def generator_for(device: torch.device, *key: object) -> torch.Generator:
 
 
 def check_sampling(
-    prompt_BS: Tensor, temperature: float, top_k: int, top_p: float, mask_BS: Tensor | None = None
+    prompt_BS: Tensor,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    mask_BS: Tensor | None = None,
+    max_new_tokens: int = 0,
 ) -> None:
     """Raises ValueError for an empty prompt or a sampling setting out of range."""
     for name, value, ok, rule in (
         ("prompt", list(prompt_BS.shape), prompt_BS.ndim == 2 and prompt_BS.shape[1] > 0, "must be [B, S] with S > 0"),
+        ("max_new_tokens", max_new_tokens, max_new_tokens >= 0, "must be 0 or more"),
         ("temperature", temperature, temperature >= 0, "must be 0 or more"),
         ("top_k", top_k, top_k >= 0, "must be 0 (all) or more"),
         ("top_p", top_p, 0 < top_p <= 1, "must be in (0, 1]"),
@@ -519,6 +579,37 @@ def check_sampling(
             raise ValueError(f"{name} = {value}: {rule}")
     if mask_BS is not None and not (with_text_B := text_of(mask_BS, prompt_BS.shape).any(1)).all():
         raise ValueError(f"prompt {int(with_text_B.int().argmin())} has no token that its mask calls text")
+
+
+class Ends:
+    """Sequences that have written their end repeat it.
+
+    Args:
+        eos_id: the id that ends a sequence, or several of them; None for none.
+
+    Raises:
+        ValueError: an id that the model does not have.
+    """
+
+    def __init__(self, eos_id: int | Collection[int] | None, vocab_size: int) -> None:
+        self.ids = [] if eos_id is None else [eos_id] if isinstance(eos_id, int) else list(eos_id)
+        for i in self.ids:
+            if not 0 <= i < vocab_size:
+                raise ValueError(f"eos_id = {i}: must be an id of the vocabulary, 0 to {vocab_size - 1}")
+        self.ended_B: Tensor | None = None
+        self.last_B: Tensor | None = None
+
+    def hold(self, next_B: Tensor) -> Tensor:
+        """The newest tokens, int64 [B], in their place the end again where a sequence has ended."""
+        if self.ids:
+            if self.ended_B is not None and self.last_B is not None:
+                next_B = torch.where(self.ended_B, self.last_B, next_B)
+            self.last_B, self.ended_B = next_B, torch.isin(next_B, torch.tensor(self.ids, device=next_B.device))
+        return next_B
+
+    def all(self) -> bool:
+        """Whether every sequence has ended. Waits for the device."""
+        return self.ended_B is not None and bool(self.ended_B.all())
 
 
 def last_of_text(x_BSV: Tensor, mask_BS: Tensor | None) -> Tensor:

@@ -235,6 +235,39 @@ def test_unknown_dtype_is_named(saved: Path) -> None:
         moe.load(saved)
 
 
+@pytest.mark.parametrize("kept", ["embedding.weight", "head.weight"])
+def test_tied_weights_may_have_either_name(kept: str, tmp_path: Path) -> None:
+    model = moe.Transformer(variant(tie_embeddings=True), seed=1)
+    moe.save(model, tmp_path / "ckpt")
+    file = tmp_path / "ckpt" / "model.safetensors"
+    tensors = load_file(file)
+    weight = tensors.pop("embedding.weight")
+    save_file(tensors | {kept: weight}, file)
+    assert_same(moe.load(tmp_path / "ckpt"), model)
+    save_file(tensors | {"embedding.weight": weight, "head.weight": weight.clone()}, file)
+    loaded = moe.load(tmp_path / "ckpt")
+    assert_same(loaded, model)
+    assert loaded.head.weight is loaded.embedding.weight
+    save_file(tensors | {"embedding.weight": weight, "head.weight": weight + 1}, file)
+    with pytest.raises(
+        CheckpointError, match=r"tied, but head\.weight differs .*tie_embeddings = false in config\.toml"
+    ):
+        moe.load(tmp_path / "ckpt")
+
+
+def test_two_sets_of_weights_are_refused(saved: Path, tmp_path: Path) -> None:
+    other = moe.Transformer(TINY, seed=1)
+    moe.save(other, tmp_path / "shards", max_shard_bytes=20_000)
+    shutil.copytree(tmp_path / "shards", saved, dirs_exist_ok=True)
+    with pytest.raises(CheckpointError, match=r"two sets of weights, model\.safetensors .*model-00001-of-"):
+        moe.load(saved)
+    moe.save(other, saved)  # replaces all of it
+    assert sorted(p.name for p in saved.iterdir()) == ["config.toml", "model.safetensors"]
+    assert_same(moe.load(saved), other)
+    (saved / "model-00007-of-00009.safetensors").write_bytes((saved / "model.safetensors").read_bytes())
+    assert_same(moe.load(saved), other)  # what nothing names is not read
+
+
 # ---------------------------------------------------------------------------------------------------------- replacing
 
 

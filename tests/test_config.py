@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from moe.config import (
     CONFIG_DIR,
     AttentionConfig,
     Config,
+    DenseConfig,
     ExpertsConfig,
     RopeConfig,
     RouterConfig,
@@ -21,6 +23,8 @@ from moe.config import (
     shipped,
 )
 from moe.errors import ConfigError
+from moe.io.toml import from_table
+from moe.layers import rope_frequencies
 
 REPLICAS = sorted(path.stem for path in CONFIG_DIR.glob("replica-*.toml"))
 
@@ -170,7 +174,77 @@ BAD_FILES = {
     "[train]\nbatch_size = 6\nmicro_batch = 4": ["train.micro_batch = 4", "train.batch_size = 6"],
     "max_seq_len = 64\n[train]\nseq_len = 65": ["train.seq_len = 65", "max_seq_len = 64"],
     "d_model = ": ["not a TOML file"],
+    "d_model = " + "9" * 5000: ["not a TOML file"],
+    "d_model = " + "[" * 5000: ["not a TOML file"],
+    "d_model = 0x" + "f" * 5000: ["d_model = a whole number of 6,021 digits", "below 2^63"],
+    "norm_eps = 0x" + "f" * 5000: ["norm_eps = a whole number of 6,021 digits", "below 2^63"],
+    "d_model = 2_147_483_648": ["d_model = 2147483648", "below 2^31"],
+    "n_layers = 1_048_576": ["n_layers = 1048576", "at most 100,000"],
+    "d_model = 2_000_000_000\nvocab_size = 2_000_000_000": ["vocab_size = 2000000000", "makes a weight of 2^61"],
+    "[experts]\nn_experts = 1_000_000\nd_ff = 2_000_000_000": ["experts.d_ff = 2000000000", "more than can be"],
+    "[train]\ntokens = '1" + "0" * 400 + "'": ["train.tokens = '1000", "(403 characters)", "number of tokens"],
+    "[train]\ngrad_clip = 0": ["train.grad_clip = 0.0", "greater than 0"],
+    "[attention.rope]\nscaling = 'yarn'\nfactor = 4\ntheta = 1": [
+        "attention.rope.theta = 1.0",
+        "greater than 1",
+        "yarn",
+    ],
+    "[attention.rope]\nscaling = 'yarn'\nbeta_fast = 0.5": ["attention.rope.beta_fast = 0.5", "beta_slow = 1.0"],
+    "[attention.rope]\ntheta = 1e300": ["attention.rope.theta = 1e+300", "between 1e-30 and 1e30"],
+    "[attention.rope]\nscaling = 'yarn'\nbeta_fast = 1e308": ["attention.rope.beta_fast = 1e+308", "between"],
 }
+
+
+NUMBERS = [
+    ("attention.rope", "theta factor original_max_seq_len beta_fast beta_slow", False),
+    ("attention", "n_heads n_kv_heads head_dim", False),
+    ("experts", "n_experts top_k d_ff", False),
+    ("router", "balance_loss z_loss bias_update_rate", True),
+    ("train", "lr muon_lr embedding_lr muon_momentum weight_decay min_lr decay steps batch_size log_every", None),
+    ("", "d_model n_layers vocab_size max_seq_len norm_eps", False),
+]
+
+
+@pytest.mark.parametrize("scaling", ["none", "linear", "yarn"])
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "-1", "0", "-0.0", "1e400"])
+def test_no_number_is_accepted_that_cannot_be(value: str, scaling: str) -> None:
+    """Each setting by name, as a file or --set gives it; 0 is one where it turns something off."""
+    for section, names, zero_is_off in NUMBERS:
+        for name in names.split():
+            key = f"{section}.{name}".lstrip(".")
+            changes = [f"attention.rope.scaling={scaling}", f"{key}={value}"]
+            if zero_is_off is not False and float(value) == 0.0:
+                continue
+            with pytest.raises(ConfigError, match=rf"^{key} = ") as caught:
+                Config().with_overrides(changes)
+            assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("scaling", ["none", "linear", "yarn"])
+@pytest.mark.parametrize("name", ["theta", "factor", "beta_fast", "beta_slow"])
+@pytest.mark.parametrize("value", [1e-30, 1.5, 1e30])
+def test_every_rope_that_is_accepted_has_finite_frequencies(scaling: Any, name: str, value: float) -> None:
+    try:
+        rope = RopeConfig(**{"scaling": scaling, name: value})
+    except ConfigError:
+        return
+    frequencies, temperature = rope_frequencies(64, rope)
+    assert all(math.isfinite(f) for f in [*frequencies, temperature])
+
+
+def test_equal_configurations_are_one_key() -> None:
+    """Of a dictionary, a set or a cache; all sections, the one with a table in it included."""
+    made = [load_config(name) for name in shipped()] + [Config(dense=DenseConfig(1, 8))]
+    made.append(Config(train=TrainConfig(epochs={"text": 2})))
+    again = [from_table(Config, tomllib.loads(cfg.to_toml())) for cfg in made]
+    assert made == again
+    assert [hash(cfg) for cfg in made] == [hash(cfg) for cfg in again]
+    assert len({*made, *again}) == len(set(made))
+    for cfg in made:
+        for field in dataclasses.fields(cfg):
+            hash(getattr(cfg, field.name))
+    assert made[-1] != Config()  # what is not hashed is still compared
+    assert {made[-1]: 1, Config(): 2}[Config()] == 2
 
 
 @pytest.mark.parametrize("text", BAD_FILES)
@@ -236,9 +310,9 @@ def configs(draw: st.DrawFn) -> Config:
     n_kv_heads, n_experts = draw(st.integers(1, 8)), draw(st.integers(1, 64))
     scaling: Any = draw(st.sampled_from(["none", "linear", "yarn"]))
     rope = RopeConfig(
-        theta=draw(positive_float),
+        theta=draw(st.floats(1, 1e30, exclude_min=True)),
         scaling=scaling,
-        factor=1.0 if scaling == "none" else draw(positive_float),
+        factor=1.0 if scaling == "none" else draw(st.floats(1e-30, 1e30)),
     )
     heads = n_kv_heads * draw(st.integers(1, 8))
     return Config(

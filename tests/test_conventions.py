@@ -13,7 +13,7 @@ from tests.test_imports import MODULES, ROOT
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MODULES.items()}
 PACKAGES = sorted(name for name, path in MODULES.items() if path.name == "__init__.py")
 # What is called by name, and by others: torch, and lm-eval.
-CALLED_BY_OTHERS = {"reset_parameters", "loglikelihood_rolling", "generate_until"}
+CALLED_BY_OTHERS = {"reset_parameters", "extra_repr", "loglikelihood_rolling", "generate_until"}
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -79,7 +79,7 @@ def test_nothing_is_there_for_the_tests_alone() -> None:
 
 def registered(node: Function | ast.ClassDef) -> bool:
     """Whether a decorator hands the function to someone who calls it: a command, an op's fake."""
-    return any(re.search(r"command|register_fake", ast.unparse(d)) for d in node.decorator_list)
+    return any(re.search(r"command|register_fake|register_vmap", ast.unparse(d)) for d in node.decorator_list)
 
 
 @pytest.mark.parametrize("name", PACKAGES)

@@ -144,6 +144,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workshop]:
     root = tmp_path_factory.mktemp("documentation")
     write_pieces(root / "my-texts", "docs/*.md", ".txt")
     write_pieces(root / "my-code", "moe/*.py", ".py")
+    (root / "my-book.txt").write_text("".join(islice(pieces("docs/*.md"), 20)), encoding="utf-8")
     rows = (json.dumps({"text": text}) for text in islice(pieces("kernels/*.py"), 60))
     (root / "rows.jsonl").write_text("\n".join(rows), encoding="utf-8")
     for block in BLOCKS:
@@ -152,7 +153,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workshop]:
             (root / block.title).write_text(block.text, encoding="utf-8")
     defaults = [Source("text", root / "my-texts"), Source("code", root / "my-code")]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("moe.data.preparation.default_sources", lambda: (defaults, []))
+        patch.setattr("moe.data.corpus.default_sources", lambda: (defaults, []))
         patch.setattr("moe.data.instructions.standard_library", small_conversations)
         patch.setattr("moe.data.instructions.small_talk", lambda: small_conversations())
         yield Workshop(root)
@@ -194,6 +195,20 @@ def test_script_starts(command: Command, monkeypatch: pytest.MonkeyPatch, capsys
 @pytest.mark.parametrize("command", dict.fromkeys(commands("make")), ids=named)
 def test_target_exists(command: Command) -> None:
     run(["make", "--dry-run", *command.words[1:]], ROOT)
+
+
+def test_the_demo_installs_what_it_needs_and_the_tests_the_rest(tmp_path: Path) -> None:
+    def installs(target: str) -> list[str]:
+        done = run(["make", "--dry-run", target, f"VENV={tmp_path}", f"BIN={tmp_path}/bin"], ROOT)
+        return re.findall(r"-e '\.\[(\w+)\]'", done.stdout)
+
+    assert installs("demo") == installs("aot") == ["demo"]
+    assert installs("test") == ["demo", "dev"]
+    (tmp_path / ".installed-demo").touch()
+    assert installs("demo") == []
+    assert installs("test") == ["dev"]
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    assert extras["demo"] == ["gpt4-moe[train,plot,texts]"]
 
 
 def test_every_kind_of_block_is_known() -> None:
@@ -275,8 +290,10 @@ def make(target: str, tmp_path: Path, script: str, *variables: str) -> None:
     moe = tmp_path / "bin" / "moe"
     moe.write_text(f"#!/bin/sh\n{script.format(moe=f'{shlex.quote(sys.executable)} -m moe')}\n")
     moe.chmod(0o755)
-    (tmp_path / ".installed").touch()
-    arguments = [f"VENV={tmp_path}", f"BIN={tmp_path}/bin", "--old-file", f"{tmp_path}/.installed"]
+    arguments = [f"VENV={tmp_path}", f"BIN={tmp_path}/bin"]
+    for stamp in (".installed-demo", ".installed"):
+        (tmp_path / stamp).touch()
+        arguments += ["--old-file", f"{tmp_path}/{stamp}"]
     run(["make", target, *arguments, *variables], ROOT)
 
 

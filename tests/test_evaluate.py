@@ -2,11 +2,13 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from moe import Transformer, evaluate
 from moe.data import TokenData
+from moe.tokenizer import cl100k
 
 
 @pytest.fixture
@@ -68,3 +70,23 @@ def test_samples_are_the_same_each_time(data, cfg):
     first = evaluate.draw_samples(model, data.tokenizer(), n_tokens=8)
     assert [s["prompt"] for s in first] == list(evaluate.PROMPTS)
     assert first == evaluate.draw_samples(model, data.tokenizer(), n_tokens=8)
+
+
+def test_what_has_no_byte_scored_has_no_score(data, cfg):
+    """Windows of end-of-text alone, as of empty replies: their bits per byte would be those of nothing."""
+    windows = list(evaluate.some_windows(data, 16, 64))
+    ends = np.full(16, data.eot_id)
+    empty = [evaluate.Window("empty", ends, ends, np.arange(16) == 15)]
+    lengths = evaluate.byte_lengths(data.tokenizer())
+    for given, expected in ((windows + empty, list(data.sources)), (empty, []), ([], [])):
+        scores = evaluate.evaluate(Transformer(cfg), given, lengths, batch=4)
+        assert list(scores) == expected
+
+
+def test_ids_that_the_vocabulary_leaves_unused_may_be_drawn(cfg, monkeypatch):
+    drawn = [torch.tensor([i]) for i in (15339, 100256, 100261, 1917)]
+    monkeypatch.setattr(evaluate, "stream", lambda *_, **__: iter(drawn))
+    model = Transformer(cfg.with_overrides(["vocab_size=100277", "d_model=32"]))
+    texts = [s["text"] for chat in (False, True) for s in evaluate.draw_samples(model, cl100k(), chat=chat)]
+    assert set(texts) == {"hello world"}
+    assert evaluate.byte_lengths(cl100k())[[100256, 100261, 100257, 15339]].tolist() == [0, 0, 0, 5]

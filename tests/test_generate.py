@@ -123,9 +123,69 @@ def test_rows_are_sampled_each_by_its_own_logits() -> None:
         (PROMPT, {"top_k": -1}, "top_k = -1: must be 0 .all. or more"),
         (PROMPT, {"top_p": 0.0}, r"top_p = 0.0: must be in \(0, 1\]"),
         (PROMPT, {"top_p": 1.1}, r"top_p = 1.1: must be in \(0, 1\]"),
+        (PROMPT, {"eos_id": 61}, "eos_id = 61: must be an id of the vocabulary, 0 to 60"),
+        (PROMPT, {"eos_id": [3, -1]}, "eos_id = -1: must be an id"),
         (torch.zeros(1, 41, dtype=torch.int64), {}, "sequence of 41 tokens, but max_seq_len = 40"),
     ],
 )
 def test_bad_input(model: Transformer, prompt: Tensor, settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         model.generate(prompt, 2, **settings)
+    with pytest.raises(ValueError, match=message):
+        list(stream(model, prompt, 2, **settings))
+
+
+@pytest.mark.parametrize("name", ["do_sample", "max_length", "temprature", "eos_token_id"])
+def test_an_unknown_setting_is_an_error(model: Transformer, name: str) -> None:
+    for call in (model.generate, lambda *args, **settings: list(stream(model, *args, **settings))):
+        with pytest.raises(TypeError, match=name):
+            call(PROMPT, 2, **{name: 1})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("n", [-1, -(2**40)])
+def test_a_negative_number_of_tokens_is_an_error(model: Transformer, n: int) -> None:
+    for call in (model.generate, lambda *args: list(stream(model, *args))):
+        with pytest.raises(ValueError, match=f"max_new_tokens = {n}: must be 0 or more"):
+            call(PROMPT, n)
+
+
+# -------------------------------------------------------------------------------------------------------- the end
+
+
+def cut(free_S: list[int], ends: set[int], length: int) -> list[int]:
+    """What a sequence has to be, from one that knows no end: itself up to its end, then that again."""
+    end = next((i for i, token in enumerate(free_S) if token in ends), len(free_S))
+    return [*free_S[: end + 1], *[free_S[end]] * (length - end - 1)][:length] if end < len(free_S) else free_S[:length]
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("several", [False, True])
+def test_a_sequence_that_has_ended_repeats_its_end_until_all_have(model: Transformer, seed: int, several: bool) -> None:
+    free = model.generate(PROMPT, 30, seed=seed)[:, 3:].tolist()
+    ends = {free[0][7], free[1][4]} if several else {free[0][7]}
+    lengths = [next((i + 1 for i, token in enumerate(row) if token in ends), 30) for row in free]
+    n = max(lengths)
+    want = [cut(row, ends, n) for row in free]
+    eos_id = ends if several else ends.pop()
+    got = model.generate(PROMPT, 30, seed=seed, eos_id=eos_id)
+    assert got.tolist() == [[*p, *row] for p, row in zip(PROMPT.tolist(), want, strict=True)]
+    assert torch.stack(list(stream(model, PROMPT, 30, seed=seed, eos_id=eos_id)), 1).tolist() == want
+    if several:
+        assert n < 30  # it ended before it had to
+
+
+def test_an_end_in_the_prompt_ends_nothing_and_one_that_never_comes_neither(model: Transformer) -> None:
+    greedy = model.generate(PROMPT, 8, temperature=0)
+    unused = next(i for i in range(61) if i not in greedy)
+    assert torch.equal(model.generate(PROMPT, 8, temperature=0, eos_id=unused), greedy)
+    assert torch.equal(model.generate(PROMPT, 8, temperature=0, eos_id=[]), greedy)
+    ends = [i for i in PROMPT[0].tolist() if i not in greedy[:, 3:]]
+    assert torch.equal(model.generate(PROMPT, 8, temperature=0, eos_id=ends), greedy)
+
+
+def test_prompts_of_unequal_length_end_each_by_itself(model: Transformer) -> None:
+    padded, mask = torch.tensor([[0, 0, 1, 2], [3, 4, 5, 6]]), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    alone = [model.generate(p, 20, temperature=0)[0, p.shape[1] :].tolist() for p in (padded[:1, 2:], padded[1:])]
+    end = alone[0][5]
+    got = torch.stack(list(stream(model, padded, 20, mask_BS=mask, temperature=0, eos_id=end)), 1).tolist()
+    assert got == [cut(row, {end}, len(got[0])) for row in alone]

@@ -31,6 +31,14 @@ def test_a_character_cut_in_two_waits_for_its_other_half():
     assert pieces(["é".encode()[:1], "é".encode()[1:] + b"a"], [])[0] == ["", "éa", ""]
 
 
+def test_the_ids_that_end_a_text_are_a_choice():
+    for ends, shown in ((None, "ab"), ([0], ""), ([1, 2], "a"), ([], "abc")):
+        table = Table([b"a", b"b", b"c"])
+        table.eot_id = 2
+        text = TextStream(table, ends=ends)
+        assert "".join([*map(text.push, range(3)), text.finish()]) == shown
+
+
 def test_half_a_character_at_the_end_is_replaced():
     assert pieces([b"a", "é".encode()[:1]], [])[0] == ["a", "", "\ufffd"]
 

@@ -54,7 +54,7 @@ ONLY = {
     "moe.io.files": {"moe.errors"},
     "moe.io.page": set(),
     "moe.kernels": {"torch", "triton"},
-    "moe.plan": {"moe.config", "moe.errors"},
+    "moe.plan": {"moe.config", "moe.errors", "moe.io.toml"},
     "moe.plan.pictures": {"moe.config", "moe.errors", "moe.plan", "moe.io.figures", "moe.io.page", "matplotlib"},
     "moe.serve.scheduler": {"moe.config", "moe.errors"},
     "moe.serve.blocks": {"moe.config", "moe.errors"},

@@ -152,7 +152,7 @@ def test_no_sequences_and_empty_ones_have_finite_losses(B, S):
     tokens = torch.zeros(B, S, dtype=torch.int64)
     for targets in (None, tokens):
         for mask in (None, torch.ones(B, S, dtype=torch.bool)):
-            out = model(tokens, targets, mask_BS=mask)
+            out: Any = model(tokens, targets, mask_BS=mask)
             assert all(value == 0 for value in out.losses.values())
             assert [r.counts_E.sum() for r in out.routing] == [0] * len(out.routing)
     out.loss.backward()

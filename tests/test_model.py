@@ -202,7 +202,7 @@ def test_parts_one_after_the_other_are_the_whole_model() -> None:
     """Names stay, hidden states pass from part to part, and the sums of the parts make the objective of the whole."""
     cfg = tiny_config(n_layers=3, router=RouterConfig(balance_loss=0.3, z_loss=0.2))
     whole, x, targets = lively(cfg), tokens(), tokens(seed=1)
-    parts = [part(whole, layers) for layers in (range(0, 1), range(1, 1), range(1, 3))]
+    parts: list[Any] = [part(whole, layers) for layers in (range(0, 1), range(1, 1), range(1, 3))]
     assert {name for p in parts for name, _ in p.named_parameters()} == {name for name, _ in whole.named_parameters()}
     logits: Any = parts[2](parts[1](parts[0](x).hidden_BSD).hidden_BSD).logits_BSV
     want_logits: Any = whole(x).logits_BSV

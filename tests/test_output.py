@@ -6,6 +6,7 @@ B batch, S sequence.
 import io
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -44,7 +45,7 @@ def test_an_export_takes_any_batch_and_length_and_survives_a_file(with_targets):
     torch.export.save(program, file)
     file.seek(0)
     got = torch.export.load(file).module()(*(other,) * len(names))
-    want = model(*(other,) * len(names))
+    want: Any = model(*(other,) * len(names))
     assert rel(*((got.loss, want.loss) if with_targets else (got.logits_BSV, want.logits_BSV))) < 1e-6
     assert rel(got.losses["balance"], want.losses["balance"]) < 1e-6
     assert torch.equal(got.routing[0].counts_E, want.routing[0].counts_E)
@@ -56,7 +57,7 @@ def test_an_export_takes_documents_and_a_mask():
     given = {"documents_BS": torch.zeros(3, 7, dtype=torch.int64), "mask_BS": torch.ones(3, 7, dtype=torch.bool)}
     shapes = dict.fromkeys(["tokens_BS", *given], sizes)
     program = torch.export.export(model, (tokens(),), given, dynamic_shapes=shapes)
-    given = {"documents_BS": torch.arange(11).expand(5, -1) // 4, "mask_BS": torch.rand(5, 11) < 0.7}
+    given: dict[str, Any] = {"documents_BS": torch.arange(11).expand(5, -1) // 4, "mask_BS": torch.rand(5, 11) < 0.7}
     other = tokens(5, 11, seed=2)
     got, want = program.module()(other, **given).logits_BSV, model(other, **given).logits_BSV
     assert rel(got[given["mask_BS"]], want[given["mask_BS"]]) < 1e-6

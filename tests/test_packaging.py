@@ -115,6 +115,35 @@ from moe.kernels import ops
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env=environment)
 
 
+def test_the_unpacked_wheel_has_its_command_and_types(archives: dict[str, Path], tmp_path: Path) -> None:
+    with zipfile.ZipFile(archives["wheel"]) as wheel:
+        wheel.extractall(tmp_path / "site")
+    from moe import __version__
+
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+
+    def out(*words: str) -> str:
+        done = subprocess.run([sys.executable, *words], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert out("-m", "moe", "--version").startswith(f"gpt4-moe {__version__}, Python ")
+    assert "replica-nano" in out("-m", "moe", "configs")
+    assert "attention.rope.theta" in out("-m", "moe", "configs", "--keys"), "it reads the package's own sources"
+    code = "import moe; print(sorted(dir(moe)) == sorted(moe.__all__), [getattr(moe, name) for name in dir(moe)])"
+    assert out("-c", code).startswith("True ")
+    assert (tmp_path / "site" / "moe" / "py.typed").is_file()
+
+
+def test_without_triton_everything_on_a_cpu_works() -> None:
+    """It is for CUDA GPUs alone: the core's own tests, where it cannot be imported."""
+    code = "import sys; sys.modules['triton'] = None; import pytest; sys.exit(pytest.main(sys.argv[1:]))"
+    tests = ["tests/test_experts.py", "tests/test_generate.py"]
+    command = [sys.executable, "-c", code, "-q", "-n", "0", "-p", "no:cacheprovider", *tests]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout
+
+
 def test_what_stands_beside_the_package_is_valid_and_of_this_version() -> None:
     """CITATION.cff has what its schema 1.2.0 requires and no version of its own; the changelog has this version."""
     yaml = pytest.importorskip("yaml")

@@ -1,19 +1,25 @@
 """Tokenizers: GPT-4's split, lossless round trips, exact sizes, files that are broken."""
 
+import copy
 import importlib.util
 import json
+import pickle
 import sys
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import regex
+import tiktoken
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe import tokenizer as tokenizer_module
 from moe.errors import TokenizerError
+from moe.generate import TextStream
 from moe.tokenizer import (
     CL100K_PATTERN,
     CL100K_SHA256,
@@ -165,8 +171,8 @@ def test_cl100k() -> None:
     assert tokenizer.eot_id == 100257
     assert tokenizer.encode("hello world") == [15339, 1917]
     assert tokenizer.name == "cl100k_base"
-    with pytest.raises(TokenizerError, match="100261"):  # unused, between the special tokens
-        tokenizer.token_bytes(100261)
+    with pytest.raises(TokenizerError, match="100277"):
+        tokenizer.token_bytes(100277)
 
 
 def test_save_and_load(bpe: Tokenizer, tmp_path: Path) -> None:
@@ -197,6 +203,8 @@ def test_broken_files(bpe: Tokenizer, tmp_path: Path) -> None:
         "list": (b"[1, 2]", "not a tokenizer"),
         "other": (b'{"model": {"type": "nothing"}}', "cannot|can read"),
         "name": (b'{"moe_tokenizer": "p50k"}', "p50k"),
+        "deep": (b'{"model":' * 100_000, "not complete JSON.*recursion"),
+        "digits": (b'{"model":' + b"1" * 5000 + b"}", "not complete JSON.*digits"),
     }
     for name, (content, message) in contents.items():
         (tmp_path / name).write_bytes(content)
@@ -212,6 +220,174 @@ def test_tokenizers_that_would_lose_bytes_are_refused(tmp_path: Path) -> None:
     no_end = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0}, []))
     with pytest.raises(TokenizerError, match=r"no special token '<\|endoftext\|>'"):
         Tokenizer(no_end)
+
+
+# ------------------------------------------------------------------------------------------- tokenizers of others
+
+
+@pytest.fixture(scope="module")
+def file_of_others(bpe: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Writes the trained tokenizer's file with some of its parts exchanged, and more added tokens."""
+    folder = tmp_path_factory.mktemp("others")
+    own = json.loads(bpe.save(folder / "own.json").read_text())
+
+    def write(*added: dict[str, object], special: bool = True, model: dict[str, object] | None = None, **parts) -> Path:
+        content = json.loads(json.dumps(own)) | parts
+        content["model"] |= model or {}
+        content["added_tokens"][0]["special"] = special
+        plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True, "special": False}
+        content["added_tokens"] += [{"id": 600 + i, **plain, **token} for i, token in enumerate(added)]
+        (folder / "tokenizer.json").write_text(json.dumps(content))
+        return folder
+
+    return write
+
+
+def check_lossless(tokenizer: Tokenizer) -> None:
+    """Every text comes back, and no text gets the id of a special token, whether it is encoded alone or with others."""
+    texts = [
+        *ODD_TEXTS,
+        "\ufb01 \u2460 \u00bd",
+        "e\u0301 \u212b",
+        "A b",
+        " x ",
+        "\x00\x1f\x7f",
+        "\u2581x",
+        "".join(map(chr, range(256))),
+    ]
+    texts += [
+        f"{a}{token}{b}" for token in tokenizer.special for a, b in (("", ""), ("x", "y"), (" ", " "), ("\n", "\n"))
+    ]
+    for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
+        assert tokenizer.decode_bytes(ids) == text.encode()
+        assert not set(ids) & set(tokenizer.special.values())
+        assert tokenizer.encode(text) == ids
+
+
+@pytest.mark.parametrize("token", [END_OF_TEXT, "<|im_end|>", "[SEP]", "</s>", "<｜User｜>"])
+def test_markers_are_special_whatever_their_file_says(file_of_others: Callable[..., Path], token: str) -> None:
+    added = [] if token == END_OF_TEXT else [{"content": token, "lstrip": True, "rstrip": True}]
+    tokenizer = Tokenizer.load(file_of_others(*added, special=False))
+    assert {END_OF_TEXT, token} == set(tokenizer.special)
+    check_lossless(tokenizer)
+    for copied in (pickle.loads(pickle.dumps(tokenizer)), copy.deepcopy(tokenizer)):
+        check_lossless(copied)
+        assert copied.fingerprint == tokenizer.fingerprint
+
+
+def test_added_words_are_text(bpe: Tokenizer, file_of_others: Callable[..., Path]) -> None:
+    """They stand for their bytes; what only its file calls special, too, cannot be spelled."""
+    tokenizer = Tokenizer.load(
+        file_of_others({"content": "covid"}, {"content": "    "}, {"content": "word", "special": True})
+    )
+    assert tokenizer.special == {END_OF_TEXT: 599, "word": 602}
+    assert tokenizer.encode("x covid") == [*bpe.encode("x "), 600]
+    assert tokenizer.encode("word") == bpe.encode("word")
+    check_lossless(tokenizer)
+
+
+def test_settings_of_a_file_that_would_cut_fill_or_begin_a_text_are_left_out(
+    bpe: Tokenizer, file_of_others: Callable[..., Path]
+) -> None:
+    begin = {"SpecialToken": {"id": END_OF_TEXT, "type_id": 0}}
+    sequence = {"Sequence": {"id": "A", "type_id": 0}}
+    marker = {END_OF_TEXT: {"id": END_OF_TEXT, "ids": [599], "tokens": [END_OF_TEXT]}}
+    tokenizer = Tokenizer.load(
+        file_of_others(
+            truncation={"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0},
+            padding={"strategy": {"Fixed": 16}, "direction": "Right", "pad_to_multiple_of": None}
+            | {"pad_id": 0, "pad_type_id": 0, "pad_token": "!"},
+            post_processor={"type": "TemplateProcessing", "single": [begin, sequence], "pair": [sequence]}
+            | {"special_tokens": marker},
+        )
+    )
+    for text in ("a", "a text of more than four tokens"):
+        assert tokenizer.encode(text) == bpe.encode(text)
+    check_lossless(tokenizer)
+
+
+def test_nfc_is_left_out(bpe: Tokenizer, file_of_others: Callable[..., Path], tmp_path: Path) -> None:
+    """Qwen's files have it; the text stays as it is, and so does the file that is saved."""
+    for normalizer in ({"type": "NFC"}, {"type": "Sequence", "normalizers": [{"type": "NFC"}]}):
+        tokenizer = Tokenizer.load(file_of_others(normalizer=normalizer))
+        check_lossless(tokenizer)
+        assert tokenizer.encode("e\u0301") == bpe.encode("e\u0301")
+        assert json.loads(tokenizer.save(tmp_path).read_text())["normalizer"] == normalizer
+        assert Tokenizer.load(tmp_path).fingerprint == tokenizer.fingerprint != bpe.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"normalizer": {"type": "NFKC"}}, r"normalizer \(NFKC\) changes text"),
+        ({"normalizer": {"type": "Lowercase"}}, r"normalizer \(Lowercase\) changes text"),
+        ({"normalizer": {"type": "Prepend", "prepend": "_"}}, r"normalizer \(Prepend\)"),
+        ({"normalizer": {"type": "Strip", "strip_left": True, "strip_right": True}}, r"normalizer \(Strip\)"),
+        ({"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "NFD"}]}}, r"\(Sequence\)"),
+        (
+            {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}},
+            "puts a space before every text.*add_prefix_space",
+        ),
+        ({"pre_tokenizer": {"type": "Whitespace"}}, "does not give back its text"),
+        ({"model": {"dropout": 0.1}}, "drops merges at random.*dropout"),
+        ({"added": {"content": "covid", "lstrip": True}}, "lstrip"),
+        ({"added": {"content": "covid", "rstrip": True}}, "rstrip"),
+        ({"added": {"content": "covid", "id": 5}}, "'covid' has the id 5.*takes 600"),
+        ({"added": {"content": "covid", "id": 700}}, "'covid' has the id 700.*without a hole"),
+        ({"added": {"content": "a", "id": 64, "special": True}}, "spells 'a' as that special token"),
+    ],
+)
+def test_what_changes_text_is_refused_on_load(
+    file_of_others: Callable[..., Path], changes: dict[str, Any], message: str
+) -> None:
+    added = [changes.pop("added")] if "added" in changes else []
+    with pytest.raises(TokenizerError, match=message) as caught:
+        Tokenizer.load(file_of_others(*added, **changes))
+    assert "tokenizer.json" in str(caught.value)
+
+
+def test_a_vocabulary_that_spells_a_special_token_is_refused(
+    bpe: Tokenizer, file_of_others: Callable[..., Path]
+) -> None:
+    vocab = json.loads(bpe._serialised())["model"]["vocab"]
+    whole = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    place = file_of_others(model={"vocab": {**vocab, END_OF_TEXT: 599}, "ignore_merges": True}, pre_tokenizer=whole)
+    with pytest.raises(TokenizerError, match="any text could forge it"):
+        Tokenizer.load(place)
+
+
+def test_numbers_of_a_vocabulary(bpe: Tokenizer, file_of_others: Callable[..., Path]) -> None:
+    vocab = json.loads(bpe._serialised())["model"]["vocab"]
+    for token_id, message in ((5, "have one id, 5"), (2**31, "2,147,483,648")):
+        place = file_of_others(model={"vocab": {**vocab, "zzz": token_id}})
+        content = json.loads((place / "tokenizer.json").read_text())
+        content["added_tokens"][0]["id"] = 600  # where the library puts it
+        (place / "tokenizer.json").write_text(json.dumps(content))
+        with pytest.raises(TokenizerError, match=message):
+            Tokenizer.load(place)
+
+
+def test_unused_ids_stand_for_nothing() -> None:
+    """GPT-4's encoding leaves some out; a model draws from all, and none of them may stop it."""
+    tokenizer = cl100k()
+    used = {*tokenizer._given._mergeable_ranks.values(), *tokenizer.special.values()}
+    unused = sorted(set(range(tokenizer.vocab_size)) - used)
+    assert len(unused) == 14
+    assert tokenizer.decode([15339, *unused, 1917]) == "hello world"
+    assert {tokenizer.token_bytes(i) for i in unused} == {b""}
+    text = TextStream(tokenizer)
+    assert "".join(map(text.push, [15339, *unused, 1917])) + text.finish() == "hello world"
+
+
+def test_other_encodings_are_not_saved(tmp_path: Path) -> None:
+    """They could not be read again: their ranks are in no file of ours."""
+    ranks = {bytes([b]): b for b in range(256)}
+    other = Tokenizer(
+        tiktoken.Encoding("other", pat_str=CL100K_PATTERN, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: 256})
+    )
+    check_lossless(other)
+    with pytest.raises(TokenizerError, match="cannot save other"):
+        other.save(tmp_path)
 
 
 def test_changed_ranks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

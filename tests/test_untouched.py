@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils import parametrize
 
+from moe.config import TrainConfig
 from moe.generate import DecodeStep, stream
 from moe.layers import Head, untouched
 from moe.model import Transformer
@@ -205,6 +206,49 @@ def test_adapters_of_peft_on_every_linear_learn() -> None:
     adapters = {name: p.grad for name, p in model.named_parameters() if "lora_" in name}
     assert any("head" in name for name in adapters)
     assert all(gradient is not None and gradient.norm() > 0 for gradient in adapters.values())
+
+
+def on_the_whole(model: Transformer) -> None:
+    """Changes the logits after the output layer, where only the model's own call shows it."""
+
+    def after(_module: nn.Module, _args: Any, out: Any) -> Any:
+        out.logits_BSV = None if out.logits_BSV is None else turned(out.logits_BSV)
+        return out
+
+    model.register_forward_hook(after)
+
+
+def before_the_head(model: Transformer) -> None:
+    model.head.register_forward_pre_hook(lambda _module, args: (turned(args[0]), *args[1:]))
+
+
+@pytest.mark.parametrize("patch", [on_the_whole, before_the_head])
+def test_lm_eval_scores_what_the_model_says(patch: Callable[[Transformer], None]) -> None:
+    """It asks the output layer for some positions only: of a patched model, the logits after all."""
+    pytest.importorskip("lm_eval")
+    from moe.lm_eval import MoeLM
+    from moe.tokenizer import train_bpe
+
+    tokenizer = train_bpe(["the cat sat on the mat. " * 20], 262)
+    model = Transformer(tiny_config(vocab_size=tokenizer.vocab_size, train=TrainConfig(dtype="fp32"))).double()
+    lm = MoeLM(model=model, tokenizer=tokenizer)
+    context, continuation = tokenizer.encode("the cat"), tokenizer.encode(" sat on")
+
+    def scored() -> float:
+        return lm._loglikelihood_tokens([(None, context, continuation)], disable_tqdm=True)[0][0]
+
+    @torch.no_grad()
+    def by_hand() -> float:
+        logits = model(torch.tensor([context + continuation])[:, :-1]).logits_BSV
+        assert logits is not None
+        logp = logits[0, len(context) - 1 :].log_softmax(-1)
+        return float(logp.gather(1, torch.tensor(continuation).unsqueeze(1)).sum())
+
+    plain = by_hand()
+    assert scored() == pytest.approx(plain, rel=1e-9)
+    patch(model)
+    assert scored() == pytest.approx(by_hand(), rel=1e-9)
+    assert abs(by_hand() - plain) > 1e-3
 
 
 def test_a_clock_changes_no_way(model: Transformer) -> None:

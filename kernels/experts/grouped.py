@@ -155,6 +155,12 @@ def backward(
         return combine(dx_RD, rows_R, weights_TK.shape[1]), dw_in_EGFD, dw_out_EDF, dweights_TK
 
 
+def takes_two(ids_12: Tensor, n_experts: int) -> bool:
+    """Whether `one_token_top2` can take these ids: two different experts that there are."""
+    first, second = ids_12[0].tolist()
+    return first != second and min(first, second) >= 0 and max(first, second) < n_experts
+
+
 def one_token_top2(
     x_1D: Tensor, w_in_EGFD: Tensor, w_out_EDF: Tensor, weights_12: Tensor, ids_12: Tensor, activation: str
 ) -> Tensor:

@@ -11,12 +11,14 @@ Shape suffixes: T tokens, D model width, E experts, K experts per token, G gate/
 hidden width, L rank of the adapters.
 """
 
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moe.kernels.arguments import autocast, autocasts, check_kinds, transformed
 from moe.kernels.experts import op
 
 
@@ -56,12 +58,27 @@ def expert_mlp(
     Raises:
         ValueError: a weight that wants a gradient, or as `ops.expert_mlp`.
     """
+    check_kinds(x=x_TD, w_in=w_in_EGFD, w_out=w_out_EDF, weights=weights_TK, ids=ids_TK, **adapters._asdict())
     if w_in_EGFD.requires_grad or w_out_EDF.requires_grad:
         raise ValueError("w_in and w_out want gradients, but under adapters they are frozen: requires_grad_(False)")
-    device = x_TD.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_TD.dtype
-    with torch.autocast(device, enabled=False):
-        return _ExpertMlp.apply(x_TD.to(dtype), w_in_EGFD, w_out_EDF, *adapters, scale, weights_TK, ids_TK, activation)  # type: ignore[return-value]
+    _check_adapters(w_in_EGFD, w_out_EDF, adapters)
+    (x_TD,) = autocast(x_TD.device.type, x_TD)
+    with torch.autocast(x_TD.device.type, enabled=False) if autocasts(x_TD.device.type) else nullcontext():
+        if transformed():
+            merged = _merged(x_TD.dtype, w_in_EGFD, w_out_EDF, *adapters, scale)
+            return op.expert_mlp(x_TD, *merged, weights_TK, ids_TK, activation)
+        return _ExpertMlp.apply(x_TD, w_in_EGFD, w_out_EDF, *adapters, scale, weights_TK, ids_TK, activation)  # type: ignore[return-value]
+
+
+def _check_adapters(w_in: Tensor, w_out: Tensor, adapters: Adapters) -> None:
+    """Raises ValueError where an adapter's shape does not fit the weight that it updates."""
+    for which, w, a, b in (("in", w_in, *adapters[:2]), ("out", w_out, *adapters[2:])):
+        rank = a.shape[1] if a.ndim == 3 else -1
+        if a.shape != (len(w), rank, w.shape[-1]) or b.shape != (*w.shape[:-1], rank):
+            raise ValueError(
+                f"w_{which} {list(w.shape)} wants adapters a_{which} [E, rank, ...] and b_{which} [..., rank] of its "
+                f"widths; got {list(a.shape)}, {list(b.shape)}"
+            )
 
 
 class _ExpertMlp(torch.autograd.Function):

@@ -9,9 +9,18 @@ import torch
 from torch import Tensor
 
 from moe.kernels import tiles
+from moe.kernels.arguments import (
+    autocast,
+    can_read,
+    check_ids,
+    check_kinds,
+    checked_ids,
+    no_second_derivative,
+    transformed,
+)
 from moe.kernels.experts import grouped, reference
+from moe.kernels.experts.reference import ACTIVATIONS
 
-ACTIVATIONS = {"swiglu": 2, "gelu": 1, "swiglu_oai": 2}  # name -> G, the number of F-wide input projections
 IMPLEMENTATIONS = ("reference", "grouped", "triton")
 
 
@@ -31,12 +40,13 @@ def expert_mlp(
     """The routed expert MLP: y[t] = sum over k of weights[t, k] * MLP_{ids[t, k]}(x[t]). Dropless.
 
     Args:
-        x_TD: tokens, [T, D] floating point.
-        w_in_EGFD: [E, G, F, D], G = 1 for "gelu" and else 2: gate, then up. Any strides: a view of weights stored
-            transposed, or with gate and up in turns, is read where it is.
-        w_out_EDF: [E, D, F], any strides.
+        x_TD: tokens, [T, D] floating point, T may be 0. Strides, here and below, may be any: what an implementation
+            cannot read where it is, it copies.
+        w_in_EGFD: [E, G, F, D], G = 1 for "gelu" and else 2: gate, then up. A view of weights stored transposed, or
+            with gate and up in turns, is read where it is.
+        w_out_EDF: [E, D, F].
         weights_TK: routing weights, [T, K] floating point, commonly float32.
-        ids_TK: chosen experts, [T, K] int64 in [0, E).
+        ids_TK: chosen experts, [T, K] int64 in [0, E). One that a row names twice serves it twice, by both weights.
         activation: "swiglu", silu(gate) * up; "gelu" in the tanh form; "swiglu_oai", gpt-oss's clamped form.
         impl: "reference" (any device and dtype), "grouped" (bfloat16, on CPU float32 too; D and F multiples of 16
             bytes; no biases), "triton" (CUDA: bfloat16, float16, float32; on CPU in Triton's interpreter), or None for
@@ -47,34 +57,43 @@ def expert_mlp(
             ("reference" always does).
 
     Returns:
-        y_TD in the dtype of x (under autocast: in autocast's dtype).
+        y_TD in the dtype of x (under autocast in autocast's dtype, but for float64).
+
+    Under torch.func's transforms (grad, vmap, jvp, ...) and forward-mode differentiation every expert is computed for
+    every token, whatever `impl`: right, and slow.
 
     Raises:
-        ValueError: shapes, dtypes or `impl` that do not fit; the message says which and why.
+        ValueError: shapes, dtypes, devices or `impl` that do not fit, or, on a CPU, an id outside [0, E) (elsewhere: an
+            assertion on the device). The message says which and why.
     """
-    if torch.is_autocast_enabled(x_TD.device.type):
-        dtype = torch.get_autocast_dtype(x_TD.device.type)
-        x_TD, w_in_EGFD, w_out_EDF = x_TD.to(dtype), w_in_EGFD.to(dtype), w_out_EDF.to(dtype)
-        b_in_EGF, b_out_ED = (None if b is None else b.to(dtype) for b in (b_in_EGF, b_out_ED))
+    x_TD, w_in_EGFD, w_out_EDF, b_in_EGF, b_out_ED = autocast(
+        x_TD.device.type, x_TD, w_in_EGFD, w_out_EDF, b_in_EGF, b_out_ED
+    )
     _check_expert_mlp(x_TD, w_in_EGFD, w_out_EDF, weights_TK, ids_TK, activation, b_in_EGF, b_out_ED)
     inputs = (x_TD, w_in_EGFD, w_out_EDF, weights_TK, ids_TK)
     impl = _choose(impl, x_TD, w_in_EGFD, activation, b_in_EGF is not None or b_out_ED is not None)
+    if transformed():
+        ids_TK = checked_ids(ids_TK, len(w_in_EGFD), "ids")
+        return reference.expert_mlp_everywhere(*inputs[:4], ids_TK, activation, b_in_EGF, b_out_ED)
     return _expert_mlp(*inputs, b_in_EGF, b_out_ED, activation, impl, recompute)[0]
 
 
 def expert_mlp_inference(
     x_TD: Tensor, w_in_EGFD: Tensor, w_out_EDF: Tensor, weights_TK: Tensor, ids_TK: Tensor, activation: str
 ) -> Tensor:
-    """`expert_mlp` for a decoding loop that has seen its arguments fit: without checks, autograd and autocast.
+    """`expert_mlp` for a decoding loop that has seen its shapes and dtypes fit: without autograd and autocast.
 
-    On CPU also without torch's dispatcher, whose cost shows when single tokens are decoded.
+    On CPU also without torch's dispatcher, whose cost shows when single tokens are decoded. Ids are checked as ever.
     """
     inputs = (x_TD, w_in_EGFD, w_out_EDF, weights_TK, ids_TK)
-    on_cpu = x_TD.device.type == "cpu"
-    if on_cpu and ids_TK.shape == (1, 2):
+    if ACTIVATIONS.get(activation) != w_in_EGFD.shape[1]:
+        _check_expert_mlp(*inputs, activation, None, None)  # which says why
+    on_cpu = can_read(ids_TK)
+    if on_cpu and ids_TK.shape == (1, 2) and grouped.takes_two(ids_TK, len(w_in_EGFD)):
         return grouped.one_token_top2(*inputs, activation)
     impl = _choose(None, x_TD, w_in_EGFD, activation, biases=False)
     if on_cpu and impl == "grouped":
+        check_ids(ids_TK, len(w_in_EGFD), "ids")
         return grouped.forward(*inputs, activation)[0]
     return _expert_mlp(*inputs, None, None, activation, impl, False)[0]
 
@@ -151,13 +170,15 @@ def _check_expert_mlp(
     b_in: Tensor | None,
     b_out: Tensor | None,
 ) -> None:
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation = {activation!r}: must be one of {', '.join(ACTIVATIONS)}")
+    check_kinds(x=x, w_in=w_in, w_out=w_out, weights=weights, ids=ids, b_in=b_in, b_out=b_out)
+    reference.check_activation(activation)
     if x.ndim != 2 or w_in.ndim != 4 or w_out.ndim != 3 or ids.ndim != 2 or weights.shape != ids.shape:
         raise ValueError(
             "expert_mlp wants x [T, D], w_in [E, G, F, D], w_out [E, D, F], weights and ids [T, K]; got "
             f"{', '.join(str(list(t.shape)) for t in (x, w_in, w_out, weights, ids))}"
         )
+    if 0 in w_in.shape or ids.shape[1] == 0:
+        raise ValueError(f"w_in {list(w_in.shape)} or ids {list(ids.shape)}: only the number of tokens may be 0")
     n_experts, n_gates, n_hidden, width = w_in.shape
     if n_gates != ACTIVATIONS[activation]:
         raise ValueError(f"w_in has G = {n_gates}, but {activation} needs G = {ACTIVATIONS[activation]}")
@@ -171,8 +192,10 @@ def _check_expert_mlp(
             raise ValueError(f"{name} must be {list(shape)} {x.dtype}; got {list(bias.shape)} {bias.dtype}")
     if not x.dtype == w_in.dtype == w_out.dtype:
         raise ValueError(f"x, w_in and w_out must have one dtype; got {x.dtype}, {w_in.dtype}, {w_out.dtype}")
-    if ids.dtype != torch.int64:
-        raise ValueError(f"ids must be int64; got {ids.dtype}")
+
+
+def _contiguous(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.contiguous()
 
 
 @torch.library.custom_op("gpt4_moe::expert_mlp", mutates_args=())
@@ -189,6 +212,8 @@ def _expert_mlp(
     recompute: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns y and what the backward reads: pre-activations, sorted order, where the experts' rows end or begin."""
+    check_ids(ids, len(w_in), "ids")
+    b_in, b_out = _contiguous(b_in), _contiguous(b_out)
     if impl == "reference":
         y = reference.expert_mlp(x, w_in, w_out, weights, ids, activation, b_in, b_out)
         return y, x.new_empty(0), ids.new_empty(0), ids.new_empty(0, dtype=torch.int32)
@@ -230,6 +255,7 @@ def _expert_mlp_backward(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of x, w_in, w_out, weights, b_in, b_out; empty for a bias that is not there."""
+    b_in, b_out = _contiguous(b_in), _contiguous(b_out)
     if impl == "grouped":
         found = grouped.backward(dy.contiguous(), x, w_in, w_out, weights, h, order, ends, activation)
         found = (*found, None, None)
@@ -248,6 +274,9 @@ def _expert_mlp_backward(
 def _(dy, x, w_in, w_out, weights, ids, h, order, ends, b_in, b_out, activation, impl):
     biases = (x.new_empty(0 if b is None else b.shape) for b in (b_in, b_out))
     return *(t.new_empty(t.shape) for t in (x, w_in, w_out, weights)), *biases
+
+
+_expert_mlp_backward.register_autograd(lambda _ctx, *second: no_second_derivative(*second))
 
 
 def _expert_mlp_setup(ctx, inputs, output) -> None:

@@ -13,13 +13,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+ACTIVATIONS = {"swiglu": 2, "gelu": 1, "swiglu_oai": 2}  # name -> G, the number of F-wide input projections
+
+
+def check_activation(activation: str) -> None:
+    """Raises ValueError unless it is the name of one."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation = {activation!r}: must be one of {', '.join(ACTIVATIONS)}")
+
 
 def activate(h_RGF: Tensor, activation: str) -> Tensor:
     """The expert's nonlinearity: silu(gate) * up for "swiglu" (G = 2), tanh-form GELU for "gelu" (G = 1); [..., G, F].
 
     "swiglu_oai" (G = 2) is gpt-oss's: both clamped at 7, sigmoid slope 1.702, and up + 1 (OpenAI 2025, gpt-oss model
     card, section 2).
+
+    Raises:
+        ValueError: another activation, or another G than it has.
     """
+    check_activation(activation)
+    if h_RGF.shape[-2] != ACTIVATIONS[activation]:
+        raise ValueError(f"h has G = {h_RGF.shape[-2]}, but {activation} needs G = {ACTIVATIONS[activation]}")
     if activation == "swiglu":
         return F.silu(h_RGF[..., 0, :]) * h_RGF[..., 1, :]
     if activation == "swiglu_oai":
@@ -45,6 +59,27 @@ def expert_mlp(
         h = _pre_activations(x_TD[token], w_in_EGFD[e], None if b_in_EGF is None else b_in_EGF[e])
         y = F.linear(activate(h, activation), w_out_EDF[e], None if b_out_ED is None else b_out_ED[e])
         y_TD = y_TD.index_add(0, token, (weights_TK[token, slot, None] * y).to(y_TD.dtype))
+    return y_TD.to(x_TD.dtype)
+
+
+def expert_mlp_everywhere(
+    x_TD: Tensor,
+    w_in_EGFD: Tensor,
+    w_out_EDF: Tensor,
+    weights_TK: Tensor,
+    ids_TK: Tensor,
+    activation: str,
+    b_in_EGF: Tensor | None = None,
+    b_out_ED: Tensor | None = None,
+) -> Tensor:
+    """As `expert_mlp`, every expert for every token: no shape depends on ids, as vmap and forward mode want it."""
+    y_TD = torch.zeros_like(x_TD, dtype=torch.promote_types(x_TD.dtype, torch.float32))
+    for e in range(len(w_in_EGFD)):
+        h = _pre_activations(x_TD, w_in_EGFD[e], None if b_in_EGF is None else b_in_EGF[e])
+        y = F.linear(activate(h, activation), w_out_EDF[e], None if b_out_ED is None else b_out_ED[e])
+        here_TK = ids_TK == e
+        part = (weights_TK * here_TK).sum(1, keepdim=True) * y
+        y_TD = y_TD + torch.where(here_TK.any(1, keepdim=True), part, 0.0).to(y_TD.dtype)
     return y_TD.to(x_TD.dtype)
 
 

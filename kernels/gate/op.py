@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from moe.kernels import tiles
+from moe.kernels.arguments import check_device, check_kinds, checked_choice, no_second_derivative, transformed
 from moe.kernels.gate import reference
 
 
@@ -21,28 +22,44 @@ def topk_gate(
     """Choose `top_k` experts per token and weigh them by a softmax over the chosen logits.
 
     Args:
-        logits_TE: [T, E] floating point.
+        logits_TE: [T, E] floating point, T may be 0. A NaN counts as larger than all numbers, and makes its row's
+            weights NaN if it is chosen; the ids are valid ones in any case.
+        top_k: in 1 .. E.
         bias_E: added to the softmax scores for choosing only.
         impl: "reference", "triton" (float32 on CUDA, or the interpreter: one launch), or None for the fastest.
-        given_TK: a choice made before, int64 [T, K], its experts different in each row; it is weighed, to the last bit
-            as if it had been chosen here.
+        given_TK: a choice made before, int64 [T, K] in [0, E), its experts different in each row; it is weighed, to the
+            last bit as if it had been chosen here.
 
     Returns:
         weights_TK in the dtype of the logits, each row summing to 1, and ids_TK int64, in falling order of score; ties
         go to the lower expert.
 
     Raises:
-        ValueError: `impl` cannot run here, or `given_TK` does not fit; the message says why.
+        ValueError: an argument that does not fit, `impl` that cannot run here, or, on a CPU, ids in `given_TK` that are
+            outside or twice in a row (elsewhere: an assertion on the device). The message says which and why.
     """
-    if given_TK is not None and (given_TK.shape != (logits_TE.shape[0], top_k) or given_TK.dtype != torch.int64):
-        raise ValueError(
-            f"given_TK must be int64 [{len(logits_TE)}, {top_k}]; got {given_TK.dtype} {list(given_TK.shape)}"
-        )
+    check_kinds(logits=logits_TE, bias_E=bias_E)
+    check_device(logits=logits_TE, given_TK=given_TK)
+    if logits_TE.ndim != 2:
+        raise ValueError(f"topk_gate wants logits [T, E]; got {list(logits_TE.shape)}")
+    n_tokens, n_experts = logits_TE.shape
+    if not isinstance(top_k, int) or not 1 <= top_k <= n_experts:
+        raise ValueError(f"top_k = {top_k!r}: must be an integer in 1 .. {n_experts}, the number of experts")
+    if bias_E is not None and bias_E.shape != (n_experts,):
+        raise ValueError(f"bias_E must be [{n_experts}], one per expert; got {list(bias_E.shape)}")
+    if given_TK is not None and (given_TK.shape != (n_tokens, top_k) or given_TK.dtype != torch.int64):
+        raise ValueError(f"given_TK must be int64 [{n_tokens}, {top_k}]; got {given_TK.dtype} {list(given_TK.shape)}")
     reason = tiles.why_not_triton(logits_TE)
     if reason is None and logits_TE.dtype != torch.float32:
         reason = f"the gate needs float32, not {logits_TE.dtype}"
+    if impl not in (None, "reference", "triton"):
+        raise ValueError(f'impl = {impl!r}: must be "reference" or "triton", or None for the fastest')
     if impl == "triton" and reason:
         raise ValueError(f'impl = "triton": {reason}; use "reference"')
+    if given_TK is not None:
+        given_TK = checked_choice(given_TK, n_experts, "given_TK")
+    if transformed():
+        impl = "reference"
     if impl == "triton" or (impl is None and reason is None and logits_TE.device.type != "cpu"):
         return _topk_gate(logits_TE, bias_E, given_TK, top_k)
     return reference.topk_gate(logits_TE, top_k, bias_E, given_TK)
@@ -72,6 +89,9 @@ def _topk_gate_backward(dweights: Tensor, weights: Tensor, ids: Tensor, n_expert
 @_topk_gate_backward.register_fake
 def _(dweights, weights, ids, n_experts):
     return weights.new_empty(weights.shape[0], n_experts)
+
+
+_topk_gate_backward.register_autograd(lambda _ctx, *second: no_second_derivative(*second))
 
 
 def _topk_gate_setup(ctx, inputs, output) -> None:

@@ -19,7 +19,7 @@ def topk_gate(
         weights_TK in the dtype of the logits, each row summing to 1, and ids_TK int64, in falling order of score.
     """
     if given_TK is not None:
-        return logits_TE.gather(1, given_TK).softmax(-1), given_TK.clone()
+        return logits_TE.gather(1, given_TK).softmax(-1), given_TK
     scores_TE = logits_TE if bias_E is None else logits_TE.softmax(-1) + bias_E
     # A stable sort, because topk leaves the order of ties open and so differs between devices.
     scores_TE, ids_TE = scores_TE.sort(dim=-1, descending=True, stable=True)

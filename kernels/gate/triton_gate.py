@@ -42,8 +42,9 @@ def _gate_kernel(
             p = tl.where(e[None, :] < E, tl.exp(x - top[:, None]), 0.0)
             added = tl.load(bias + e, mask=e < E, other=0.0).to(tl.float32)
             score = tl.where(inside, p / tl.sum(p, axis=1)[:, None] + added[None, :], -float("inf"))
-        # An expert masked with -inf may still be needed to fill K; only what is taken already is out.
-        score = tl.where(e[None, :] < E, tl.maximum(score, -3.0e38), -float("inf"))
+        # An expert masked with -inf may still be needed to fill K; only what is taken already is out. NaN is largest.
+        score = tl.where(score == score, tl.minimum(tl.maximum(score, -3.0e38), 3.4e38), float("inf"))
+        score = tl.where(e[None, :] < E, score, -float("inf"))
         for j in tl.static_range(K):
             best = tl.argmax(score, axis=1, tie_break_left=True)
             hot = e[None, :] == tl.minimum(best, E - 1)[:, None]
@@ -89,12 +90,13 @@ def gate(
     T, E = logits_TE.shape
     P, BT = triton.next_power_of_2(E), block_tokens(E)
     logits_TE = logits_TE if logits_TE.stride(1) == 1 else logits_TE.contiguous()
+    bias_E, given_TK = (None if t is None else t.contiguous() for t in (bias_E, given_TK))
     weights_TK = logits_TE.new_empty(T, top_k, dtype=torch.float32)
     ids_TK = logits_TE.new_empty(T, top_k, dtype=torch.int64)
     counts_ZP = logits_TE.new_empty(triton.cdiv(T, BT), P, dtype=torch.int32)
     if T:
         _gate_kernel[(len(counts_ZP),)](
-            logits_TE, bias_E, None if given_TK is None else given_TK.contiguous(), weights_TK, ids_TK, counts_ZP, T,
+            logits_TE, bias_E, given_TK, weights_TK, ids_TK, counts_ZP, T,
             logits_TE.stride(0), E=E, P=P, K=top_k, HAS_BIAS=bias_E is not None, GIVEN=given_TK is not None, BT=BT,
         )  # fmt: skip
     return weights_TK, ids_TK, counts_ZP

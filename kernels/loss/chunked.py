@@ -28,9 +28,12 @@ def linear_cross_entropy(
         rows = slice(start, start + chunk)
         x_CD, targets_C = x_TD[rows], targets_T[rows]
         valid_C = targets_C != IGNORE_INDEX
-        targets_C1 = torch.where(valid_C, targets_C, 0).unsqueeze(1)
+        # A target outside the vocabulary, which the op lets come here where looking would wait, makes the sum NaN.
+        known_C = (targets_C >= 0) & (targets_C < len(w))
+        targets_C1 = torch.where(known_C, targets_C, 0).unsqueeze(1)
         logp_CV = torch.log_softmax((x_CD @ w.t()).to(wide), dim=1)
-        total -= torch.where(valid_C, logp_CV.gather(1, targets_C1).squeeze(1), 0.0).sum()
+        logp_C = torch.where(known_C, logp_CV.gather(1, targets_C1).squeeze(1), float("nan"))
+        total -= torch.where(valid_C, logp_C, 0.0).sum()
         if want_grad:
             # d total / d logits = softmax - one_hot(target), and nothing where the target is ignored; leaving those
             # tokens out of the two small products saves a pass over the logits.

@@ -5,7 +5,7 @@ As in main.py, commands import what they need when they run.
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tyro.conf import Positional
 
@@ -55,9 +55,11 @@ def chat(
     if adapter is not None:
         lora.load_adapter(model, adapter)
         model = lora.merged(model)
-    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     try:
-        session = Session(model, tokenizer, system, max_tokens, seed, sampling)
+        session = Session(model, tokenizer, system=system, max_tokens=max_tokens, **sampling)
+        if session.notice and adapter is None:  # an adapter was taught conversations
+            print(f"notice: {session.notice}", file=sys.stderr)
         if message is not None:
             _say(session, message)
         else:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from tyro.conf import Positional
 
-from moe.cli.show import progress_bar
+from moe.cli.show import draw_table, progress_bar
 
 if TYPE_CHECKING:
     from moe.data import ConversationData
@@ -129,6 +129,7 @@ def _score(
     """Scores all sources, prints a table, returns its figures."""
     from moe import evaluate
     from moe.device import pick_dtype
+    from moe.errors import DataError
 
     device = model.embedding.weight.device
     dtype = pick_dtype(model.cfg.train, device)
@@ -139,6 +140,11 @@ def _score(
         lengths = evaluate.byte_lengths(tokenizer)
         scores = evaluate.evaluate(model, windows, lengths, batch=batch, dtype=dtype, progress=progress)
     seconds = time.perf_counter() - started
+    for source in data.sources:
+        if source not in scores:
+            print(f"notice: no text of {source} could be scored within {seq_len:,} tokens", file=sys.stderr)
+    if not scores:
+        raise DataError(f"nothing could be scored within {seq_len:,} tokens: give more text, or a longer --seq-len")
     scores = {**scores, "total": evaluate.total(scores)}
     figures = {name: {**_figures(score), **compressors.get(name, {})} for name, score in scores.items()}
     _print_scores(figures, f"context {seq_len:,}, {str(dtype).removeprefix('torch.')}, {device}")
@@ -160,22 +166,13 @@ def _progress(what: str, total: int) -> "Iterator[Callable[[int], None]]":
 
 
 def _print_scores(figures: dict[str, dict[str, float]], setting: str) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table()
-    for name in ("", "bytes", "tokens", "bits/byte", "gzip -9", "xz -9e", "perplexity"):
-        table.add_column(name, justify="right" if name else "left")
+    rows = []
     for name, f in figures.items():
         cells = [name, f"{f['bytes']:,}", f"{f['tokens']:,}"]
         cells += [f"{f[key]:.3f}" if key in f else "" for key in ("bits_per_byte", "gzip", "xz")]
-        cells.append(f"{f['perplexity']:,.2f}")
-        table.add_row(*(Text(cell) for cell in cells), style="bold" if name == "total" else "")
-    # A pipe has no width to fit.
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
-    console.print(Text(f"held-out bits per byte (lower is better); {setting}"), soft_wrap=True)
-    console.print(table)
+        rows.append([*cells, f"{f['perplexity']:,.2f}"])
+    columns = ["", "bytes", "tokens", "bits/byte", "gzip -9", "xz -9e", "perplexity"]
+    draw_table(f"held-out bits per byte (lower is better); {setting}", columns, rows, {""}, bold="total")
 
 
 # ------------------------------------------------------------------------------------------------------------ tasks

@@ -3,12 +3,15 @@
 As in main.py, the command imports what it needs when it runs.
 """
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
 from tyro.conf import Positional
 
+from moe.cli import usage
 from moe.cli.flags import Flag, Settings, assignments
+from moe.cli.train import print_forecast
 
 
 def finetune(
@@ -25,6 +28,7 @@ def finetune(
     set_: Settings = (),
     device: str | None = None,
     fresh: Flag = False,
+    dry_run: Flag = False,
 ) -> int:
     """Teach a pre-trained model to answer; interrupted, the same command goes on where it stopped.
 
@@ -40,6 +44,7 @@ def finetune(
         set_: Settings to change, such as train.lr=1e-4 train.seq_len=1024.
         device: cuda or cpu. Default: cuda where there is one.
         fresh: Start anew; an older run in the directory is moved aside.
+        dry_run: Say what the run would take, in steps, memory and time, and start nothing.
     """
     from moe.data import ConversationData
     from moe.lora import LoraConfig
@@ -49,9 +54,17 @@ def finetune(
     adapters = LoraConfig(rank, alpha, on) if lora else None
     overrides = assignments(set_)
     cfg = recipe(checkpoint, ConversationData.open(data), epochs=epochs, lora=lora, overrides=overrides)
-    how: dict[str, Any] = {"resume": "never" if fresh else "auto", "device": device, "reporter": console.reporter()}
+    if dry_run:
+        print_forecast(cfg, data, device)
+        return 0
+    how: dict[str, Any] = {
+        "resume": "never" if fresh else "auto",
+        "device": device,
+        "reporter": usage.speaking(console.reporter(), "--out", "--fresh"),
+    }
     result = train(cfg, data, out, start_from=checkpoint, lora=adapters, **how)
     if result.status == "stopped":
-        print(f"stopped after step {result.step:,}; the same command, without --fresh, goes on from there")
+        with contextlib.suppress(OSError):  # the terminal may be what was closed
+            print(f"stopped after step {result.step:,}; the same command, without --fresh, goes on from there")
         return 128 + result.signal
     return 0

@@ -1,5 +1,6 @@
 """`moe ladder`: small replicas, a prediction, a larger replica. As in main.py, imports wait until it runs."""
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,6 +43,7 @@ def ladder(
         dry_run: Print what would be trained, and what it would take, and start nothing.
     """
     from moe.config import load_config
+    from moe.io import figures
     from moe.ladder.picture import draw
     from moe.ladder.rungs import LADDER_FILE, climb, plan_ladder
     from moe.train import console
@@ -49,6 +51,8 @@ def ladder(
     cfg = load_config(config).with_overrides(assignments(set_))
     steps = plan_ladder(cfg, data, rungs, held_out, tokens_per_parameter=tokens_per_parameter)
     _print_plan(steps, device)
+    if not figures.can_draw():
+        print(figures.NO_PICTURES)
     if dry_run:
         return 0
 
@@ -59,13 +63,12 @@ def ladder(
     result = climb(steps, out, device=device, reporter=console.reporter, announce=announce)
     if result.signal:
         n = len(steps.rungs) + 1
-        print(f"stopped with {len(result.measured)} of {n} replicas trained; the same command goes on from there")
+        with contextlib.suppress(OSError):  # the terminal may be what was closed
+            print(f"stopped with {len(result.measured)} of {n} replicas trained; the same command goes on from there")
         return 128 + result.signal
     _print_end(result)
     picture = draw(result, out)
     print(f"all figures: {out / LADDER_FILE}; picture: {picture}" if picture else f"all figures: {out / LADDER_FILE}")
-    if picture is None:
-        print('no picture: matplotlib is not installed (pip install "gpt4-moe[plot]")')
     return 0
 
 

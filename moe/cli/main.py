@@ -8,12 +8,17 @@ import contextlib
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import tyro
+from tyro.conf import PositionalMetavarFromFieldName
 
+from moe.cli import usage
 from moe.cli.chat import chat
+from moe.cli.configs import configs
 from moe.cli.data import data_app
 from moe.cli.evaluate import evaluate
+from moe.cli.export import export
 from moe.cli.finetune import finetune
 from moe.cli.generate import generate
 from moe.cli.ladder import ladder
@@ -24,21 +29,49 @@ from moe.errors import MoeError
 
 app = tyro.extras.SubcommandApp()
 app.command(train)
-app.command(data_app, name="data")
+app.command(data_app, name="data", help="Turn documents or conversations into tokens to train on.")
 app.command(generate)
 app.command(finetune)
 app.command(chat)
 app.command(name="eval")(evaluate)
+app.command(export)
 app.command(ladder)
-app.command(profile_app, name="profile")
-app.command(plan_app, name="plan")
+app.command(profile_app, name="profile", help="Measure what the router does, and where the time of a step goes.")
+app.command(plan_app, name="plan", help="Compute what a model costs to train and to serve, and check the article.")
+app.command(configs)
+
+
+def _parse(args: Sequence[str]) -> Any:
+    return app.cli(
+        prog="moe",
+        description="gpt4-moe: train and run small replicas of the mixture-of-experts GPT-4. "
+        "moe --version names its version.",
+        args=args,
+        config=(PositionalMetavarFromFieldName,),
+        registry=usage.readable,
+    )
+
+
+def _run(args: Sequence[str]) -> Any:
+    """Runs a command. What is said of the library's arguments is said of the command's flags."""
+    path = usage.command_of(app, args)
+    if not sys.stdout.isatty() and not {"-h", "--help"}.isdisjoint(args):
+        return usage.show_page(_parse, args)
+    try:
+        with usage.one_line(_parse, path):
+            return _parse(args)
+    except (MoeError, ImportError) as error:
+        said = str(error)
+        error.args = (usage.in_flags(said, usage.flags_of(_parse, path)),)
+        raise
 
 
 def _fail(error: BaseException) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    message = " ".join(str(error).split()) or type(error).__name__
+    said = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+    message = " ".join(said.split()) or type(error).__name__
     Console(stderr=True, highlight=False).print(Text("error: ", style="red") + Text(message), soft_wrap=True)
 
 
@@ -59,16 +92,16 @@ def main(args: Sequence[str] | None = None) -> None:
     """Runs one command and exits with its status."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
-    if (sys.argv[1:] if args is None else args)[:1] == ["--version"]:
+    words = sys.argv[1:] if args is None else list(args)
+    if words[:1] == ["--version"]:
         print(_version())
         sys.exit(0)
     try:
-        status = app.cli(
-            prog="moe",
-            description="gpt4-moe: train and run small replicas of the mixture-of-experts GPT-4. "
-            "moe --version names its version.",
-            args=args,
-        )
+        try:
+            status = _run(words)
+        except SystemExit as end:  # of a help page
+            status = end.code or 0
+        sys.stdout.flush()  # so that a closed pipe is noticed here
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         status = 130

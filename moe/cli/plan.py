@@ -13,7 +13,7 @@ from tyro.conf import Positional, arg
 from moe.cli.flags import Flag, Words
 from moe.cli.plan_check import calibrate, check, report
 from moe.cli.plan_flags import MODEL, SERVE, TRAIN, Batch, Context, Model, On, Settings, Weights, read_layout
-from moe.cli.show import SHOW, Output, show_rows, show_sheet
+from moe.cli.show import SHOW, Output, check_pictures, show_rows, show_sheet
 
 if TYPE_CHECKING:
     from moe.plan.quantities import Sheet
@@ -38,17 +38,14 @@ def params(
         context: Tokens of context for the FLOPs; 0 leaves attention's scores out, the convention 2 N.
     """
     from moe import plan
-    from moe.errors import ConfigError
     from moe.plan.hf_shapes import load_hf
 
-    if context < 0:
-        raise ConfigError(f"context = {context}: must be 0 or more")
     shape = load_hf(hf) if hf is not None else plan.load_shape(model)
     counts = plan.params(shape)
     names = ("total", "active", "attention", "expert", "experts", "shared", "dense", "router", "norms")
     contract = {name: getattr(counts, name) for name in (*names, "embedding", "head")}
     sheet = plan.params_sheet(shape, context)
-    return show_sheet(f"{shape.name}: {shape.n_layers} layers, {shape.d_model} wide", sheet, show, contract)
+    return show_sheet(f"{shape.name}: {shape.n_layers} layers, {shape.d_model:,} wide", sheet, show, contract)
 
 
 @plan_app.command
@@ -98,7 +95,6 @@ def train(
     elif mfu is not None:
         sheet = train_cost(shape, hw, tokens=amount, gpus=where.gpus, mfu=mfu, duty=duty)
     else:
-        given(bus, "GB/s", "bus")
         efficiency = Efficiency(gemm=gemm, bus=bus, expert_imbalance=imbalance)
         sheet = predict_run(shape, where, hw, amount, efficiency, duty)
     return show_sheet(f"{shape.name} on {where.gpus:,} x {hw.name}", sheet, show)
@@ -215,6 +211,7 @@ def experts(
     from moe.plan import load_shape
     from moe.plan.experts import experts_sheet
 
+    check_pictures(pictures)
     shape = load_shape(model)
     sheet = experts_sheet(shape.n_experts, shape.top_k, batch)
     if pictures is not None:
@@ -287,6 +284,7 @@ def sweep(
     from moe.plan.partition import frontier
     from moe.plan.sweeps import sweep
 
+    check_pictures(pictures)
     shape = load_shape(model)
     if partitions:
         hw = load_hardware(hardware[0])

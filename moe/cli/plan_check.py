@@ -34,7 +34,7 @@ def check(
 
         found = next((v for v in verdicts if v.claim.id == show.explain), None)
         if found is None:
-            raise ConfigError(f"--explain {show.explain}: there is no such claim; they are C01 to C102")
+            raise ConfigError(f"explain = {show.explain!r}: there is no such claim; they are C01 to C102")
         c = found.claim
         print(f"{c.id} {c.text}\n{found.verdict}: {found.reason}\n{c.expr}")
         if found.computed is not None:
@@ -63,8 +63,9 @@ def report(path: Positional[Path], /, *, model: Model = MODEL) -> int:
         path: .html (holds its pictures) or .md (has them in a directory beside it).
     """
     from moe.plan.claims import check_claims
-    from moe.plan.pictures import write_report
+    from moe.plan.pictures import check_report, write_report
 
+    check_report(path)
     write_report(check_claims(model=model), model, path)
     print(f"report: {path}")
     return 0

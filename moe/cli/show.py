@@ -4,6 +4,7 @@ rich is imported on use, so that --json does not wait for it.
 """
 
 import json
+import os
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -46,21 +47,54 @@ def progress_bar(transient: bool = False) -> "Progress":
 # ------------------------------------------------------------------------------------------------------------- tables
 
 
-def draw_table(title: str, columns: list[str], rows: list[list[str]], words: Collection[str] = ()) -> None:
-    """Prints a table under its title; columns named in `words` are set left, the others right."""
+def console(stderr: bool = False) -> "Console":
+    """Where a command prints: as wide as the terminal, or COLUMNS where that is set; a pipe has no width to fit."""
     from rich.console import Console
+
+    free = not os.environ.get("COLUMNS", "").isdigit() and not (sys.stderr if stderr else sys.stdout).isatty()
+    return Console(highlight=False, stderr=stderr, width=200 if free else None)
+
+
+def draw_table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], words: Collection[str] = (), bold: str = ""
+) -> None:
+    """Prints a table under its title; columns named in `words` are set left and may be folded, the others right; the
+    row that begins with `bold` stands out.
+
+    Where that is too wide, each row is a paragraph, a line for each column: no figure is ever cut.
+    """
+    from rich.measure import Measurement
     from rich.table import Table as Drawn
     from rich.text import Text
 
     drawn = Drawn()
-    for name in columns:
-        drawn.add_column(name, justify="left" if name in words else "right")
+    for i, name in enumerate(columns):
+        word = name in words
+        longest = max((len(part) for row in rows for part in row[i].split()), default=0)
+        drawn.add_column(
+            name, justify="left" if word else "right", no_wrap=not word, overflow="fold",
+            min_width=min(longest, 40) if word else None,
+        )  # fmt: skip
     for row in rows:
-        drawn.add_row(*(Text(cell) for cell in row))
-    # A pipe has no width to fit.
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
-    console.print(Text(title), soft_wrap=True)
-    console.print(drawn)
+        drawn.add_row(*(Text(cell) for cell in row), style="bold" if bold and row[0] == bold else "")
+    to = console()
+    to.print(Text(title), soft_wrap=True)
+    if Measurement.get(to, to.options.update(width=10_000), drawn).minimum <= to.width:
+        to.print(drawn)
+        return
+    wide = max(map(len, columns))
+    for row in rows:
+        to.print()
+        for name, cell in zip(columns, row, strict=True):
+            to.print(Text(f"{name:{wide}}  {cell}"), soft_wrap=True)
+
+
+def check_pictures(place: Path | None) -> None:
+    """Before the work: raises ImportError where pictures are asked for and cannot be drawn."""
+    if place is not None:
+        from moe.io import figures
+
+        figures.require()
 
 
 def print_notices(console: "Console", notices: Sequence[str]) -> None:

@@ -1,11 +1,13 @@
 """`moe train`. As in main.py, the command imports what it needs when it runs."""
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg
 
-from moe.cli.data import default_data
+from moe.cli import usage
+from moe.cli.data import default_data, default_place
 from moe.cli.flags import Flag, Settings, assignments
 
 if TYPE_CHECKING:
@@ -40,12 +42,16 @@ def train(
     from moe.config import load_config
 
     cfg = load_config(config).with_overrides(assignments(set_))
+    from moe.device import pick_device
     from moe.train import console, train
+    from moe.train.forecast import check_memory
 
-    data_dir = data if data is not None else default_data(cfg)
     if dry_run:
-        _print_forecast(cfg, data_dir, device)
+        print_forecast(cfg, data, device)
         return 0
+    if data is None:
+        check_memory(cfg, pick_device(device))  # before hours of preparing data for what cannot be
+    data_dir = data if data is not None else default_data(cfg)
     run_dir = out if out is not None else Path("runs") / cfg.name
     resume = "never" if fresh else "auto"
     result = train(
@@ -55,23 +61,29 @@ def train(
         resume=resume,
         start_from=from_,
         device=device,
-        reporter=console.reporter(),
+        reporter=usage.speaking(console.reporter(), "--out", "--fresh"),
         trace_every=trace_every,
     )
     if result.status == "stopped":
-        print(f"stopped after step {result.step:,}; the same command, without --fresh, goes on from there")
+        with contextlib.suppress(OSError):  # the terminal may be what was closed
+            print(f"stopped after step {result.step:,}; the same command, without --fresh, goes on from there")
         return 128 + result.signal
     return 0
 
 
-def _print_forecast(cfg: "Config", data_dir: Path, device: str | None) -> None:
+def print_forecast(cfg: "Config", data: Path | None, device: str | None) -> None:
+    """What a run would take; without `data`, on the default data, which need not be prepared."""
     from moe.train.console import clock
-    from moe.train.forecast import forecast
+    from moe.train.forecast import GIB, forecast
 
-    f = forecast(cfg, data_dir, device)
-    print(f"{cfg.name}: {f.steps:,} steps, {f.tokens:,} tokens, {f.passes:.3g} times through the data's epochs")
-    share = f" of {f.available / 2**30:.1f} GiB" if f.available else ""
-    print(f"memory at the peak: {f.memory / 2**30:.2f} GiB{share}")
+    default, is_there = default_place(cfg)
+    if data is None and is_there:
+        data = default
+    f = forecast(cfg, data, device)
+    passes = f"{f.passes:.3g} times through the data's epochs" if f.passes else f"data to be prepared in {default}"
+    print(f"{cfg.name}: {f.steps:,} steps, {f.tokens:,} tokens, {passes}")
+    share = f" of {f.available / GIB:.1f} GiB" if f.available else ""
+    print(f"memory at the peak: {f.memory / GIB:,.2f} GiB{share}")
     if f.available and f.memory > f.available:
         print("that is more than there is: halve train.micro_batch, or set train.activation_checkpointing=selective")
     print(f"time: {clock(f.seconds)} if every product ran at this machine's best rate; expect about twice that")

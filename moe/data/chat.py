@@ -19,6 +19,7 @@ encoded apart from the role before them: what a model sees before its response i
 as in a chat, whatever the response begins with.
 """
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -51,6 +52,23 @@ class ChatTemplate:
         self.end_id = tokenizer.special[IM_END] if has_markers else tokenizer.eot_id
         self._header = {role: [self.start_id, *tokenizer.encode(f"{role}\n")] for role in ROLES}
         self._line_feed = tokenizer.encode("\n")
+
+    @property
+    def jinja(self) -> str:
+        """The same template for transformers' `apply_chat_template`, which renders exactly this text.
+
+        Its ids are the same, too, unless a content begins with white space (a content is encoded apart here) or spells
+        a marker (which is ordinary text here).
+        """
+        begin, end = (json.dumps(self.tokenizer.token_bytes(i).decode()) for i in (self.start_id, self.end_id))
+        return (
+            "{%- for message in messages %}"
+            f"{{%- if message['role'] not in {list(ROLES)} %}}"
+            "{{- raise_exception('unknown role ' + message['role']) }}{%- endif %}"
+            f"{{{{- {begin} + message['role'] + '\n' + message['content'] + {end} + '\n' }}}}"
+            "{%- endfor %}"
+            f"{{%- if add_generation_prompt %}}{{{{- {begin} + 'assistant\n' }}}}{{%- endif %}}"
+        )
 
     def encode(self, messages: Sequence[Message]) -> Encoded:
         """The tokens of a checked conversation (`check_messages`); learned are the responses and their end markers."""

@@ -8,8 +8,10 @@ so that no held-out request, answered alike or differently, is trained on.
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +19,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moe.data import instructions
-from moe.data.chat import ChatTemplate, Message, check_messages
+from moe.data.chat import ChatTemplate
+from moe.data.dialogues import SUFFIXES, Conversation, Report, check_source, read_conversations
+from moe.data.rows import clean
 from moe.data.shards import (
     INDEX_FILE,
     SPLITS,
@@ -31,143 +35,63 @@ from moe.data.shards import (
     map_stream,
     read_index,
     read_table,
+    reopened,
     token_dtype,
 )
-from moe.data.sources import Source, clean, is_held_out, json_rows, parquet_rows, parse_source, walk
+from moe.data.sources import parse_source
 from moe.errors import DataError
-from moe.io.files import atomic_directory, is_taken
+from moe.io.files import atomic_directory, is_taken, locked
 from moe.tokenizer import Tokenizer, cl100k
 
 FORMAT = "moe-conversations"
 VERSION = 1
 MAKER = "moe data instructions"
-SUFFIXES = (".jsonl", ".parquet")
+# inputs, targets int64; scored, text bool; each [S]
+_Window = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 _BATCH = 512  # conversations encoded on all cores at once
 
 
-class Conversation(NamedTuple):
-    """One conversation; `name` is unique within `source`."""
-
-    source: str
-    name: str
-    messages: list[dict[str, str]]
-
-    @property
-    def split(self) -> str:
-        """ "train" or "val"."""
-        request = list(_before_response(self.messages))
-        return "val" if is_held_out(json.dumps(request, ensure_ascii=True)) else "train"
-
-
-def _before_response(messages: Sequence[Message]) -> Iterator[Message]:
-    for message in messages:
-        if message["role"] == "assistant":
-            return
-        yield message
+# Reads the conversations of one source from the start.
+Reader = Callable[[Report | None], Iterable[Conversation]]
 
 
 # ---------------------------------------------------------------------------------------------------------- reading
 
 
-@dataclass
-class Report:
-    """What reading left out: conversations that are not valid text (`source/name`), those without a response."""
-
-    skipped: list[str] = field(default_factory=list)
-    empty: int = 0
-
-
-# Reads the conversations of one source from the start: (name, messages).
-Reader = Callable[[], Iterable[instructions.Named]]
-
-
-def read_conversations(path: Path, name: str = "") -> Iterator[instructions.Named]:
-    """(name, messages) of each row of a .jsonl or .parquet file, or of all such files of a directory tree.
-
-    A row has a field `messages` (see `check_messages`), or `prompt` and `response` and perhaps `system`, all text.
-
-    Raises:
-        DataError: another kind of file, or a row that is no conversation; the message names line and field.
-    """
-    if path.is_dir():
-        names = sorted(walk(Source(name or path.name, path, suffixes=SUFFIXES)))
-        if not names:
-            raise DataError(
-                f"{path} holds no file ending in {' or '.join(SUFFIXES)}: give conversations as one of them"
-            )
-        for file in names:
-            yield from _read_file(path / file, file)
-    else:
-        yield from _read_file(path, path.name)
-
-
-def _read_file(path: Path, name: str) -> Iterator[instructions.Named]:
-    if path.suffix == ".jsonl":
-        rows = json_rows(path, "a field 'messages', or 'prompt' and 'response'")
-    elif path.suffix == ".parquet":
-        rows = parquet_rows(path, lambda columns: _columns(columns, str(path)))
-    else:
-        raise DataError(f"{path} ends in {path.suffix!r}: conversations are read from {' or '.join(SUFFIXES)} files")
-    for row, where, value in rows:
-        yield f"{name}#{row}", _messages(value, where)
-
-
-def _columns(columns: Iterable[str], where: str) -> list[str]:
-    """The fields to read, of those that there are."""
-    if "messages" in columns:
-        return ["messages"]
-    if "prompt" in columns and "response" in columns:
-        return [name for name in ("system", "prompt", "response") if name in columns]
-    raise DataError(
-        f"{where}: no field 'messages', nor 'prompt' and 'response'; the fields are {sorted(columns)}: rename them"
-    )
-
-
-def _messages(row: dict[str, Any], where: str) -> list[dict[str, str]]:
-    names = _columns(row, where)
-    if names == ["messages"]:
-        return check_messages(row["messages"], where)
-    roles = {"system": "system", "prompt": "user", "response": "assistant"}
-    for name in names:
-        if not isinstance(row[name], str) and (name != "system" or row[name] is not None):
-            raise DataError(f"{where}: field {name!r} is a {type(row[name]).__name__}, expected text")
-    return [{"role": roles[name], "content": row[name]} for name in names if row[name] is not None]
-
-
 def _readers(sources: Sequence[str | Path] | None) -> tuple[dict[str, Reader], list[str]]:
-    """The readers of the sources by name, sorted, and notices."""
+    """The readers of the sources by name, sorted, and notices. Raises ImportError for libraries that are missing."""
     if sources is None:
-        readers: dict[str, Reader] = {"code": instructions.standard_library}
+        readers = {"code": _reader("code", instructions.standard_library)}
         if instructions.small_talk() is None:
             return readers, ['no small talk: chatterbot-corpus is not installed (pip install "gpt4-moe[data]")']
-        return readers | {"talk": lambda: instructions.small_talk() or ()}, []
-    parsed = [parse_source(source) for source in sources]
+        return readers | {"talk": _reader("talk", lambda: instructions.small_talk() or ())}, []
+    parsed = [replace(parse_source(source), suffixes=SUFFIXES) for source in sources]
     names = [source.name for source in parsed]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise DataError(f"several sources are called {twice[0]!r}: name them with name=path")
     if not parsed:
         raise DataError("sources is empty: give at least one path, or None for pairs from the standard library")
-    readers = {}
-    for source in sorted(parsed, key=lambda source: source.name):
-        name, path = source.name, source.path
-        if not isinstance(path, Path):
-            raise DataError(f"source {name!r}: {path} is of the Hub: conversations are read from files; download it")
-        readers[name] = lambda path=path, name=name: read_conversations(path, name)
-    return readers, []
+    for source in parsed:
+        check_source(source)
+    return {source.name: partial(read_conversations, source) for source in sorted(parsed, key=lambda s: s.name)}, []
+
+
+def _reader(source: str, read: Callable[[], Iterable[instructions.Named]]) -> Reader:
+    return lambda report: (Conversation(source, name, messages) for name, messages in read())
 
 
 def _conversations(readers: dict[str, Reader], report: Report | None = None) -> Iterator[Conversation]:
     """All conversations that can be learned from."""
     report = report if report is not None else Report()
-    for source, reader in readers.items():
-        for name, messages in reader():
-            if any(clean(m["content"]) is None for m in messages):
-                report.skipped.append(f"{source}/{name}")
-            elif not any(m["role"] == "assistant" and m["content"].strip() for m in messages):
+    for reader in readers.values():
+        for one in reader(report):
+            if any(clean(m["content"]) is None for m in one.messages):
+                report.skipped.append(f"{one.source}/{one.name}")
+            elif not any(m["role"] == "assistant" and m["content"].strip() for m in one.messages):
                 report.empty += 1
             else:
-                yield Conversation(source, name, messages)
+                yield one
 
 
 # -------------------------------------------------------------------------------------------------------- preparing
@@ -192,8 +116,8 @@ def prepare_conversations(
     """Tokenises conversations into `out_dir` for `ConversationData.open`; all of the directory or nothing.
 
     Args:
-        sources: paths, or name=path, of what `read_conversations` reads; None: functions of the standard library and,
-            where it is installed, chatterbot-corpus.
+        sources: paths, or name=path, of what `dialogues.read_conversations` reads; None: functions of the standard
+            library and, where it is installed, chatterbot-corpus.
         out_dir: the directory to write. One made from the same inputs is reused; another one is an error.
         tokenizer: that of the model to be fine-tuned: itself, "cl100k", a tokenizer.json or a directory with one.
         overwrite: write anew, replacing a directory that holds prepared conversations; no other is ever touched.
@@ -210,15 +134,10 @@ def prepare_conversations(
     readers, notices = _readers(sources)
     report = Report()
     inputs, counts = _survey(readers, template, shard_tokens, report)
-    if is_taken(out):
-        found = _existing(out, overwrite)
-        if found is not None and found.index["inputs"] == inputs:
-            return Prepared(found, True)
-        if found is not None:
-            raise DataError(
-                f"out_dir {out} holds conversations prepared from other sources or settings: choose another "
-                "directory, or overwrite it (overwrite=True)"
-            )
+    found = _existing(out, inputs, overwrite)
+    if found is not None:
+        return Prepared(found, True)
+    notices += report.notices
     if not counts["train"]:
         raise DataError(
             f"no conversation to train on ({counts['val']} held out, {report.empty} without a response, "
@@ -229,8 +148,12 @@ def prepare_conversations(
     total = sum(counts.values())
     index = {"inputs": inputs, "notices": notices, "skipped": report.skipped, "empty": report.empty}
     try:
-        with atomic_directory(out) as temporary:
-            _write(readers, template, temporary, index, shard_tokens, lambda n: progress("encode", n, total))
+        with locked(out):
+            found = _existing(out, inputs, overwrite)  # another process may have made it meanwhile
+            if found is not None:
+                return Prepared(found, True)
+            with atomic_directory(out) as temporary:
+                _write(readers, template, temporary, index, shard_tokens, lambda n: progress("encode", n, total))
     except OSError as error:
         raise DataError(
             f"cannot write {out}: {error.strerror or error}; free some space or choose another out_dir "
@@ -245,8 +168,10 @@ def _given(tokenizer: Tokenizer | str | Path) -> Tokenizer:
     return cl100k() if str(tokenizer) in ("cl100k", "cl100k_base") else Tokenizer.load(tokenizer)
 
 
-def _existing(out: Path, overwrite: bool) -> "ConversationData | None":
-    """The conversations in `out`, to be compared; None where they are to be replaced, whole or damaged."""
+def _existing(out: Path, inputs: str, overwrite: bool) -> "ConversationData | None":
+    """The conversations in `out`, made from these inputs; None where there are none, or they are to be replaced."""
+    if not is_taken(out):
+        return None
     try:
         index = json.loads((out / INDEX_FILE).read_bytes())
         ours = isinstance(index, dict) and index.get("format") == FORMAT
@@ -254,7 +179,15 @@ def _existing(out: Path, overwrite: bool) -> "ConversationData | None":
         ours = False
     if not ours:
         raise DataError(f"out_dir {out} exists and is not prepared conversations: choose a new or an empty directory")
-    return None if overwrite else ConversationData.open(out)
+    if overwrite:
+        return None
+    found = ConversationData.open(out)
+    if found.index["inputs"] != inputs:
+        raise DataError(
+            f"out_dir {out} holds conversations prepared from other sources or settings: choose another "
+            "directory, or overwrite it (overwrite=True)"
+        )
+    return found
 
 
 def _survey(
@@ -265,7 +198,7 @@ def _survey(
     digest = hashlib.sha256(state.encode())
     counts: dict[str, int] = {split: 0 for split in SPLITS}
     for conversation in _conversations(readers, report):
-        digest.update(hashlib.sha256(json.dumps(conversation).encode()).digest())
+        digest.update(hashlib.sha256(conversation.identity()).digest())
         counts[conversation.split] += 1
     return digest.hexdigest(), counts
 
@@ -354,6 +287,9 @@ class ConversationData:
         path = Path(path)
         return ConversationData(path, read_index(path, FORMAT, VERSION, MAKER))
 
+    def __reduce__(self) -> Any:
+        return reopened, (ConversationData, os.path.abspath(self.path), self.fingerprint)  # not the tokens
+
     def values(self, source: str, split: str) -> TokenStream:
         """All conversations of a source's "train" or "val" split, one after the other: 2 * id + learned."""
         return self._streams[source, split]
@@ -375,8 +311,12 @@ class ConversationData:
         return read_table(self.path, self.index["sources"][source][split]["documents"])
 
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer that the tokens were made with. Raises DataError where the file beside them is another one."""
-        return load_tokenizer(self.path, self.index["tokenizer_sha256"])
+        """The tokenizer that the tokens were made with, and their chat template.
+
+        Raises DataError where the file beside them is another one.
+        """
+        tokenizer = load_tokenizer(self.path, self.index["tokenizer_sha256"])
+        return tokenizer.with_chat_template(ChatTemplate(tokenizer).jinja)
 
     def held_out_windows(
         self, seq_len: int, n_tokens: int | None = None
@@ -398,11 +338,28 @@ class ConversationData:
         every = 1 if n_tokens is None else max(1, -(-total // max(1, n_tokens)))
         for source, table in tables.items():
             for i in np.argsort(padded[source], kind="stable")[::every].tolist():
-                window = self._window(source, int(table.offsets[i]), int(table.n_tokens[i]), int(padded[source][i]))
-                if window[2].any():
+                window = self._val(source, table, i, int(padded[source][i]))
+                if self._has_text(*window[1:3]):
                     yield source, *window
 
-    def _window(self, source: str, begin: int, n_tokens: int, length: int) -> tuple[np.ndarray, ...]:
+    def not_scored(self, seq_len: int) -> list[str]:
+        """A notice for each source that has no text of a held-out response within `seq_len` tokens."""
+        return [
+            f"source {source!r}: none of its {len(table):,} held-out conversations has text of a response within "
+            f"{seq_len:,} tokens, so it is not scored"
+            for source in self.sources
+            if len(table := self.table(source, "val"))
+            and not any(self._has_text(*self._val(source, table, i, seq_len)[1:3]) for i in range(len(table)))
+        ]
+
+    def _has_text(self, targets: np.ndarray, scored: np.ndarray) -> bool:
+        """Whether more is scored than the ends of empty responses, which stand for no byte."""
+        return bool((scored & (targets != self.end_id)).any())
+
+    def _val(self, source: str, table: DocumentTable, i: int, length: int) -> _Window:
+        return self._window(source, int(table.offsets[i]), int(table.n_tokens[i]), length)
+
+    def _window(self, source: str, begin: int, n_tokens: int, length: int) -> _Window:
         size = min(n_tokens - 1, length)
         values = np.asarray(self.values(source, "val")[begin : begin + size + 1], dtype=np.int64)
         inputs, targets = (np.full(length, self.end_id, dtype=np.int64) for _ in range(2))

@@ -18,7 +18,7 @@ from moe.errors import DataError
 EXTRA_HINT = 'pip install "gpt4-moe[data]"'
 
 PREFIX = "hf:"
-_SETTINGS = ("config", "split", "revision", "text", "documents", "bytes")
+_SETTINGS = ("config", "split", "validation", "revision", "text", "documents", "bytes")
 _USAGE = f"write {PREFIX}OWNER/NAME or {PREFIX}DIRECTORY, then any of {', '.join(f',{s}=...' for s in _SETTINGS)}"
 _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _BATCH_ROWS = 256
@@ -56,10 +56,11 @@ class HubDataset:
         return self.repo + "".join(f",{key}={value}" for key, value in parts.items() if value)
 
 
-def parse_hub(argument: str, text_field: str = "text") -> tuple[HubDataset, str]:
-    """The dataset that `hf:PLACE,key=value,...` names, and the column of its text (`text=`).
+def parse_hub(argument: str, text_field: str = "text") -> tuple[HubDataset, dict[str, Any]]:
+    """The dataset that `hf:PLACE,key=value,...` names, and of its `Source` the text_field and a split to be held out.
 
-    Keys are those of `HubDataset` besides `repo`; `documents` and `bytes` take units of 1000: 500k, 20GB.
+    Keys are those of `HubDataset` besides `repo`, and `text` and `validation`; `documents` and `bytes` take units of
+    1000: 500k, 20GB.
 
     Raises:
         DataError: an unknown key, a value that cannot be, or a place that is neither OWNER/NAME nor a directory.
@@ -73,7 +74,13 @@ def parse_hub(argument: str, text_field: str = "text") -> tuple[HubDataset, str]
         settings[key] = _amount(argument, key, value) if key in ("documents", "bytes") else value
     if not (place and Path(place).is_dir()) and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", place, re.ASCII):
         raise DataError(f"source {argument!r}: {place!r} is neither a directory nor a name on the Hub: {_USAGE}")
-    return HubDataset(place, **{k: v for k, v in settings.items() if k != "text"}), settings.get("text", text_field)
+    of_source: dict[str, Any] = {
+        "text_field": settings.pop("text", text_field),
+        "validation": settings.pop("validation", ""),
+    }
+    if of_source["validation"] == settings.get("split", "train"):
+        raise DataError(f"source {argument!r}: one split cannot be trained on and held out: name two")
+    return HubDataset(place, **settings), of_source
 
 
 def _amount(argument: str, key: str, text: str) -> int:
@@ -94,7 +101,7 @@ def resolve(dataset: HubDataset) -> HubDataset:
         DataError: no such dataset or revision, or the Hub cannot be reached.
         ImportError: the datasets library is missing.
     """
-    _library()
+    library(str(dataset))
     if dataset.is_local:
         return replace(dataset, revision=_content(Path(dataset.repo)))
     if _COMMIT.fullmatch(dataset.revision):
@@ -117,7 +124,7 @@ def rows(dataset: HubDataset, text_field: str) -> Iterator[tuple[int, str, dict[
         DataError: no such dataset, configuration, split or column; the Hub cannot be reached; reading broke off.
         ImportError: the datasets library is missing.
     """
-    datasets = _library()
+    datasets = library(str(dataset))
     revision = None if dataset.is_local else dataset.revision or None
     row = 0
     try:
@@ -143,13 +150,12 @@ def _check_column(dataset: HubDataset, text_field: str, columns: list[str]) -> N
         raise DataError(f"{dataset}: no column {text_field!r}; the columns are {columns}: name one with ,text=...")
 
 
-def _library() -> Any:
+def library(what: str) -> Any:
+    """The datasets library. Raises ImportError where it, which reads `what`, is missing."""
     try:
         import datasets
     except ImportError:
-        raise ImportError(
-            f"reading a dataset of the Hugging Face Hub needs the datasets library: {EXTRA_HINT}"
-        ) from None
+        raise ImportError(f"reading the dataset {what} needs the datasets library: {EXTRA_HINT}") from None
     return datasets
 
 

@@ -70,20 +70,22 @@ def small_talk() -> Iterator[Named] | None:
     """(name, messages) of each English conversation of chatterbot-corpus; None where it is not installed.
 
     Raises:
-        ImportError: PyYAML, which reads its files, is missing.
+        ImportError: PyYAML, which reads its files, is missing; at once.
         DataError: a file is not what the package is known for.
     """
     spec = importlib.util.find_spec("chatterbot_corpus")
     if spec is None or spec.origin is None:
         return None
+    try:
+        import yaml  # noqa: F401
+    except ImportError:
+        raise ImportError('reading chatterbot-corpus needs PyYAML: pip install "gpt4-moe[data]"') from None
     return _small_talk(Path(spec.origin).parent / "data" / "english")
 
 
 def _small_talk(folder: Path) -> Iterator[Named]:
-    try:
-        import yaml
-    except ImportError:
-        raise ImportError('reading chatterbot-corpus needs PyYAML: pip install "gpt4-moe[data]"') from None
+    import yaml
+
     for file in sorted(folder.glob("*.yml")):
         content: Any = yaml.safe_load(file.read_text(encoding="utf-8"))
         if not isinstance(content, dict) or not isinstance(content.get("conversations"), list):

@@ -8,6 +8,7 @@ function of (seed, k), and a pass visits every window once, in an order drawn af
 import hashlib
 import json
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -123,7 +124,7 @@ class ConversationStream:
                 f"{self.left_out:,} of {total:,} conversations are left out: their response begins only after "
                 f"{self.seq_len:,} tokens"
             )
-        return found
+        return found + self.data.not_scored(self.seq_len)
 
     @property
     def fingerprint(self) -> str:
@@ -131,6 +132,12 @@ class ConversationStream:
         state: list[object] = ["conversations", self.data.fingerprint, self.seq_len, self.seed, self.documents]
         state.append(sorted(self.epochs.items()))
         return hashlib.sha256(json.dumps(state).encode()).hexdigest()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: getattr(self, key) for key in ("data", "seq_len", "seed", "epochs", "documents")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # packed anew: a pickle has no place for every conversation
 
     def check_resume(self, fingerprint: str) -> None:
         """Raises DataError where a saved `fingerprint` is not this stream's."""

@@ -1,8 +1,8 @@
 """From documents to token shards: split, train the tokenizer, encode, write; all of a directory or nothing.
 
-The held-out split is decided by each document's name (`sources.is_held_out`), and the tokenizer sees training documents
-only. The directory is written under a temporary name beside its place (`.NAME.PID.tmp`: all that a killed process can
-leave) and renamed when complete. Preparing the same inputs again finds the directory and reuses it.
+What is held out is decided by `corpus.Corpus`, and the tokenizer sees training documents only. The directory is written
+under a temporary name beside its place (`.NAME.xxxxxxxx.tmp`: all that a killed process can leave) and renamed when
+complete. Preparing the same inputs again finds the directory and reuses it.
 
 Memory does not grow with the data, and a dataset of the Hub is read as few times as can be: its commit and limits say
 what it is, so that it is read once to be encoded, and before that its beginning where a tokenizer is to be trained.
@@ -15,12 +15,13 @@ import lzma
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
-from itertools import chain, pairwise
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
-from moe.data.hub import HubDataset, resolve
+from moe.data.corpus import Corpus, Validation, make_corpus, nothing
+from moe.data.hub import HubDataset
 from moe.data.shards import (
     FORMAT,
     HELD_OUT_FILE,
@@ -32,19 +33,9 @@ from moe.data.shards import (
     TokenData,
     token_dtype,
 )
-from moe.data.sources import (
-    Document,
-    Report,
-    Source,
-    default_sources,
-    is_drawn,
-    is_held_out,
-    is_sampled,
-    parse_source,
-    read,
-)
-from moe.errors import DataError
-from moe.io.files import atomic_directory, is_taken
+from moe.data.sources import Document, Source, is_drawn
+from moe.errors import DataError, TokenizerError
+from moe.io.files import atomic_directory, is_taken, locked
 from moe.tokenizer import Tokenizer, cl100k, train_bpe
 
 # Called with (phase, bytes of text done, bytes of text in all, 0 where nobody knows); phases are "tokenizer", "encode".
@@ -56,6 +47,8 @@ COMPARED_BYTES = 2**26
 # Of each source, the most text that a tokenizer is trained on: its merges settle long before, and the trainer holds
 # every distinct word.
 TOKENIZER_BYTES = 2**30
+# Scores on less held-out text than this say little: one page of a book differs from the next by more than a model does.
+FEW_BYTES = 10_000
 
 
 @dataclass(frozen=True)
@@ -93,12 +86,16 @@ def prepare(
     *,
     vocab_size: int = 4096,
     tokenizer: Tokenizer | str | Path | None = None,
+    validation: Validation | None = None,
     sample: float = 1.0,
     overwrite: bool = False,
     shard_tokens: int = 2**27,
     progress: Progress | None = None,
 ) -> DataInfo:
     """Tokenizes documents into `out_dir` for `TokenData.open`.
+
+    Held out are the splits that a source comes with (`Source`), or one document in twenty, by its name; of a source
+    with too few documents for that, the last twentieth of each, from a line break on.
 
     A tokenizer to be trained sees all training documents of a source up to 1 GiB of them: of a larger one those that
     the sha256 of their names chooses, of a dataset of the Hub its first.
@@ -108,7 +105,10 @@ def prepare(
         out_dir: the directory to write. One made from the same inputs is reused; another one is an error.
         vocab_size: ids of the byte-level BPE to train on the training documents; unused when `tokenizer` is given.
         tokenizer: None trains one; "cl100k" is GPT-4's; else a Tokenizer or a path for `Tokenizer.load`.
-        sample: fraction of the training documents to take, drawn by their names; the held-out ones are all taken.
+        validation: hold out another fraction; or a path (or `name=path`, or a Source): that is held out, and all that
+            the sources hold besides is trained on. It belongs to the source of its name, or to the only one.
+        sample: fraction of the training documents to take, drawn by their names; the held-out ones are all taken. Of
+            documents that are cut, the first part.
         overwrite: write anew, replacing a directory that holds prepared data; any other directory is never touched.
         shard_tokens: the most tokens in one shard file.
         progress: called as (phase, bytes done, bytes in all).
@@ -122,32 +122,45 @@ def prepare(
     if not 0 < sample <= 1:
         raise DataError(f"sample is {sample}, expected a fraction of the documents: above 0, up to 1")
     out = Path(out_dir)
-    job = _Job(*_resolve(sources), _given(tokenizer), vocab_size, sample, progress)
+    job = _Job(make_corpus(sources, validation, sample), _given(tokenizer), vocab_size, progress)
     started = time.perf_counter()
     inputs = _survey(job, shard_tokens)
     job.seconds["read"] = time.perf_counter() - started
-    if is_taken(out):
-        if not _is_prepared(out):
-            raise DataError(f"out_dir {out} exists and is not prepared data: choose a new or an empty directory")
-        if not overwrite:
-            found = TokenData.open(out)
-            if found.index["inputs"] == inputs:
-                return describe(found)
-            raise DataError(
-                f"out_dir {out} holds data prepared from other sources or settings: choose another directory, or "
-                "overwrite it (overwrite=True)"
-            )
-    if job.surveyed:
-        _check_splits(job)
+    found = _existing(out, inputs, overwrite)
+    if found is not None:
+        return describe(found)
+    if job.corpus.surveyed:
+        job.corpus.check_splits()
     try:
-        with atomic_directory(out) as temporary:
-            _write(job, temporary, inputs, shard_tokens)
+        with locked(out):
+            found = _existing(out, inputs, overwrite)  # another process may have made it meanwhile
+            if found is not None:
+                return describe(found)
+            with atomic_directory(out) as temporary:
+                _write(job, temporary, inputs, shard_tokens)
     except OSError as error:
         raise DataError(
             f"cannot write {out}: {error.strerror or error}; free some space or choose another out_dir "
             "(nothing half-written was left)"
         ) from error
     return describe(TokenData.open(out), reused=False, seconds=job.seconds)
+
+
+def _existing(out: Path, inputs: str, overwrite: bool) -> TokenData | None:
+    """The data in `out`, made from these inputs; None where there are none, or they are to be replaced."""
+    if not is_taken(out):
+        return None
+    if not _is_prepared(out):
+        raise DataError(f"out_dir {out} exists and is not prepared data: choose a new or an empty directory")
+    if overwrite:
+        return None
+    found = TokenData.open(out)
+    if found.index["inputs"] != inputs:
+        raise DataError(
+            f"out_dir {out} holds data prepared from other sources or settings: choose another directory, or "
+            "overwrite it (overwrite=True)"
+        )
+    return found
 
 
 def describe(data: TokenData, *, reused: bool = True, seconds: dict[str, float] | None = None) -> DataInfo:
@@ -177,7 +190,9 @@ def compression(data: DataInfo | TokenData) -> dict[str, float]:
 
 
 def compressed(text: bytes) -> dict[str, float]:
-    """Bits per byte of `text` under `gzip -9` and `xz -9e`."""
+    """Bits per byte of `text` under `gzip -9` and `xz -9e`. Raises DataError where it is empty."""
+    if not text:
+        raise DataError("the text is empty, so it has no bits per byte: give one of at least a byte")
     return {
         "gzip": 8 * len(gzip.compress(text, 9, mtime=0)) / len(text),
         "xz": 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text),
@@ -205,55 +220,15 @@ def held_out_text(data: TokenData) -> dict[str, bytes]:
 class _Job:
     """What one call of `prepare` carries from phase to phase."""
 
-    sources: list[Source]
-    notices: list[str]
+    corpus: Corpus
     tokenizer: Tokenizer | None
     vocab_size: int
-    sample: float
     progress: Progress | None
-    report: Report = field(default_factory=Report)
-    bytes_of: dict[tuple[str, str], int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
-
-    def documents(self) -> Iterator[Document]:
-        """Those of the sample; sizes and what is left out are counted here for sources that `_survey` does not read."""
-        return chain.from_iterable(
-            self.counted(source) if isinstance(source.path, HubDataset) else self.sampled(source)
-            for source in self.sources
-        )
-
-    def sampled(self, source: Source, report: Report | None = None) -> Iterator[Document]:
-        return (document for document in read(source, report) if is_sampled(document.name, self.sample))
-
-    def counted(self, source: Source) -> Iterator[Document]:
-        for document in self.sampled(source, self.report):
-            key = (source.name, _split_of(document))
-            self.bytes_of[key] = self.bytes_of.get(key, 0) + len(document.text.encode())
-            yield document
-
-    @property
-    def surveyed(self) -> bool:
-        """Whether all sizes are known before the documents are encoded."""
-        return not any(isinstance(source.path, HubDataset) for source in self.sources)
 
     def tell(self, phase: str, done: int, total: int) -> None:
         if self.progress is not None:
             self.progress(phase, done, total)
-
-
-def _resolve(sources: Sequence[Source | str | Path] | None) -> tuple[list[Source], list[str]]:
-    """Sources sorted by name, and notices."""
-    if sources is None:
-        resolved, notices = default_sources()
-    else:
-        resolved, notices = [s if isinstance(s, Source) else parse_source(s) for s in sources], []
-    resolved.sort(key=lambda source: source.name)
-    if not resolved:
-        raise DataError("sources is empty: give at least one path, or None for the default text and code")
-    for one, other in pairwise(resolved):
-        if one.name == other.name:
-            raise DataError(f"two sources are called {one.name!r} ({one.path}, {other.path}): name them with name=path")
-    return resolved, notices
 
 
 def _given(tokenizer: Tokenizer | str | Path | None) -> Tokenizer | None:
@@ -262,44 +237,12 @@ def _given(tokenizer: Tokenizer | str | Path | None) -> Tokenizer | None:
     return cl100k() if str(tokenizer) in ("cl100k", "cl100k_base") else Tokenizer.load(tokenizer)
 
 
-def _split_of(document: Document) -> str:
-    return "val" if is_held_out(document.name) else "train"
-
-
 def _survey(job: _Job, shard_tokens: int) -> str:
-    """Sizes per split, what was left out, and a sha256 of all that decides the result.
-
-    Every file is read once for it; a dataset of the Hub is known by its commit, what is taken of it, and no byte more.
-    """
+    """A sha256 of all that decides the result, for which the corpus is looked through."""
     vocabulary = job.tokenizer.fingerprint if job.tokenizer is not None else f"train {job.vocab_size}"
     digest = hashlib.sha256(f"{FORMAT} {VERSION} {vocabulary} {shard_tokens}\n".encode())
-    for i, source in enumerate(job.sources):
-        if isinstance(source.path, HubDataset):
-            pinned = resolve(source.path)
-            job.sources[i] = replace(source, path=pinned)  # every pass reads this commit, whatever comes meanwhile
-            place = {"repo": ""} if pinned.is_local else {}  # the revision of a directory is its content
-            digest.update(json.dumps([source.name, source.text_field, asdict(pinned) | place, job.sample]).encode())
-            job.notices.append(f"source {source.name!r}: {pinned.repo} at revision {pinned.revision}")
-            continue
-        for document in job.counted(source):
-            text = document.text.encode()
-            name = f"{source.name}/{document.name}".encode("utf-8", "surrogateescape")
-            digest.update(hashlib.sha256(name).digest() + hashlib.sha256(text).digest())
+    job.corpus.survey(digest)
     return digest.hexdigest()
-
-
-def _check_splits(job: _Job) -> None:
-    """Errors for an empty split; a notice for each source that has none of a split that others have."""
-    meaning = {"train": "for training", "val": "held out for validation"}
-    for split in SPLITS:
-        without = [source.name for source in job.sources if (source.name, split) not in job.bytes_of]
-        if len(without) == len(job.sources):
-            raise DataError(
-                f"no document is {meaning[split]}: one in twenty is held out, by the sha256 of its name; give more "
-                "documents (split large files into many, or use JSONL with one document per line), a larger sample, or "
-                "another source"
-            )
-        job.notices += [f"source {name!r}: no document is {meaning[split]}" for name in without]
 
 
 def _write(job: _Job, directory: Path, inputs: str, shard_tokens: int) -> None:
@@ -310,13 +253,13 @@ def _write(job: _Job, directory: Path, inputs: str, shard_tokens: int) -> None:
     job.seconds["tokenizer"] = time.perf_counter() - started
     started = time.perf_counter()
     dtype = token_dtype(job.tokenizer.vocab_size)
-    keys = [(source.name, split) for source in job.sources for split in SPLITS]
+    keys = [(name, split) for name in job.corpus.names for split in SPLITS]
     writers = {key: ShardWriter(directory, "-".join(key), dtype, shard_tokens) for key in keys}
     try:
         with (directory / HELD_OUT_FILE).open("wb") as held_out:
             _encode(job, job.tokenizer, writers, held_out)
-        if not job.surveyed:
-            _check_splits(job)
+        if not job.corpus.surveyed:
+            job.corpus.check_splits()
     finally:
         for writer in writers.values():
             writer.close()
@@ -327,17 +270,20 @@ def _write(job: _Job, directory: Path, inputs: str, shard_tokens: int) -> None:
 
 def _training_texts(job: _Job) -> Iterator[str]:
     """The training documents of each source, or a part of them of about TOKENIZER_BYTES."""
-    sizes = {source.name: job.bytes_of.get((source.name, "train"), 0) for source in job.sources}
-    total = sum(min(size, TOKENIZER_BYTES) for size in sizes.values()) if job.surveyed else 0
+    corpus = job.corpus
+    sources = [source for source in corpus.sources if not source.held_out]
+    sizes = {source.name: corpus.bytes_of.get((source.name, "train"), 0) for source in sources}
+    total = sum(min(size, TOKENIZER_BYTES) for size in sizes.values()) if corpus.surveyed else 0
     done = 0
-    for source in job.sources:
+    for source in sources:
         share = TOKENIZER_BYTES / max(sizes[source.name], 1)
         taken = 0
-        for document in job.sampled(source):
-            if _split_of(document) == "val" or (share < 1 and not is_drawn(document.name, "tokenizer", share)):
+        for piece in corpus.documents(source):
+            name = f"{piece.name}@{piece.begin}" if piece.begin else piece.name
+            if piece.split == "val" or (share < 1 and not is_drawn(name, "tokenizer", share)):
                 continue
-            yield document.text
-            taken += len(document.text.encode())
+            yield piece.text
+            taken += len(piece.text.encode())
             job.tell("tokenizer", min(done + taken, total or done + taken), total)
             if isinstance(source.path, HubDataset) and taken >= TOKENIZER_BYTES:
                 break
@@ -346,22 +292,18 @@ def _training_texts(job: _Job) -> Iterator[str]:
 
 def _encode(job: _Job, tokenizer: Tokenizer, writers: dict[tuple[str, str], ShardWriter], held_out: IO[bytes]) -> None:
     """Streams all documents through the tokenizer into their shards, in batches for the sake of all cores."""
-    done, total = 0, sum(job.bytes_of.values()) if job.surveyed else 0
-    for batch, ids_of in _encoded(tokenizer, _batches(job.documents())):
-        for document, ids in zip(batch, ids_of, strict=True):
-            text = document.text.encode()
-            # Bits per byte are only comparable where the tokens hold every byte of the text.
-            if tokenizer.decode_bytes(ids) != text:
-                raise DataError(
-                    f"tokenizer {tokenizer.name} does not give back the text of {document.source}/{document.name}: it "
-                    "normalises text; use one without a normalizer"
-                )
-            split = _split_of(document)
-            writers[document.source, split].add(document.name, len(text), [*ids, tokenizer.eot_id])
-            if split == "val":
+    corpus = job.corpus
+    done, total = 0, sum(corpus.bytes_of.values()) if corpus.surveyed else 0
+    documents = chain.from_iterable(corpus.documents(source, count=True) for source in corpus.sources)
+    for batch, ids_of in _encoded(tokenizer, _batches(documents)):
+        for piece, ids in zip(batch, ids_of, strict=True):
+            text = piece.text.encode()
+            end = [tokenizer.eot_id] if piece.ends else []
+            writers[piece.source, piece.split].add(piece.name, len(text), [*ids, *end], ends=piece.ends)
+            if piece.split == "val":
                 held_out.write(text)
             done += len(text)
-        job.tell("encode", done, total)
+        job.tell("encode", min(done, total or done), total)
 
 
 def _encoded(
@@ -371,12 +313,24 @@ def _encoded(
     with ThreadPoolExecutor(1) as pool:
         waiting = None
         for batch in batches:
-            coming = batch, pool.submit(tokenizer.encode_batch, [document.text for document in batch])
+            coming = batch, pool.submit(_encode_batch, tokenizer, batch)
             if waiting is not None:
                 yield waiting[0], waiting[1].result()
             waiting = coming
         if waiting is not None:
             yield waiting[0], waiting[1].result()
+
+
+def _encode_batch(tokenizer: Tokenizer, batch: list[Document]) -> list[list[int]]:
+    try:
+        return tokenizer.encode_batch([document.text for document in batch])
+    except TokenizerError:
+        for document in batch:  # of which it is
+            try:
+                tokenizer.encode(document.text)
+            except TokenizerError as error:
+                raise DataError(f"{document.source}/{document.name}: {error}") from None
+        raise
 
 
 def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
@@ -394,7 +348,13 @@ def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
 def _index(
     job: _Job, tokenizer: Tokenizer, directory: Path, inputs: str, writers: dict[tuple[str, str], ShardWriter]
 ) -> dict[str, Any]:
-    entries = {source.name: {split: writers[source.name, split].entry() for split in SPLITS} for source in job.sources}
+    entries = {name: {split: writers[name, split].entry() for split in SPLITS} for name in job.corpus.names}
+    for split in SPLITS:  # a character of several bytes cannot be cut, so that this shows only now
+        if not any(entry[split]["tokens"] for entry in entries.values()):
+            raise nothing(split)
+    report = job.corpus.report
+    few = [f"{name} {e['val']['bytes']:,} bytes" for name, e in entries.items() if 0 < e["val"]["bytes"] < FEW_BYTES]
+    small = f"little text is held out ({', '.join(few)}): scores on less than {FEW_BYTES:,} bytes mean little"
     tokenizer_sha256 = hashlib.sha256((directory / TOKENIZER_FILE).read_bytes()).hexdigest()
     digest = hashlib.sha256(f"{VERSION} {tokenizer_sha256} {tokenizer.vocab_size}\n".encode())
     for name, entry in entries.items():
@@ -409,9 +369,9 @@ def _index(
         "tokenizer_sha256": tokenizer_sha256,
         "inputs": inputs,
         "fingerprint": digest.hexdigest(),
-        "skipped": job.report.skipped,
-        "empty": job.report.empty,
-        "notices": [*job.notices, *job.report.notices],
+        "skipped": report.skipped,
+        "empty": report.empty,
+        "notices": [*job.corpus.notices, *report.notices, *([small] if few else [])],
         "sources": entries,
     }
 

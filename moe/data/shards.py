@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import mmap
+import os
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -46,12 +47,19 @@ class ShardWriter:
         self._digest = hashlib.sha256()  # of the stream, hence the same however it is cut into shards
         self._shards: list[dict[str, Any]] = []
         self._table = _TableWriter(directory / f"{stem}-documents.json")
+        self._open = (0, 0)  # tokens and bytes of the document that is being written
 
-    def add(self, name: str, n_bytes: int, ids: Sequence[int]) -> None:
-        """Appends one document: its ids, end-of-text included, and the length of its UTF-8 text in bytes."""
+    def add(self, name: str, n_bytes: int, ids: Sequence[int], *, ends: bool = True) -> None:
+        """Appends a document: its ids, end-of-text included, and the length of its UTF-8 text in bytes.
+
+        Or, without `ends`, a part of one that the next call goes on with.
+        """
         values = np.asarray(ids, dtype=self._dtype)
         self._digest.update(values.tobytes())
-        self._table.add(name, len(values), n_bytes)
+        self._open = (self._open[0] + len(values), self._open[1] + n_bytes)
+        if ends:
+            self._table.add(name, *self._open)
+            self._open = (0, 0)
         while len(values):
             if self._file is None or self._shards[-1]["tokens"] == self._shard_tokens:
                 self._next_shard()
@@ -178,6 +186,14 @@ class TokenStream:
         key = int(key) % len(self)
         return int(self._range(key, key + 1)[0])
 
+    def __reduce__(self) -> Any:
+        """Mapped shards are pickled as their places, not their tokens."""
+        mapped = [s for s in self._shards if isinstance(s, np.memmap) and s.filename is not None]
+        if len(mapped) < len(self._shards):
+            return TokenStream, (self._shards, self.dtype)
+        files = [(os.path.abspath(str(shard.filename)), len(shard)) for shard in mapped]
+        return _map_files, (files, self.dtype)
+
     def _range(self, start: int, stop: int) -> np.ndarray:
         if start >= stop:
             return np.empty(0, self.dtype)
@@ -224,16 +240,28 @@ def read_index(path: Path, format_name: str, version: int, maker: str) -> dict[s
 
 def map_stream(directory: Path, shards: Sequence[dict[str, Any]], dtype: np.dtype) -> TokenStream:
     """The memory-mapped stream of the shards of an index. Raises DataError where one is missing or cut short."""
+    return _map_files([(directory / shard["file"], shard["tokens"]) for shard in shards], dtype)
+
+
+def _map_files(files: Sequence[tuple[str | Path, int]], dtype: np.dtype) -> TokenStream:
+    """The stream of shards given as (file, tokens)."""
     parts = []
-    for shard in shards:
-        file = directory / shard["file"]
-        expected = shard["tokens"] * dtype.itemsize
+    for file, n_tokens in files:
+        file, expected = Path(file), n_tokens * dtype.itemsize
         found = file.stat().st_size if file.is_file() else None
         if found != expected:
             state = "is missing" if found is None else f"has {found:,} bytes"
             raise DataError(f"{file} {state}, expected {expected:,} bytes: prepare the data again (overwrite)")
         parts.append(_map(file, dtype))
     return TokenStream(parts, dtype)
+
+
+def reopened(kind: Any, path: str, fingerprint: str) -> Any:
+    """Prepared data, opened again where they were pickled. Raises DataError where others are there now."""
+    data = kind.open(path)
+    if data.fingerprint != fingerprint:
+        raise DataError(f"{path} holds other data than when they were pickled: open them anew")
+    return data
 
 
 def read_table(directory: Path, entry: dict[str, Any]) -> DocumentTable:
@@ -299,8 +327,11 @@ class TokenData:
             DataError: not a prepared directory, another version, or a file that is missing or cut short.
         """
         path = Path(path)
-        index = read_index(path, FORMAT, VERSION, "moe.data.preparation")
+        index = read_index(path, FORMAT, VERSION, "moe data prepare")
         return TokenData(path, index)
+
+    def __reduce__(self) -> Any:
+        return reopened, (TokenData, os.path.abspath(self.path), self.fingerprint)  # not the tokens
 
     def tokens(self, source: str, split: str) -> TokenStream:
         """The token stream of a source's "train" or "val" split. Raises DataError for an unknown source or split."""

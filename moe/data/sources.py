@@ -1,27 +1,43 @@
-"""Where documents come from: directory trees, single files, JSONL, parquet, Hugging Face datasets on disk or their Hub.
+"""Where documents come from: directory trees, single files, rows of tables, Hugging Face datasets on disk or their Hub.
 
 A source is a name and a path; reading it yields documents in a fixed order: files by relative path, rows of one file in
 their order. A document's name is its path relative to the source with forward slashes, plus `#row` (from 0) for rows,
-so that it is the same on every machine; the name alone decides whether the document is held out (`is_held_out`).
+so that it is the same on every machine; where the source has no splits of its own, the name alone decides whether the
+document is held out (`is_held_out`).
 """
 
 import hashlib
 import importlib.util
-import json
 import os
+import re
 import sysconfig
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from moe.data import hub
+from moe.data import hub, splits
 from moe.data.hub import EXTRA_HINT, HubDataset
+from moe.data.rows import (
+    NotText,
+    Row,
+    check_parquet,
+    clean,
+    csv_rows,
+    json_rows,
+    parquet_rows,
+    plain_name,
+    suffix_of,
+    text_pieces,
+)
 from moe.errors import DataError
+from moe.io.pieces import pieces_of
 
-TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py", ".jsonl", ".parquet")
+TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py", ".jsonl", ".parquet", ".csv", ".tsv")
 HELD_OUT_ONE_IN = 20
+HELD_OUT_FRACTION = 1 / HELD_OUT_ONE_IN
 # Caches, and hidden directories such as .git: nobody means them as text.
 SKIP_ALWAYS = (".*", "__pycache__")
 # Of the standard library: its tests, what pip added, and files generated for one machine.
@@ -29,15 +45,25 @@ SKIP_STDLIB = (
     *("test", "tests", "idle_test", "site-packages", "dist-packages"),
     *("_sysconfigdata*", "config-*"),
 )
+# Files whose text stands among marks: taken as they are where one is named, left out of a tree.
+_MARKUP = (".html", ".htm", ".xml", ".ipynb")
+_SETTINGS = re.compile(r"(?:,(?:split|validation|text)=[^,]+)+$")
 
 
 @dataclass(frozen=True)
 class Document:
-    """One text: `name` is unique within `source`."""
+    """One text: `name` is unique within `source`.
+
+    `split` is "train" or "val" where its source says so, "" where the hold-out rule decides. Of a document that is read
+    in pieces (`read_pieces`), each begins at character `begin`, and only the last one `ends` it.
+    """
 
     name: str
     source: str
     text: str
+    split: str = ""
+    begin: int = 0
+    ends: bool = True
 
 
 @dataclass(frozen=True)
@@ -47,9 +73,13 @@ class Source:
     Args:
         name: short name in tables and in the prepared data ("text", "code").
         path: a file, a directory tree, a directory written by `datasets.save_to_disk`, or a dataset of the Hub.
-        suffixes: which files of a tree count.
+        suffixes: which files of a tree count, compressed (.gz, .bz2, .xz) or not.
         skip: patterns (fnmatch) of file and directory names in a tree that are left out.
-        text_field: the field (JSONL) or column (parquet, dataset) that holds the text.
+        text_field: the field (JSON) or column (CSV, parquet, dataset) that holds the text.
+        split: of a source with splits, the one to train on; "" is "train", "all" takes everything as documents.
+        validation: the split to hold out; "" is the first for evaluation that there is, None none. A test split is
+            never trained on unasked.
+        held_out: whether all of it is held out.
     """
 
     name: str
@@ -57,6 +87,9 @@ class Source:
     suffixes: tuple[str, ...] = TEXT_SUFFIXES
     skip: tuple[str, ...] = SKIP_ALWAYS
     text_field: str = "text"
+    split: str = ""
+    validation: str | None = ""
+    held_out: bool = False
 
 
 @dataclass
@@ -68,21 +101,21 @@ class Report:
     notices: list[str] = field(default_factory=list)
 
 
-def is_held_out(name: str) -> bool:
-    """Whether a document belongs to validation: one in twenty, by the sha256 of its name, never by position."""
-    return _hash(name) % HELD_OUT_ONE_IN == 0
+def is_held_out(name: str, fraction: float = HELD_OUT_FRACTION) -> bool:
+    """Whether a document belongs to validation: one in twenty, by the sha256 of its name, never by position.
 
-
-def is_sampled(name: str, fraction: float) -> bool:
-    """Whether a document is among a `fraction` of the training documents, drawn by their names; held-out ones all are.
-
-    A smaller sample is part of a larger one, and models trained on either are scored on the same text.
+    More data does not move a document from one side to the other.
     """
-    return is_held_out(name) or is_drawn(name, "sample", fraction)
+    if fraction == HELD_OUT_FRACTION:
+        return _hash(name) % HELD_OUT_ONE_IN == 0
+    return is_drawn(name, "validation", fraction)
 
 
 def is_drawn(name: str, purpose: str, fraction: float) -> bool:
-    """Whether a document is among a `fraction` of all, by the sha256 of its name; draws of two purposes are apart."""
+    """Whether a document is among a `fraction` of all, by the sha256 of its name; draws of two purposes are apart.
+
+    A smaller fraction is part of a larger one.
+    """
     return _hash(f"{purpose} {name}") < fraction * 2**256
 
 
@@ -93,24 +126,34 @@ def _hash(name: str) -> int:
 def parse_source(argument: str | Path, text_field: str = "text") -> Source:
     """A source as a user writes it: `name=path`, or `path`, whose last part without suffix is then the name.
 
-    A path `hf:OWNER/NAME,config=...` is a dataset of the Hugging Face Hub (`hub.parse_hub`), named NAME.
+    After the path may stand `,split=NAME`, `,validation=NAME` and `,text=FIELD`, as in `Source`. A path
+    `hf:OWNER/NAME,config=...` is a dataset of the Hugging Face Hub (`hub.parse_hub`), named NAME.
 
     Raises:
         DataError: the path does not exist, or the name would not do as a file name.
     """
     argument = os.fspath(argument)
+    if not argument:
+        raise DataError("source '' is empty: give a file, a directory or hf:OWNER/NAME")
     name, equals, path = ("", "", argument) if argument.startswith(hub.PREFIX) else argument.partition("=")
     if path.startswith(hub.PREFIX):
-        dataset, text_field = hub.parse_hub(path, text_field)
-        name = name or Path(dataset.repo).resolve().name
-        return Source(_checked_name(name, argument), dataset, text_field=text_field)
-    if not equals or Path(argument).exists():
-        path = argument
+        dataset, settings = hub.parse_hub(path, text_field)
+        return Source(_checked_name(name or Path(dataset.repo).resolve().name, argument), dataset, **settings)
+    settings: dict[str, Any] = {"text_field": text_field}
+    place = argument
+    there = Path(argument).exists() or (equals and Path(path).exists())
+    if not there and (found := _SETTINGS.search(argument)):
+        pairs = [part.split("=", 1) for part in found[0][1:].split(",")]
+        settings |= {"text_field" if key == "text" else key: value for key, value in pairs}
+        place = argument[: found.start()]
+    name, equals, path = place.partition("=")
+    if not equals or Path(place).exists():
+        path = place
         resolved = Path(path).resolve()
-        name = resolved.name if resolved.is_dir() else resolved.stem
+        name = resolved.name if resolved.is_dir() else Path(plain_name(resolved.name)).stem
     _checked_name(name, argument)
     _check_exists(name, Path(path))
-    return Source(name, Path(path), text_field=text_field)
+    return Source(name, Path(path), **settings)
 
 
 def _checked_name(name: str, argument: str) -> str:
@@ -137,53 +180,136 @@ def default_sources() -> tuple[list[Source], list[str]]:
     return sources, notices
 
 
+def check_libraries(sources: Iterable[Source]) -> None:
+    """Raises ImportError where a library that reading needs is missing: before the work, not in the midst of it."""
+    for source in sources:
+        if isinstance(source.path, HubDataset) or _is_dataset(source.path):
+            hub.library(str(source.path))
+        elif any(name.endswith(".parquet") for name in files_of(source)):
+            check_parquet(str(source.path))
+
+
 def read(source: Source, report: Report | None = None) -> Iterator[Document]:
     """Yields the source's documents in their fixed order, one file (or batch of rows) in memory at a time.
 
     Args:
-        report: collects what was left out: text that is not UTF-8 or has NUL bytes, and empty documents.
+        report: collects what was left out: text that is not UTF-8 or has NUL bytes, rows without text, empty documents.
 
     Raises:
         DataError: the path is missing, a row is broken (named by file and line), or nothing readable is there.
         ImportError: parquet or a dataset without the library that reads it.
     """
+    parts: list[str] = []
+    for piece in read_pieces(source, report):
+        parts.append(piece.text)
+        if piece.ends:
+            yield Document(piece.name, piece.source, "".join(parts), piece.split)
+            parts = []
+
+
+def read_pieces(source: Source, report: Report | None = None) -> Iterator[Document]:
+    """`read`, but that long documents come in pieces, cut so that their tokens are those of the whole.
+
+    That holds for GPT-4's pattern and its relatives wherever a text has line breaks or spaces (`moe.io.pieces`).
+    """
     if isinstance(source.path, Path):
         _check_exists(source.name, source.path)
     report = report if report is not None else Report()
-    count = 0
-    for name, text in _named_texts(source):
-        if text is None:
+    count, problems = 0, _Problems()
+    for name, split, texts in _named_texts(source, report):
+        begin, waiting = 0, ""
+        try:
+            for text in texts:
+                if waiting:
+                    yield Document(name, source.name, waiting, split, begin, ends=False)
+                    begin += len(waiting)
+                waiting = text
+        except _NoValue as error:
+            problems.add(str(error))
+            if not count and problems.count >= _PATIENCE:
+                break
+            continue
+        except NotText as error:
+            problems.not_text = problems.not_text or f"{name}: {error}"
             report.skipped.append(f"{source.name}/{name}")
-        elif not text:
-            report.empty += 1
-        else:
+            continue
+        if waiting:
             count += 1
-            yield Document(name, source.name, text)
+            yield Document(name, source.name, waiting, split, begin)
+        else:
+            report.empty += 1
     if count == 0:
         raise DataError(
-            f"source {source.name!r}: no readable documents in {source.path}: expected UTF-8 text in a single file or "
-            f"in files ending in {', '.join(source.suffixes)}, or a dataset"
+            f"source {source.name!r}: no readable documents in {source.path}: {problems.said()}expected UTF-8 text in "
+            f"a single file or in files ending in {', '.join(source.suffixes)}, or a dataset"
+        )
+    if problems.count:
+        report.notices.append(
+            f"source {source.name!r}: rows without text, left out: {problems.count:,}; the first: {problems.first}"
         )
 
 
-def _named_texts(source: Source) -> Iterator[tuple[str, str | None]]:
-    """(name, text) of every document; None for what is not text."""
+# So many rows without text, and none with, and the rest is not looked at: the field has another name.
+_PATIENCE = 10_000
+
+
+class _NoValue(Exception):
+    """A row whose text is missing, null or no string."""
+
+
+@dataclass
+class _Problems:
+    """What came of documents that were none."""
+
+    count: int = 0
+    first: str = ""
+    not_text: str = ""
+
+    def add(self, what: str) -> None:
+        self.first = self.first or what
+        self.count += 1
+
+    def said(self) -> str:
+        return "".join(f"{what}; " for what in (self.first, self.not_text) if what)
+
+
+# Of a document: its name, its split, its text in pieces (one where it is short); iterating may say that it is none.
+_Named = tuple[str, str, Iterable[str]]
+
+
+def _named_texts(source: Source, report: Report) -> Iterator[_Named]:
     path = source.path
     if isinstance(path, HubDataset):
-        yield from _read_hub(path, source.text_field)
+        named = _read_hub(path, source)
     elif path.is_file():
-        yield from _read_file(path, path.name, source.text_field)
-    elif (path / "dataset_dict.json").is_file() or all(
-        (path / f).is_file() for f in ("state.json", "dataset_info.json")
-    ):
-        yield from _read_dataset(path, source.text_field)
+        _check_without_splits(source, "a single file")
+        if suffix_of(path.name) in _MARKUP:
+            report.notices.append(f"source {source.name!r}: {path.name} is taken as plain text, tags and all")
+        named = ((name, "", texts) for name, texts in _read_file(path, path.name, source.text_field))
+    elif _is_dataset(path):
+        named = _read_dataset(path, source, report)
     else:
-        for name in sorted(walk(source)):
-            yield from _read_file(path / name, name, source.text_field)
+        named = _read_tree(path, source, report)
+    for name, split, texts in named:
+        yield name, "val" if source.held_out else split, texts
 
 
-def walk(source: Source) -> Iterator[str]:
-    """Relative names, with forward slashes, of the files of a tree that count."""
+def _is_dataset(path: Path) -> bool:
+    """Whether `datasets.save_to_disk` wrote it."""
+    return (path / "dataset_dict.json").is_file() or all((path / f).is_file() for f in _DATASET_FILES)
+
+
+_DATASET_FILES = ("state.json", "dataset_info.json")
+
+
+def files_of(source: Source) -> list[str]:
+    """Names of the files of a source that count, sorted: relative to a tree, with forward slashes."""
+    assert isinstance(source.path, Path)
+    return [source.path.name] if source.path.is_file() else sorted(walk(source))
+
+
+def walk(source: Source, other: Counter[str] | None = None) -> Iterator[str]:
+    """Relative names, with forward slashes, of the files of a tree that count; `other` counts the others by suffix."""
     assert isinstance(source.path, Path)
     root = source.path
 
@@ -194,149 +320,143 @@ def walk(source: Source) -> Iterator[str]:
         folders[:] = [f for f in folders if not skipped(f)]
         relative = Path(folder).relative_to(root)
         for file in files:
-            if file.endswith(source.suffixes) and not skipped(file) and (Path(folder) / file).is_file():
-                yield str(PurePosixPath(*relative.parts, file))
-
-
-def _read_file(path: Path, name: str, text_field: str) -> Iterator[tuple[str, str | None]]:
-    if path.suffix == ".jsonl":
-        yield from _read_jsonl(path, name, text_field)
-    elif path.suffix == ".parquet":
-        yield from _read_parquet(path, name, text_field)
-    else:
-        try:
-            content = path.read_bytes()  # bytes, then decode: text mode would turn CRLF into LF
-        except OSError as error:
-            raise DataError(f"cannot read {path}: {error.strerror}; make it readable or leave it out") from None
-        yield name, _as_text(content)
-
-
-def _as_text(content: bytes) -> str | None:
-    """The text of a file, or None where it is not UTF-8 or has NUL bytes (UTF-8 in form, binary in fact)."""
-    if b"\0" in content:
-        return None
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError:
-        return None
-
-
-def clean(text: str) -> str | None:
-    """The text of a row, or None where it holds NUL or a lone surrogate (JSON can write both)."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return None
-    return None if "\0" in text else text
-
-
-def _read_jsonl(path: Path, name: str, text_field: str) -> Iterator[tuple[str, str | None]]:
-    for row, where, value in json_rows(path, f"a field {text_field!r}"):
-        yield f"{name}#{row}", _field_text(value, text_field, where)
-
-
-def json_rows(path: Path, fields: str) -> Iterator[tuple[int, str, dict[str, Any]]]:
-    """(row from 0, its place in words, the object) of each line of a JSONL file that is not blank.
-
-    Args:
-        fields: what an object should have, for the message of an error.
-
-    Raises:
-        DataError: a line is not a JSON object.
-    """
-    with path.open("rb") as lines:
-        for row, line in enumerate(lines):
-            where = f"{path}, line {row + 1}"
-            if not line.strip():
+            if skipped(file) or not (Path(folder) / file).is_file():
                 continue
-            try:
-                value = json.loads(line.decode("utf-8-sig" if row == 0 else "utf-8"))
-            except (UnicodeDecodeError, json.JSONDecodeError) as error:
-                raise DataError(f"{where}: not valid JSON ({error}); one JSON object per line is expected") from None
-            if not isinstance(value, dict):
-                raise DataError(f"{where}: a {type(value).__name__}, expected an object with {fields}")
-            yield row, where, value
+            if plain_name(file).endswith(source.suffixes):
+                yield str(PurePosixPath(*relative.parts, file))
+            elif other is not None:
+                other[Path(file).suffix or file] += 1
 
 
-def _field_text(row: dict[str, Any], text_field: str, where: str) -> str | None:
-    if text_field not in row:
-        raise DataError(f"{where}: no field {text_field!r}; the fields are {sorted(row)}: name one with text_field")
-    value = row[text_field]
-    if not isinstance(value, str):
-        raise DataError(f"{where}: field {text_field!r} is a {type(value).__name__}, expected a string")
-    return clean(value)
+def chosen_splits(names: list[str], source: Source, report: Report) -> dict[str, str]:
+    """The files of a tree to read, and the split of each ("train", "val", or "" by the hold-out rule)."""
+    found = splits.splits_of_files(names)
+    if not found or source.split == splits.ALL:
+        _check_without_splits(source, "a tree whose files are not named after splits")
+        return dict.fromkeys(names, "")
+    # Files of no split go with those that are trained on.
+    present = sorted(set(found.values()), key=(*splits.TRAINING, *splits.HELD_OUT).index)
+    rest = [name for name in names if name not in found] if not source.split else []
+    listed = present if any(split in splits.TRAINING for split in present) or not rest else ["other", *present]
+    chosen = splits.choose(listed, source.split, source.validation, f"source {source.name!r}")
+    report.notices.append(_said(source, f"of its files, {chosen.notice}"))
+    of_rest = next(fate for fate in chosen.fate.values() if fate in ("train", ""))
+    if rest and listed is present:
+        report.notices[-1] += f", {len(rest):,} of no split go with the first ({rest[0]}{', ...' * (len(rest) > 1)})"
+    fates = {name: chosen.fate[found[name]] if name in found else of_rest for name in names if name in found or rest}
+    return {name: fate for name, fate in fates.items() if fate is not None}
 
 
-def _read_parquet(path: Path, name: str, text_field: str) -> Iterator[tuple[str, str | None]]:
+def _read_tree(path: Path, source: Source, report: Report) -> Iterator[_Named]:
+    other: Counter[str] = Counter()
+    names = sorted(walk(source, other))
+    if other and source.suffixes == TEXT_SUFFIXES:
+        listed = ", ".join(f"{count:,} {suffix}" for suffix, count in other.most_common(5))
+        report.notices.append(
+            f"source {source.name!r}: files left out by their suffix: {listed}{', ...' * (len(other) > 5)} (taken are "
+            f"{', '.join(source.suffixes)}, and these with .gz, .bz2, .xz)"
+        )
+    for name, split in chosen_splits(names, source, report).items():
+        try:
+            for one, texts in _read_file(path / name, name, source.text_field):
+                yield one, split, texts
+        except _NoColumn as error:  # of a table among texts
+            report.notices.append(f"source {source.name!r}: {error}; left out")
+
+
+def _said(source: Source, notice: str) -> str:
+    """What becomes of the splits of a source; of one to be held out, what is taken of it."""
+    return f"source {source.name!r}: {notice.replace('is trained on', 'is held out') if source.held_out else notice}"
+
+
+def _check_without_splits(source: Source, what: str) -> None:
+    if source.split not in ("", splits.ALL) or source.validation:
+        asked = source.validation or source.split
+        raise DataError(f"source {source.name!r}: {source.path} is {what}, so there is no split {asked!r}: name none")
+
+
+class _NoColumn(DataError):
+    """A CSV file without the column of the text."""
+
+
+def _read_file(path: Path, name: str, text_field: str) -> Iterator[tuple[str, Iterable[str]]]:
+    suffix = suffix_of(path.name)
+
     def chosen(columns: list[str]) -> list[str]:
-        _check_column(text_field, columns, str(path))
+        check_column(text_field, columns, str(path), _NoColumn if suffix in (".csv", ".tsv") else DataError)
         return [text_field]
 
-    for row, where, value in parquet_rows(path, chosen):
+    if suffix in (".jsonl", ".json"):
+        rows: Iterable[Row] = json_rows(path, f"a field {text_field!r}")
+    elif suffix == ".parquet":
+        rows = parquet_rows(path, chosen)
+    elif suffix in (".csv", ".tsv"):
+        rows = csv_rows(path, chosen)
+    else:
+        yield name, text_pieces(path)
+        return
+    for row, where, value in rows:
         yield f"{name}#{row}", _field_text(value, text_field, where)
 
 
-def parquet_rows(path: Path, choose: Callable[[list[str]], list[str]]) -> Iterator[tuple[int, str, dict[str, Any]]]:
-    """(row from 0, its place in words, its values by column) of a parquet file, 1,024 rows in memory at a time.
-
-    Args:
-        choose: takes the file's columns, returns those to read.
-
-    Raises:
-        DataError: not a readable parquet file.
-        ImportError: pyarrow is missing.
-    """
-    try:
-        import pyarrow as arrow
-        import pyarrow.parquet as parquet
-    except ImportError:
-        raise ImportError(f"reading {path} needs pyarrow: {EXTRA_HINT}") from None
-    try:
-        file = parquet.ParquetFile(path)
-    except (arrow.ArrowException, OSError) as error:
-        raise DataError(f"{path} is not a readable parquet file: {error}") from None
-    with file:
-        row = 0
-        for batch in file.iter_batches(batch_size=1024, columns=choose(list(file.schema_arrow.names))):
-            for value in batch.to_pylist():
-                yield row, f"{path}, row {row}", value
-                row += 1
+def _field_text(row: dict[str, Any], text_field: str, where: str) -> Iterator[str]:
+    """The text of a row, in pieces. Raises _NoValue or NotText at the first where it has none."""
+    if text_field not in row:
+        fields = sorted(row)[:20]
+        raise _NoValue(f"{where}: no field {text_field!r}; the fields are {fields}: name one with PATH,text=FIELD")
+    value = row[text_field]
+    if not isinstance(value, str):
+        kind = "null" if value is None else f"a {type(value).__name__}"
+        raise _NoValue(f"{where}: field {text_field!r} is {kind}, expected a string")
+    if clean(value) is None:
+        raise NotText("a lone surrogate or a NUL")
+    yield from pieces_of(value)
 
 
-def _read_dataset(path: Path, text_field: str) -> Iterator[tuple[str, str | None]]:
-    try:
-        import datasets
-    except ImportError:
-        raise ImportError(f"reading the dataset directory {path} needs the datasets library: {EXTRA_HINT}") from None
+def _read_dataset(path: Path, source: Source, report: Report) -> Iterator[_Named]:
+    datasets = hub.library(str(path))
     try:
         loaded = datasets.load_from_disk(str(path))
     except Exception as error:  # many kinds, from json to arrow
         raise DataError(f"{path} is not a readable dataset directory: {error}") from None
-    # A dataset of several splits: their rows are all documents, and the hold-out rule is ours.
-    splits = loaded if isinstance(loaded, dict) else {"": loaded}
-    for split, table in sorted(splits.items()):
+    if isinstance(loaded, dict):
+        chosen = splits.choose(sorted(loaded), source.split, source.validation, f"source {source.name!r}")
+        if chosen.notice:
+            report.notices.append(_said(source, chosen.notice))
+        tables = {name: (loaded[name], fate) for name, fate in chosen.fate.items() if fate is not None}
+    else:
+        _check_without_splits(source, "a dataset without splits")
+        tables = {"": (loaded, "")}
+    for split, (table, fate) in tables.items():
         where = f"{path}{f', split {split!r}' if split else ''}"
-        _check_column(text_field, list(table.column_names), where)
-        for row, value in enumerate(table.select_columns([text_field])):
-            yield f"{split}#{row}", _field_text(dict(value), text_field, f"{where}, row {row}")
+        check_column(source.text_field, list(table.column_names), where)
+        for row, value in enumerate(table.select_columns([source.text_field])):
+            yield f"{split}#{row}", fate, _field_text(dict(value), source.text_field, f"{where}, row {row}")
 
 
-def _read_hub(dataset: HubDataset, text_field: str) -> Iterator[tuple[str, str | None]]:
-    """Rows up to the dataset's limits; the one that would go over that of bytes ends it and is left out."""
+def _read_hub(dataset: HubDataset, source: Source) -> Iterator[_Named]:
+    """Rows up to the dataset's limits; the one that would go over that of bytes ends it and is left out.
+
+    Rows of a split to be held out come after them, all of them.
+    """
     size = 0
-    for row, where, value in hub.rows(dataset, text_field):
+    for row, where, value in hub.rows(dataset, source.text_field):
         if dataset.documents and row >= dataset.documents:
-            return
-        text = _field_text(value, text_field, where)
-        size += len(text.encode()) if text else 0
+            break
+        text = value.get(source.text_field)
+        size += len(text.encode("utf-8", "replace")) if isinstance(text, str) else 0
         if dataset.bytes and size > dataset.bytes:
-            return
-        yield f"#{row}", text
+            break
+        yield f"#{row}", "train" if source.validation else "", _field_text(value, source.text_field, where)
+    if source.validation:
+        for row, where, value in hub.rows(replace(dataset, split=source.validation), source.text_field):
+            yield f"{source.validation}#{row}", "val", _field_text(value, source.text_field, where)
 
 
-def _check_column(text_field: str, columns: list[str], where: str) -> None:
+def check_column(text_field: str, columns: list[str], where: str, kind: type[DataError] = DataError) -> None:
+    """Raises DataError where a table has no such column."""
     if text_field not in columns:
-        raise DataError(f"{where}: no column {text_field!r}; the columns are {columns}: name one with text_field")
+        raise kind(f"{where}: no column {text_field!r}; the columns are {columns}: name one with PATH,text=COLUMN")
 
 
 def _check_exists(name: str, path: Path) -> None:

@@ -3,6 +3,7 @@
 Colours are those of Okabe and Ito, which people with any kind of colour vision tell apart.
 """
 
+import importlib.util
 import math
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,24 @@ import numpy as np
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 INK, MUTED, GRID = "#222222", "#767676", "#E6E6E6"
 MAX_LAYERS = 24  # panels in one picture; of deeper models, evenly spaced layers are shown
+
+
+NO_PICTURES = 'no pictures: matplotlib is not installed (pip install "gpt4-moe[plot]")'
+
+
+def can_draw() -> bool:
+    """Whether matplotlib is installed; does not load it. `NO_PICTURES` is what to say where it is not."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def require() -> None:
+    """Before work that ends in pictures.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    if not can_draw():
+        raise ImportError('pictures need matplotlib: pip install "gpt4-moe[plot]"')
 
 
 def shown_layers(n_layers: int) -> np.ndarray:
@@ -25,10 +44,8 @@ def figure(rows: int, columns: int, width: float, height: float) -> tuple[Any, l
     Raises:
         ImportError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError('pictures need matplotlib: pip install "gpt4-moe[plot]"') from error
+    require()
+    from matplotlib.figure import Figure
 
     whole = Figure(figsize=(width * columns, height * rows), layout="constrained")
     whole.get_layout_engine().set(w_pad=0.12, h_pad=0.12, wspace=0.04, hspace=0.04)  # type: ignore[union-attr]

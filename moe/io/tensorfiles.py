@@ -8,6 +8,7 @@ stream: at no time is more than one tensor converted, moved to the CPU or copied
 import json
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn as nn
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -67,14 +69,13 @@ def write_tensors(
         metadata: words for the header of each file.
 
     Raises:
-        CheckpointError: a tensor without data (on the meta device), a dtype that the format lacks.
+        CheckpointError: a tensor that is not plain (see `check_plain`), a dtype that the format lacks.
         OSError: the disk is full, or the directory cannot be written.
     """
     dtypes = {name: dtype if dtype and t.is_floating_point() else t.dtype for name, t in tensors.items()}
     sizes = {name: t.numel() * dtypes[name].itemsize for name, t in tensors.items()}
-    for name, tensor in tensors.items():
-        if tensor.is_meta:
-            raise CheckpointError(f"{name} is on the meta device, so there is nothing to save: give it weights first")
+    check_plain(tensors)
+    for name in tensors:
         if dtypes[name] not in _FORMAT_NAMES:
             raise CheckpointError(f"{name} has dtype {dtypes[name]}, which is not saved: convert it first")
     shards = _split(sizes, max_shard_bytes)
@@ -88,6 +89,25 @@ def write_tensors(
         file_of.update(dict.fromkeys(names, file))
     index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": file_of}
     (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def check_plain(tensors: Mapping[str, Tensor]) -> None:
+    """Raises CheckpointError for what has no values of its own, all of them, as plain numbers."""
+    for name, tensor in tensors.items():
+        if tensor.is_meta:
+            raise CheckpointError(f"{name} is on the meta device, so there is nothing to save: give it weights first")
+        if hasattr(tensor, "placements"):
+            raise CheckpointError(
+                f"{name} is sharded over ranks (DTensor): gather all first, with get_model_state_dict(model, options="
+                "StateDictOptions(full_state_dict=True)) of torch.distributed.checkpoint.state_dict, load that into an "
+                "unsharded model on one rank, and save it there"
+            )
+        if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided:
+            kind = type(tensor).__name__ if tensor.layout == torch.strided else tensor.layout
+            raise CheckpointError(
+                f"{name} is a {kind}, not a plain tensor of numbers: save the model as it was before it was quantised "
+                "or converted, or put plain tensors in (dequantize(), to_dense())"
+            )
 
 
 def _split(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
@@ -130,26 +150,77 @@ def _write_file(
 def list_tensors(directory: str | os.PathLike[str]) -> dict[str, StoredTensor]:
     """What `model.safetensors`, or the files that the index names, hold: read from their headers, not their data.
 
+    Other files are never read: shards that the index does not name, other indices, pickled weights. An index whose
+    files are all gone, as `save_pretrained` leaves it beside a model that has become one file, is passed over with a
+    warning.
+
     Raises:
-        CheckpointError: no directory, no such files, one that the index names is missing or cut short, not safetensors.
+        CheckpointError: no directory, no such files, one that the index names is missing or cut short, not safetensors;
+            both `model.safetensors` and files of an index, or a tensor in two files: it would be chance which is read.
     """
     directory = Path(directory)
     if not directory.is_dir():
         problem = "is not a directory" if directory.exists() else "no such directory"
         raise CheckpointError(f"{directory}: {problem}; give the directory that a checkpoint was saved to")
     index_file, single = directory / INDEX_FILE, directory / SINGLE_FILE
-    if not index_file.is_file():
-        if not single.is_file():
-            raise CheckpointError(f"{directory} has neither {SINGLE_FILE} nor {INDEX_FILE}: not a checkpoint")
-        return _list_file(single)
-    file_of = _read_index(index_file)
+    file_of = _read_index(index_file) if index_file.is_file() else {}
+    if not file_of and not single.is_file():
+        raise CheckpointError(f"{directory} has neither {SINGLE_FILE} nor {INDEX_FILE}{_what_else(directory)}")
+    shards = set(file_of.values())
+    if single.is_file() and shards - {SINGLE_FILE}:
+        there = sorted(file for file in shards if (directory / file).is_file())
+        if there:
+            raise CheckpointError(
+                f"{directory} holds two sets of weights, {SINGLE_FILE} (which transformers reads) and those that "
+                f"{INDEX_FILE} names ({some(there)}): delete the older ones, or the index"
+            )
+        warnings.warn(f"{index_file} names files that are all gone; {SINGLE_FILE} is read instead", stacklevel=3)
+        shards = set()
     found: dict[str, StoredTensor] = {}
-    for file in sorted(set(file_of.values())):
-        found |= _list_file(directory / file)
-    lost = [name for name in file_of if name not in found]
+    for file in sorted(shards) or [SINGLE_FILE]:
+        tensors = _list_file(directory / file)
+        twice = [name for name in tensors if name in found]
+        if twice:
+            raise CheckpointError(f"{directory / file} and another file both hold {some(twice)}: copy all files again")
+        found |= tensors
+    lost = [name for name in (file_of if shards else ()) if name not in found]
     if lost:
         raise CheckpointError(f"{index_file} names tensors that its files do not hold: {some(lost)}; copy it again")
     return found
+
+
+def _what_else(directory: Path) -> str:
+    """What stands in the place of the weights, and the remedy."""
+    names = sorted(entry.name for entry in directory.iterdir())
+    if any(name.endswith((".bin", ".pt", ".pth")) for name in names):
+        return ", but pickled weights: load them with transformers and save_pretrained them as safetensors"
+    if shards := [name for name in names if name.endswith(".safetensors")]:
+        return f", which has to say what {some(shards)} hold: copy the checkpoint again, with all its files"
+    return ": not a checkpoint"
+
+
+def join_tied(place: object, found: dict[str, Any], kept: str, other: str, remedy: str) -> None:
+    """Leaves tied weights under the name `kept` alone, wherever they are: files have them under either name or both.
+
+    Args:
+        found: StoredTensors or tensors by name, changed in place.
+
+    Raises:
+        CheckpointError: both are there and differ; it names `place` and `remedy`.
+    """
+    twin = found.pop(other, None)
+    if twin is None or found.setdefault(kept, twin) is twin:
+        return
+    pair = {}
+    for key, tensor in ((kept, found[kept]), (other, twin)):
+        if isinstance(tensor, StoredTensor):
+            pair[key] = torch.empty(tensor.shape, dtype=tensor.dtype)
+            copy_tensors({key: tensor}, {key: pair[key]})
+        else:
+            pair[key] = tensor
+    one, two = pair[kept], pair[other]
+    if one.shape != two.shape or not bool((one == two).all()):
+        raise CheckpointError(f"{place}: the weights are tied, but {other} differs from {kept}; {remedy}")
 
 
 def copy_tensors(stored: Mapping[str, StoredTensor], targets: Mapping[str, Tensor]) -> None:

@@ -7,9 +7,11 @@ choices, tuples of fixed length and dictionaries of one type are known.
 
 import dataclasses
 import difflib
+import math
 import tomllib
 import types
 import typing
+from pathlib import Path
 from typing import Any, Literal
 
 from moe.errors import ConfigError
@@ -18,7 +20,19 @@ from moe.errors import ConfigError
 def require(ok: bool, name: str, value: object, rule: str) -> None:
     """Raises ConfigError, naming the setting, its value and the rule, unless `ok`."""
     if not ok:
-        raise ConfigError(f"{name} = {value!r}: {rule}")
+        raise ConfigError(f"{name} = {shown(value)}: {rule}")
+
+
+def shown(value: object) -> str:
+    """A value in a message: its repr, of what is long only the ends."""
+    if isinstance(value, int) and abs(value) >= 10**40:  # Python refuses to write the longest
+        return f"a whole number of {int(value.bit_length() * math.log10(2)) + 1:,} digits"
+    return shortened(repr(value))
+
+
+def shortened(text: str) -> str:
+    """Text in a message: what is longer than a line, by its ends."""
+    return text if len(text) <= 120 else f"{text[:60]}...{text[-20:]} ({len(text):,} characters)"
 
 
 def from_table(kind: Any, table: dict[str, Any], section: str = "", base: Any = None, root: Any = None) -> Any:
@@ -66,6 +80,9 @@ def _check_type(name: str, value: Any, hint: Any) -> Any:
         return value
     if typing.get_origin(hint) is tuple:
         parts = typing.get_args(hint)
+        if parts[1:] == (...,):
+            require(isinstance(value, list | tuple), name, value, "must be a list")
+            parts = parts[:1] * len(value)
         ok = isinstance(value, list | tuple) and len(value) == len(parts)
         require(ok, name, value, f"must be a list of {len(parts)} numbers")
         return tuple(_check_type(f"{name}[{i}]", v, h) for i, (v, h) in enumerate(zip(value, parts, strict=True)))
@@ -74,10 +91,14 @@ def _check_type(name: str, value: Any, hint: Any) -> Any:
             isinstance(value, dict), name, value, f"is a table: write {name.rpartition('.')[2]} = {{name = number}}"
         )
         return {key: _check_type(f"{name}.{key}", v, typing.get_args(hint)[1]) for key, v in value.items()}
+    if type(value) is int:
+        require(abs(value) < 2**63, name, value, "must be a number below 2^63")
     if hint == int | str and type(value) in (int, str):
         return value
     if hint is float and type(value) is int:
         return float(value)
+    if hint is float and type(value) is float:
+        require(abs(value) != math.inf, name, value, "must be a finite number")
     require(
         type(value) is hint, name, value, f"must be {_TYPE_NAMES[hint]}, not {_TYPE_NAMES.get(type(value), 'this')}"
     )
@@ -118,9 +139,31 @@ def did_you_mean(key: str, valid: list[str]) -> str:
 def parse_value(text: str) -> Any:
     """A value as TOML writes it; what is none is a string, such as a bare word in train.schedule=wsd."""
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        return read_toml(f"value = {text}")["value"]
+    except ConfigError:
         return text
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """The table of a TOML file. Raises ConfigError, which names the file and says why, where there is none."""
+    try:
+        return read_toml(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except (ConfigError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not a TOML file: {error}") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def read_toml(text: str) -> dict[str, Any]:
+    """A TOML table. Raises ConfigError, which says why, for text that is none, or that nobody can read."""
+    try:
+        return tomllib.loads(text)
+    except ValueError as error:  # also for a number of more than 4,300 digits
+        raise ConfigError(str(error)) from None
+    except RecursionError:
+        raise ConfigError("its brackets are nested too deeply") from None
 
 
 # ---------------------------------------------------------------------------------------------------------- writing

@@ -65,8 +65,8 @@ def leave_one_out(compute: Sequence[float], losses: Sequence[float]) -> list[Pow
 
 
 REMEDY = (
-    "A law needs rungs that are trained well: train all of them longer (--tokens-per-parameter), tune the "
-    "configuration at its own size (--set train.lr=...), or choose rungs that are further apart"
+    "A law needs rungs that are trained well: train all of them longer (`tokens_per_parameter`), tune the "
+    "configuration at its own size (train.lr and others), or choose rungs that are further apart"
 )
 
 
@@ -79,11 +79,11 @@ def _checked(compute: Sequence[float], losses: Sequence[float]) -> tuple[np.ndar
     if (n := len(np.unique(C))) < MIN_RUNGS:
         raise ConfigError(
             f"{n} rungs of different compute: three constants and their uncertainty need {MIN_RUNGS} or more; give "
-            "more --rungs"
+            "more `rungs`"
         )
     if (span := C.max() / C.min()) < MIN_SPAN:
         raise ConfigError(
-            f"the rungs span {span:.2f} times the compute, which says nothing of larger ones: choose --rungs that span "
+            f"the rungs span {span:.2f} times the compute, which says nothing of larger ones: choose `rungs` that span "
             "ten times or more"
         )
     return C, L

@@ -13,9 +13,7 @@ NAME = "ladder"
 
 def draw(climbed: Climbed, place: str | Path) -> Path | None:
     """Draws `place`/ladder.png, with or without the held-out loss; None where matplotlib is not installed."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
+    if not figures.can_draw():
         return None
     assert climbed.prediction is not None
     figure, (axis,) = figures.figure(1, 1, width=7.2, height=4.8)

@@ -16,11 +16,14 @@ from typing import Any
 from moe import evaluate, plan
 from moe.config import Config
 from moe.data import TokenData
+from moe.device import pick_device
 from moe.errors import ConfigError, DataError
-from moe.io.files import write_whole
+from moe.io.files import locked, write_whole
 from moe.ladder.law import MIN_RUNGS, PowerLaw, fit, leave_one_out
-from moe.train import console, start, state
-from moe.train.loop import SUMMARY_FILE, train
+from moe.train import console, identity, start, state
+from moe.train.forecast import check_memory
+from moe.train.identity import SUMMARY_FILE
+from moe.train.loop import train
 from moe.train.run import CONFIG_FILE
 from moe.train.schedule import Schedule
 
@@ -71,7 +74,7 @@ class Ladder:
         if many:
             found.append(
                 f"more than {MAX_PASSES} passes of the data ({', '.join(many)}): repeated tokens teach less and less, "
-                "and the law does not know it; prepare more data or train on fewer --tokens-per-parameter"
+                "and the law does not know it; prepare more data or train on fewer `tokens_per_parameter`"
             )
         return found
 
@@ -137,8 +140,8 @@ def plan_ladder(
 def _check_settings(base: Config, rungs: Sequence[str], tokens_per_parameter: float) -> None:
     if base.train.batch_ramp:
         raise ConfigError(
-            f"train.batch_ramp = {base.train.batch_ramp!r}: the rule moves one batch size; unset it (--set "
-            "train.batch_ramp=) and set train.batch_size"
+            f'train.batch_ramp = {base.train.batch_ramp!r}: the rule moves one batch size; unset it ("") and '
+            "set train.batch_size"
         )
     if not 0 < tokens_per_parameter < math.inf:
         raise ConfigError(f"tokens_per_parameter = {tokens_per_parameter}: must be greater than 0; 20 is customary")
@@ -267,14 +270,27 @@ def climb(
         ConfigError: a directory holds a run with another configuration, the rungs do not give a law, or ladder.json
             holds another prediction for a replica that is already measured.
         DataError: a run in `out` is of other data.
+        InUseError: another process climbs there.
         TrainError, CheckpointError: as `moe.train.train`.
     """
     place = Path(out)
     if place.exists() and not place.is_dir():
-        raise ConfigError(f"{place} is a file: choose another --out")
-    place.mkdir(parents=True, exist_ok=True)
-    for rung in (*ladder.rungs, ladder.held_out):  # before hours are spent
-        _check_directory(rung, ladder, place / rung.name)
+        raise ConfigError(f"{place} is a file: choose another `out`")
+    where = pick_device(device)
+    with locked(place):
+        for rung in (*ladder.rungs, ladder.held_out):  # before hours are spent
+            _check_directory(rung, ladder, place / rung.name)
+            check_memory(rung.cfg, where)
+        return _climb(ladder, place, device, reporter, announce)
+
+
+def _climb(
+    ladder: Ladder,
+    place: Path,
+    device: str | None,
+    reporter: Callable[[], console.Reporter],
+    announce: Callable[[Climbed], None],
+) -> Climbed:
     measured: list[Measured] = []
     for rung in ladder.rungs:
         result, signal = _trained(rung, ladder, place, device, reporter)
@@ -300,14 +316,16 @@ def _check_directory(rung: Rung, ladder: Ladder, run_dir: Path) -> None:
     if changed:
         raise ConfigError(
             f"{run_dir} holds a run with another configuration: {', '.join(changed)}. Give the settings it had, or "
-            "choose another --out"
+            "choose another `out`"
         )
-    summary = run_dir / SUMMARY_FILE
-    if summary.is_file() and json.loads(summary.read_text(encoding="utf-8"))["data"] != ladder.data:
+    summary = identity.read_summary(run_dir / SUMMARY_FILE)
+    if summary is not None and summary["data"] != ladder.data:
         raise DataError(
             f"{run_dir} was trained on other data than {ladder.data_dir} holds: losses on different text give no law; "
-            "give the data it had, or choose another --out"
+            "give the data it had, or choose another `out`"
         )
+    if summary is not None:
+        identity.check_same(summary, {"data": ladder.data, "from": None, "lora": None}, run_dir)
 
 
 def _trained(
@@ -347,14 +365,14 @@ def _keep(climbed: Climbed, place: Path) -> None:
         if before["name"] != name:
             raise ConfigError(
                 f"{file} has the prediction for {before['name']}, and this is one for {name}: move it away to go on "
-                "with the same replicas, or choose another --out"
+                "with the same replicas, or choose another `out`"
             )
         if math.isclose(before["predicted_loss"], loss, rel_tol=1e-6):
             return
         if before["loss"] is not None:
             raise ConfigError(
                 f"{file} has the prediction {before['predicted_loss']:.4f} for {name}, made before its loss was "
-                f"measured; these rungs give {loss:.4f}. Predict another replica (--held-out), or give the rungs it "
+                f"measured; these rungs give {loss:.4f}. Predict another replica (`held_out`), or give the rungs it "
                 "was made with"
             )
     _write(climbed, place)
@@ -366,7 +384,7 @@ def _read(file: Path) -> dict[str, Any]:
         found = json.loads(file.read_text(encoding="utf-8"))["held_out"]
         return {"name": found["name"], "predicted_loss": float(found["predicted_loss"]), "loss": found["loss"]}
     except (ValueError, KeyError, TypeError):
-        raise ConfigError(f"{file} is not of a ladder, or damaged: move it away, or choose another --out") from None
+        raise ConfigError(f"{file} is not of a ladder, or damaged: move it away, or choose another `out`") from None
 
 
 def _write(climbed: Climbed, place: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from moe.errors import ConfigError
+from moe.io.toml import shown
 
 FILE = "plan.csv"
 COLUMNS = ("kind", "name", "device", "dtype", "tokens", "flop", "bytes", "seconds", "memory", "predicted_memory")
@@ -81,8 +82,8 @@ def _step(row: dict[str, str], place: str) -> Step:
             value = float(text)
         except ValueError:
             value = math.nan
-        if not (math.isfinite(value) and (value > 0 or (default is not None and value == 0))):
-            raise ConfigError(f"{place}: {key} = {text!r}: must be a number greater than 0")
+        if not (1e-30 < value < 1e60 or (default is not None and value == 0)):
+            raise ConfigError(f"{place}: {key} = {shown(text)}: must be a number greater than 0")
         return value
 
     text = {key: row.get(key) or "" for key in ("kind", "name", "device", "dtype")}

@@ -9,7 +9,6 @@ An expression can call all of Python: check only files that you would run.
 """
 
 import difflib
-import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 from moe.config import CONFIG_DIR
 from moe.errors import ConfigError
+from moe.io.toml import read_file
 from moe.plan.counts import params_sheet
 from moe.plan.experts import experts_sheet
 from moe.plan.hardware import load_hardware
@@ -91,12 +91,7 @@ def load_claims(path: str | Path = CLAIMS_FILE) -> list[Claim]:
     Raises:
         ConfigError: not TOML, an unknown or missing key, an unknown kind or verdict, a row without an expression.
     """
-    try:
-        rows = tomllib.loads(Path(path).read_text(encoding="utf-8")).get("claim", [])
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not a TOML file: {error}") from None
+    rows = read_file(Path(path)).get("claim", [])
     return [_claim(row, f"{Path(path).name}: {row.get('id', f'row {i + 1}')}") for i, row in enumerate(rows)]
 
 

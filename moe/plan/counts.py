@@ -7,6 +7,7 @@ an expert 3 d f (gated) or 2 d f; the router d E. Tests hold the counts against 
 from dataclasses import dataclass
 from typing import Literal
 
+from moe.plan.bounds import whole
 from moe.plan.flops import TRAINING, dense_flops_per_token, flops_per_token, scores_width, seen_twice
 from moe.plan.models import Model, load_shape
 from moe.plan.quantities import Quantity, Sheet, quantity
@@ -40,8 +41,8 @@ class Params:
 
     @property
     def block_matrices(self) -> int:
-        """Of attention and experts: what Muon updates, and what autocast copies."""
-        return self.attention + self.experts
+        """Of attention, experts and dense MLPs: what Muon updates, and what autocast copies."""
+        return self.attention + self.experts + self.shared + self.dense
 
 
 def params(model: Model) -> Params:
@@ -66,6 +67,7 @@ def params(model: Model) -> Params:
 
 def params_sheet(model: Model, context: int = 0) -> Sheet:
     """Every count and the forward FLOPs as quantities with their formulas; `context` as in `flops_per_token`."""
+    whole(0, context=context)
     shape = load_shape(model)
     sheet = _counts(shape)
     _flops_quantities(sheet, shape, context)

@@ -7,7 +7,7 @@ Distinct experts touched: E (1 - (1 - k/E)^B) on average, never min(E, B k).
 
 import math
 
-from moe.errors import ConfigError
+from moe.plan.bounds import whole
 from moe.plan.quantities import Sheet
 
 
@@ -67,13 +67,9 @@ def experts_sheet(n_experts: int, top_k: int, tokens: int) -> Sheet:
     Raises:
         ConfigError: no experts, more chosen than there are, or no tokens.
     """
-    for name, value, low, high in (
-        ("experts", n_experts, 1, math.inf),
-        ("top_k", top_k, 1, n_experts),
-        ("batch", tokens, 1, 10**6),
-    ):
-        if not low <= value <= high:
-            raise ConfigError(f"{name} = {value}: must be from {low} to {high:g}")
+    whole(n_experts=n_experts)
+    whole(1, n_experts, top_k=top_k)
+    whole(1, 10**6, tokens=tokens)
     sheet = Sheet()
     inputs = {"E": n_experts, "k": top_k, "B": tokens}
     sheet.derive("experts.touched", "x", "E * (1 - (1 - k / E) ** B)", "distinct experts of a layer, mean", **inputs)

@@ -6,6 +6,7 @@ own counter.
 
 from dataclasses import dataclass
 
+from moe.plan.bounds import whole
 from moe.plan.models import Model, load_shape
 from moe.plan.shape import Attention, Layer, Shape
 from moe.plan.weights import attention_weights, head_weights, mlp_weights, router_weights, shared_weights
@@ -77,12 +78,14 @@ def flops_per_token(model: Model, context: int = 0, causal: bool = True) -> int:
     per layer for scores and weighted values. ctx is `context`, the sequence length, or half of it with `causal` (the
     mean over the positions of what they may see); 0 is the convention "2 N" / "6 N" that leaves attention out.
     """
+    whole(0, context=context)
     shape = load_shape(model)
     return head_flops(shape) + sum(n * flops.total for flops, n in _layers(shape, context, causal))
 
 
 def attention_flops(model: Model, context: int, causal: bool = True) -> int:
     """Of these, attention scores and weighted values."""
+    whole(0, context=context)
     return sum(n * flops.scores for flops, n in _layers(load_shape(model), context, causal))
 
 

@@ -4,13 +4,14 @@ A peak that is not marked as dense is refused: data sheets print the peak of 2:4
 """
 
 import difflib
-import tomllib
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from moe.config import CONFIG_DIR
 from moe.errors import ConfigError
+from moe.io.toml import read_file
 from moe.plan.quantities import Quantity, given
 from moe.plan.sizes import BYTES
 
@@ -57,25 +58,28 @@ def hardware_names() -> list[str]:
     return sorted(path.stem for path in HARDWARE_DIR.glob("*.toml"))
 
 
-# Shipped hardware by words of the name that a device gives itself, as torch.cuda.get_device_name does. The first whose
-# words are all there counts.
+# Shipped hardware by the words of the name that a device gives itself, as torch.cuda.get_device_name does: its maker's
+# left out, and all of them. A slice of a card (MIG) or another card of its line (H100 NVL, GH200) is none of these.
 DEVICES = {
     "B200": "b200",
     "H200": "h200",
     "H100 PCIe": "h100-pcie",
-    "H100": "h100-sxm",
-    "A100 40GB": "a100-40",
-    "A100": "a100-80",
+    "H100 80GB HBM3": "h100-sxm",
+    "A100 SXM4 40GB": "a100-40",
+    "A100 PCIE 40GB": "a100-40",
+    "A100 SXM4 80GB": "a100-80",
+    "A100 PCIE 80GB": "a100-80",
+    "A100 80GB PCIe": "a100-80",
     "MI300X": "mi300x",
+    "MI300X OAM": "mi300x",
 }
+_MAKERS = {"NVIDIA", "AMD", "Instinct", "Tesla"}
 
 
 def device_hardware(device_name: str) -> Hardware | None:
     """The hardware of a device that calls itself "NVIDIA H100 80GB HBM3" or the like; None where no file is of it."""
-    for words, name in DEVICES.items():
-        if all(word in device_name for word in words.split()):
-            return load_hardware(name)
-    return None
+    name = DEVICES.get(" ".join(word for word in re.split(r"[\s-]+", device_name) if word not in _MAKERS))
+    return load_hardware(name) if name else None
 
 
 def load_hardware(name_or_path: str | Path) -> Hardware:
@@ -136,14 +140,7 @@ def read_table(name_or_path: str | Path, home: Path, what: str) -> tuple[dict[st
                 f"{f'; did you mean {close[0]!r}?' if close else ''}; there are: {', '.join(names)}; "
                 "or give a path to a .toml file"
             )
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8")), path.name
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not a TOML file: {error}") from None
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    return read_file(path), path.name
 
 
 def _section(table: dict[str, Any], key: str, place: str) -> dict[str, Any]:

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from moe.errors import ConfigError
+from moe.io.toml import shown
 from moe.plan.shape import Attention, Layer, Mlp, Shape
 
 _MISSING: Any = object()
+MOST_LAYERS = 100_000
 
 
 class _Reader:
@@ -23,18 +25,18 @@ class _Reader:
 
     def fail(self, key: str, rule: str) -> ConfigError:
         value = self.content.get(key, _MISSING)
-        return ConfigError(f"{self.place}: {key} {'is missing' if value is _MISSING else f'= {value!r}'}: {rule}")
+        return ConfigError(f"{self.place}: {key} {'is missing' if value is _MISSING else f'= {shown(value)}'}: {rule}")
 
-    def int(self, *keys: str, default: int | None = None, least: int = 1) -> int:
-        """The first of `keys` that is there, a whole number of at least `least`."""
+    def int(self, *keys: str, default: int | None = None, least: int = 1, most: int = 10**12) -> int:
+        """The first of `keys` that is there, a whole number from `least` to `most`."""
         for key in keys:
             value = self.content.get(key)
             if value is None:
                 continue
-            if type(value) is float and value == int(value):
+            if type(value) is float and value.is_integer():
                 value = int(value)
-            if type(value) is not int or value < least:
-                raise self.fail(key, f"must be a whole number of at least {least}")
+            if type(value) is not int or not least <= value <= most:
+                raise self.fail(key, f"must be a whole number of at least {least}, and at most {most:,}")
             return value
         if default is None:
             close = difflib.get_close_matches(keys[0], self.content, n=1, cutoff=0.75)
@@ -81,7 +83,7 @@ def load_hf(path: str | Path) -> Shape:
         content = json.loads(place.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{place}: no such file; give a config.json or the directory that holds one") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{place}: not a JSON file: {error}") from None
     except OSError as error:
         raise ConfigError(f"{place}: cannot be read: {error.strerror}") from None
@@ -116,7 +118,7 @@ def shape_from_hf(content: Mapping[str, Any], name: str = "model", place: str = 
 
 def _llama_like(c: _Reader, family: str, name: str) -> Shape:
     """RMS norms, rotary positions, gated MLPs; dense or with routed experts in some or all layers."""
-    d, n_layers = c.int("hidden_size"), c.int("num_hidden_layers")
+    d, n_layers = c.int("hidden_size"), c.int("num_hidden_layers", most=MOST_LAYERS)
     windows = _windows(c, family, n_layers)
     # phimoe: LayerNorms with biases; Grok: four norms a layer; PaLM: attention and MLP side by side behind one norm
     norms = {"phimoe": 4, "grok-1": 4, "palm": 1}.get(family, 2) * d
@@ -243,7 +245,7 @@ def _dbrx(c: _Reader, family: str, name: str) -> Shape:
     attention, ffn = c.section("attn_config"), c.section("ffn_config")
     mlp = Mlp(ffn.int("ffn_hidden_size"), True, ffn.int("moe_num_experts"), ffn.int("moe_top_k"))
     layer = Layer(Attention(heads, attention.int("kv_n_heads", default=heads), d // heads), mlp, norms=2 * d)
-    layers = (layer,) * c.int("n_layers")
+    layers = (layer,) * c.int("n_layers", most=MOST_LAYERS)
     tied = c.flag("tie_word_embeddings", default=False)
     return Shape(name, d, c.int("vocab_size"), c.int("max_seq_len"), layers, tied, final_norms=d)
 
@@ -265,7 +267,7 @@ def _mpt(c: _Reader, family: str, name: str) -> Shape:
     length = c.int("max_seq_len", default=2048)
     learned = c.flag("learned_pos_emb", default=True) and not attention.flag("alibi", default=False)
     tied = c.flag("tie_word_embeddings", default=True)
-    layers = (layer,) * c.int("n_layers")
+    layers = (layer,) * c.int("n_layers", most=MOST_LAYERS)
     positions, final = length if learned else 0, (2 if biased else 1) * d
     return Shape(name, d, c.int("vocab_size"), length, layers, tied, positions, final)
 
@@ -275,7 +277,7 @@ def _gpt2(c: _Reader, family: str, name: str) -> Shape:
     f = c.int("n_inner", default=4 * d)
     layer = Layer(Attention(heads, heads, d // heads, biases=4 * d), Mlp(f, gated=False, biases=f + d), norms=4 * d)
     length = c.int("n_positions", default=1024)
-    layers = (layer,) * c.int("n_layer")
+    layers = (layer,) * c.int("n_layer", most=MOST_LAYERS)
     tied = c.flag("tie_word_embeddings", default=True)
     return Shape(name, d, c.int("vocab_size"), length, layers, tied, positions=length, final_norms=2 * d)
 

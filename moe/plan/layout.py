@@ -5,15 +5,14 @@ Routed experts divide over `ep` x `expert_tp` GPUs; everything else over `tp`. W
 """
 
 import dataclasses
-import difflib
-import math
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from moe.config import CONFIG_DIR
 from moe.errors import ConfigError
+from moe.io.toml import did_you_mean, from_table
+from moe.plan.bounds import whole
 from moe.plan.hardware import read_table
 from moe.plan.quantities import Quantity, assumed, quantity
 from moe.plan.shape import Shape
@@ -58,9 +57,9 @@ class Layout:
 
     def __post_init__(self) -> None:
         for name in ("tp", "pp", "dp", "cp", "ep", "interleave", "micro_batch", "seq_len"):
-            self._require(getattr(self, name) >= 1, name, "must be at least 1")
-        for name in ("expert_tp", "batch_tokens"):
-            self._require(getattr(self, name) >= 0, name, "must be 0 or more")
+            whole(1, 10**9, **{name: getattr(self, name)})
+        whole(0, 10**9, expert_tp=self.expert_tp)
+        whole(0, 10**15, batch_tokens=self.batch_tokens)
         for name in ("weights", "gradients", "kv_cache"):
             element_bytes(getattr(self, name))
         ranks = self.tp * self.cp * self.dp
@@ -80,7 +79,7 @@ class Layout:
         )
         for name in self.assumed:
             if name not in _SETTINGS:
-                raise ConfigError(f"assumed: {name!r} is not a setting of a layout{_nearest(name)}")
+                raise ConfigError(f"assumed: {name!r} is not a setting of a layout{did_you_mean(name, _SETTINGS)}")
 
     def _require(self, ok: bool, name: str, rule: str) -> None:
         if not ok:
@@ -170,7 +169,7 @@ class Layout:
         return dataclasses.replace(self, **changes)
 
 
-_SETTINGS = tuple(f.name for f in dataclasses.fields(Layout))
+_SETTINGS = [f.name for f in dataclasses.fields(Layout)]
 
 
 def load_layout(name_or_path: str | Path) -> Layout:
@@ -187,35 +186,13 @@ def load_layout(name_or_path: str | Path) -> Layout:
 
 
 def layout_from(table: dict[str, Any], name: str = "layout", base: Layout | None = None) -> Layout:
-    """A layout from a table of settings, strictly; what the table lacks comes from `base` or the defaults."""
-    hints = typing.get_type_hints(Layout)
-    values: dict[str, Any] = {}
-    for key, value in table.items():
-        if key not in hints or key == "name":
-            raise ConfigError(f"unknown key {key!r}{_nearest(key)}")
-        hint = hints[key]
-        choices = typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
-        if choices and value not in choices:
-            raise ConfigError(f"{key} = {value!r}: must be one of {', '.join(map(repr, choices))}")
-        if key == "stage_layers":
-            if not isinstance(value, list | tuple) or any(type(n) is not int for n in value):
-                raise ConfigError(f"{key} = {value!r}: must be a list of whole numbers")
-            value = tuple(value)
-        elif key == "assumed":
-            if not isinstance(value, dict) or any(not isinstance(v, str) for v in value.values()):
-                raise ConfigError(
-                    f'{key} = {value!r}: must name settings, each with its reason: [assumed] zero = "..."'
-                )
-        elif not choices and type(value) is not hint:
-            if hint is int and type(value) is float and math.isfinite(value) and value == int(value):
-                value = int(value)  # 60e6
-            else:
-                wanted = {int: "a whole number", bool: "true or false", str: "a string"}[hint]
-                raise ConfigError(f"{key} = {value!r}: must be {wanted}")
-        values[key] = value
-    return dataclasses.replace(base, **values) if base is not None else Layout(name=name, **values)
+    """A layout from a table of settings, strictly; what the table lacks comes from `base` or the defaults.
 
-
-def _nearest(key: str) -> str:
-    close = difflib.get_close_matches(key, _SETTINGS, n=1, cutoff=0.4)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    Raises:
+        ConfigError: an unknown key, a wrong type, a layout that cannot be.
+    """
+    if "name" in table:
+        raise ConfigError("unknown key 'name': a layout is called as its file is")
+    # 60e6 is a whole number of tokens.
+    values = {key: int(v) if type(v) is float and v.is_integer() else v for key, v in table.items()}
+    return from_table(Layout, values if base is not None else {"name": name, **values}, base=base)

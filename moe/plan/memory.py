@@ -7,7 +7,7 @@ ranks with ZeRO-1 (Rajbhandari et al. 2020, arXiv:1910.02054), those of routed e
 
 from dataclasses import dataclass, replace
 
-from moe.errors import ConfigError
+from moe.plan.bounds import whole
 from moe.plan.hardware import Hardware
 from moe.plan.layout import Layout
 from moe.plan.models import Model, load_shape
@@ -71,7 +71,10 @@ def _kv_on_every_gpu(d: int, a: Attention, tp: int) -> int:
     """Key and value weights that tp GPUs cannot split: of fewer heads than GPUs, or of a latent."""
     if a.kv_rank:
         return d * (a.kv_rank + a.rope_dim) + d * a.q_rank if tp > 1 else 0
-    return 2 * d * a.head_dim if a.n_kv_heads < tp else 0
+    if a.n_kv_heads >= tp:
+        return 0
+    # Each GPU holds one head. As a part r that all hold and a rest that is split: r + (heads - r) / tp = 1 head.
+    return d * (a.head_dim + a.v_dim) * (tp - a.n_kv_heads) // (tp - 1)
 
 
 # ---------------------------------------------------------------------------------------------------------- training
@@ -232,8 +235,7 @@ def serving_memory(
         ConfigError: the model does not divide so, or a context that cannot be.
     """
     shape = load_shape(model)
-    if context < 1:
-        raise ConfigError(f"context = {context}: must be at least 1 token")
+    whole(context=context)
     reserve = reserve if reserve is not None else assumed("2 GB", "serving.reserve", note="activations, runtime")
     sheet = Sheet()
     sheet.put("kv.token", kv_bytes_per_token(shape, layout.kv_cache), "B/token")

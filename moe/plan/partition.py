@@ -9,7 +9,7 @@ best by the first, large ones by the second.
 import math
 from collections.abc import Iterator, Sequence
 
-from moe.errors import ConfigError
+from moe.plan.bounds import whole
 from moe.plan.experts import touched
 from moe.plan.flops import flops_per_token
 from moe.plan.hardware import Hardware
@@ -40,9 +40,11 @@ def frontier(
         ConfigError: chips or a batch that cannot be.
     """
     shape = load_shape(model)
-    for name, values in (("chips", chips), ("batch", batches)):
-        if min(values) < 1:
-            raise ConfigError(f"{name} = {min(values)}: must be at least 1")
+    whole(0, context=context)
+    for n in chips:
+        whole(1, 10**6, chips=n)
+    for batch in batches:
+        whole(batches=batch)
     rows: list[Row] = []
     for n in chips:
         for batch in batches:

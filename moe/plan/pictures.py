@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from moe.errors import ConfigError
 from moe.io import figures, page
 from moe.plan.claims import Verdict
 from moe.plan.experts import load_quantile, touched
@@ -116,16 +117,21 @@ def _save(whole: Any, directory: Path, name: str) -> Path:
 # --------------------------------------------------------------------------------------------------------- the page
 
 
+def check_report(path: Path) -> None:
+    """Before the claims are computed. Raises as `write_report`."""
+    if path.suffix not in (".html", ".md"):
+        raise ConfigError(f"path = {str(path)!r}: must end in .html or .md")
+    figures.require()
+
+
 def write_report(verdicts: Sequence[Verdict], model: str, path: Path) -> None:
     """One page with every claim, its verdict and what was computed; .html holds its pictures, .md has them beside it.
 
     Raises:
         ConfigError: another kind of file.
+        ImportError: matplotlib is not installed.
     """
-    from moe.errors import ConfigError
-
-    if path.suffix not in (".html", ".md"):
-        raise ConfigError(f"--report {path}: must end in .html or .md")
+    check_report(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     shape = load_shape(model)
     pictures = path.parent / f"{path.stem}-pictures"

@@ -15,6 +15,7 @@ from types import CodeType
 from typing import Any
 
 from moe.errors import ConfigError
+from moe.io.toml import require, shown
 
 Dims = tuple[tuple[str, int], ...]  # base unit -> exponent, sorted, without zeros
 
@@ -210,6 +211,10 @@ class Quantity:
     def __str__(self) -> str:
         return f"{number(self.shown)} {_unit_text(self)}".strip()
 
+    def __repr__(self) -> str:
+        """Value and key; `explain` says where it comes from."""
+        return f"Quantity('{self}', key={self.key!r})" if self.key else f"Quantity('{self}')"
+
     def as_dict(self) -> dict[str, Any]:
         """For JSON: value, unit, interval, formula, names of the inputs, assumptions."""
         scale = parse_unit(self.unit)[0] if self.unit else 1
@@ -267,18 +272,27 @@ def quantity(x: "Quantity | float | str", unit: str = "", key: str = "", note: s
     if isinstance(x, Quantity):
         return x
     if isinstance(x, str):
-        match = re.fullmatch(r"\s*([-+0-9._eE]+)\s*(.*?)\s*", x)
         try:
-            amount = float(match[1]) if match else math.nan
-        except ValueError:
-            amount = math.nan
-        if match is None or amount != amount:
-            raise UnitError(f"{key or 'value'} = {x!r}: must be a number and a unit, such as '40 GB'")
-        return quantity(int(amount) if amount == int(amount) else amount, match[2], key, note)
+            return quantity(*_parsed(x), key, note)
+        except UnitError as error:
+            raise UnitError(f"{key or 'value'} = {shown(x)}: {error}") from None
     if not unit:
         return Quantity(x, key=key, note=note)
     scale, dims = parse_unit(unit)
     return Quantity(x * scale, dims, unit=unit, key=key, note=note)
+
+
+def _parsed(text: str) -> tuple[float, str]:
+    """The number and the unit of text such as "40 GB"."""
+    match = re.fullmatch(r"\s*([-+0-9._eE]+)\s*(.*?)\s*", text)
+    try:
+        amount = float(match[1]) if match else math.nan
+    except ValueError:
+        amount = math.nan
+    if match is None or not math.isfinite(amount):
+        raise UnitError("must be a number and a unit, such as '40 GB'")
+    parse_unit(match[2])
+    return int(amount) if amount == int(amount) else amount, match[2]
 
 
 def given(text: object, unit: str, key: str, note: str = "") -> Quantity:
@@ -288,15 +302,12 @@ def given(text: object, unit: str, key: str, note: str = "") -> Quantity:
         ConfigError: not text of that form, of another dimension, or not greater than 0.
     """
     if not isinstance(text, str):
-        raise ConfigError(f'{key} = {text!r}: must be a number with its unit, as text, such as "1 {unit}"')
-    try:
-        q = quantity(text, key=key, note=note)
-    except UnitError as error:
-        raise ConfigError(f"{key} = {text!r}: {error}") from None
+        raise ConfigError(f'{key} = {shown(text)}: must be a number with its unit, as text, such as "1 {unit}"')
+    q = quantity(text, key=key, note=note)
     if q.dims != parse_unit(unit)[1]:
-        raise ConfigError(f"{key} = {text!r}: is {dims_text(q.dims)}; it must be in {unit} or a multiple of it")
-    if not 0 < q.value < math.inf:
-        raise ConfigError(f"{key} = {text!r}: must be greater than 0")
+        raise ConfigError(f"{key} = {shown(text)}: is {dims_text(q.dims)}; it must be in {unit} or a multiple of it")
+    require(q.value > 0, key, text, "must be greater than 0")
+    require(1e-30 < q.value < 1e60, key, text, "is no such amount: must be from 1e-30 to 1e60 in base units")
     return q
 
 
@@ -415,8 +426,19 @@ def _bracketed(q: Quantity) -> str:
     return f"({text})" if " " in text else text
 
 
+_LINES = 20  # of the results that are printed
+
+
 class Sheet(dict[str, Quantity]):
     """Results by key, in the order in which they were added."""
+
+    def __repr__(self) -> str:
+        """A screen of them: a line each, and how many there are beyond."""
+        wide = max(map(len, self), default=0)
+        lines = [f"  {key:{wide}}  {q}{f'   {q.note}' if q.note else ''}"[:100] for key, q in self.items()]
+        if len(lines) > _LINES:
+            lines[_LINES - 3 : -2] = [f"  ... {len(lines) - _LINES + 1} more"]
+        return "\n".join([f"Sheet of {len(self)} results; .explain(key) prints a formula", *lines])
 
     def derive(self, key: str, unit: str, formula: str, note: str = "", /, **inputs: Quantity | float) -> Quantity:
         """`derive`, and keep the result under its key."""
@@ -439,7 +461,7 @@ class Sheet(dict[str, Quantity]):
 
             close = difflib.get_close_matches(key, self, n=1, cutoff=0.3)
             raise ConfigError(
-                f"--explain {key}: there is no such result{f'; did you mean {close[0]!r}?' if close else ''}; "
+                f"explain = {key!r}: there is no such result{f'; did you mean {close[0]!r}?' if close else ''}; "
                 f"there are: {', '.join(self)}"
             )
         return explain(self[key])

@@ -9,6 +9,7 @@ is a floor, which nobody reaches; `SLOWER` times as long is what one measured st
 
 from moe.config import Config, parse_tokens
 from moe.errors import ConfigError
+from moe.plan.bounds import amount
 from moe.plan.comm import training_traffic
 from moe.plan.counts import params
 from moe.plan.flops import TRAINING, flops_per_token
@@ -50,13 +51,12 @@ def predict_small_run(
     efficiency = efficiency or Efficiency()
     for name in ("tp", "pp", "cp", "ep"):
         if getattr(layout, name) != 1:
-            raise ConfigError(f"{name} = {getattr(layout, name)}: --floor is of data parallelism alone: set {name}=1")
+            raise ConfigError(f"{name} = {getattr(layout, name)}: the floor is of data parallelism alone: set {name}=1")
     if layout.recompute == "selective":
-        raise ConfigError('recompute = \'selective\': --floor knows "none" and "full"')
+        raise ConfigError('recompute = \'selective\': the floor knows "none" and "full"')
     seq_len = cfg.train.seq_len or cfg.max_seq_len
     total = tokens or quantity(run_tokens(cfg), "token")
-    if total.value <= 0:
-        raise ConfigError(f"tokens = {total.value!r}: must be greater than 0")
+    amount(tokens=total)
     sheet = Sheet()
     sheet.put("run.tokens", total, "token")
     memory = assumed(quantity(efficiency.memory), "efficiency.memory", note=efficiency.quantity("memory").note)
@@ -89,11 +89,13 @@ def run_tokens(cfg: Config) -> int:
     """Tokens of the run that a configuration describes. Raises ConfigError where only the data says how many."""
     t = cfg.train
     if t.tokens == "epochs":
-        raise ConfigError("train.tokens = 'epochs': only the data says how many tokens that is: give --tokens")
+        raise ConfigError("train.tokens = 'epochs': only the data says how many tokens that is: give `tokens`")
     if t.tokens:
         return parse_tokens("train.tokens", t.tokens)
     if t.ramp():
-        raise ConfigError("train.tokens is not set: with a batch_ramp it says how long the run is; set it or --tokens")
+        raise ConfigError(
+            "train.tokens is not set: with a batch_ramp it says how long the run is; set it or give `tokens`"
+        )
     return t.steps * t.batch_size * (t.seq_len or cfg.max_seq_len)
 
 

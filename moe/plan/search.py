@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from moe.errors import ConfigError
+from moe.io.toml import require
+from moe.plan.bounds import real, whole
 from moe.plan.counts import params
 from moe.plan.flops import dense_flops_per_token, flops_per_token
 from moe.plan.hardware import Hardware
@@ -53,16 +55,12 @@ def fit(
     for name, value in targets.items():
         if name not in ARTICLE:
             raise ConfigError(f"target {name!r}: must be one of {', '.join(ARTICLE)}")
-        if value <= 0:
-            raise ConfigError(f"target {name} = {value}: must be greater than 0")
+        real(1, 1e30, "must be", **{f"target {name}": value})
     if not targets:
         raise ConfigError(f"no target: give one or more of {', '.join(ARTICLE)}")
-    counts = {"layers": layers, "experts": n_experts, "top_k": top_k, "kv_heads": n_kv_heads, "head_dim": head_dim}
-    for name, value in (*counts.items(), ("vocab_size", vocab_size)):
-        if value < 1:
-            raise ConfigError(f"{name} = {value}: must be at least 1")
-    if top_k > n_experts:
-        raise ConfigError(f"top_k = {top_k}: must not be greater than the {n_experts} experts")
+    whole(n_experts=n_experts, n_kv_heads=n_kv_heads, head_dim=head_dim, vocab_size=vocab_size, results=results)
+    whole(1, 10_000, layers=layers)
+    require(1 <= top_k <= n_experts, "top_k", top_k, f"must be from 1 to the {n_experts} experts")
     found = []
     for d in range(MULTIPLE, 65 * MULTIPLE, MULTIPLE):
         for halves in range(2, 7):
@@ -133,11 +131,9 @@ def redesign(
         ConfigError: no GPUs, a rate that is not positive, a negative context.
     """
     shape = load_shape(model)
-    for name, value in (("gpus", gpus), ("per_user", per_user)):
-        if value <= 0:
-            raise ConfigError(f"{name} = {value}: must be greater than 0")
-    if context < 0:
-        raise ConfigError(f"context = {context}: must be at least 0")
+    whole(1, 10**6, gpus=gpus)
+    whole(0, context=context)
+    real(1e-6, 1e12, "must be greater than 0:", per_user=per_user)
     found: list[Design] = []
     for layout in _layouts(shape, gpus, weights, hardware.node_size):
         best = None

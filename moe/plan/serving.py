@@ -8,7 +8,7 @@ in flight are the tokens of a pass times the stages. A roofline is a floor: real
 
 from dataclasses import dataclass
 
-from moe.errors import ConfigError
+from moe.plan.bounds import amount, real, share, whole
 from moe.plan.experts import touched
 from moe.plan.flops import flops_per_token, head_flops, layer_flops
 from moe.plan.hardware import Hardware
@@ -114,9 +114,8 @@ def decode(
         ConfigError: a batch or context that cannot be, or a layout that does not fit the model.
     """
     shape = load_shape(model)
-    for name, value in (("batch", batch), ("context", context), ("tokens_per_sequence", tokens_per_sequence)):
-        if value < (0 if name == "context" else 1):
-            raise ConfigError(f"{name} = {value}: must be at least {0 if name == 'context' else 1}")
+    whole(batch=batch, tokens_per_sequence=tokens_per_sequence)
+    whole(0, context=context)
     loads = stage_loads(shape, layout, batch, context, tokens_per_sequence, all_experts)
     sheet = Sheet()
     dtype = hardware.compute_dtype(layout.weights)
@@ -184,9 +183,7 @@ def _decode_results(
 def prefill(model: Model, layout: Layout, hardware: Hardware, *, batch: int, prompt: int) -> Sheet:
     """A prompt's pass: FLOPs of all its tokens at the dense peak, or the weights read once, whichever takes longer."""
     shape = load_shape(model)
-    for name, value in (("batch", batch), ("prompt", prompt)):
-        if value < 1:
-            raise ConfigError(f"{name} = {value}: must be at least 1")
+    whole(batch=batch, prompt=prompt)
     counts = stage_counts(shape, layout)
     sheet = Sheet()
     peak = hardware.peak(hardware.compute_dtype(layout.weights))
@@ -238,10 +235,11 @@ def serving_price(
     Raises:
         ConfigError: a share outside [0, 1], or no utilisation.
     """
-    for name, value in (("utilisation", utilisation), ("reclaimed", reclaimed), ("prompt_share", prompt_share)):
-        low = quantity(value).value
-        if not 0 <= low <= 1 or (name == "utilisation" and low == 0):
-            raise ConfigError(f"{name} = {low}: is a share of 0 to 1")
+    share(utilisation=utilisation)
+    real(0, 1, "is a share:", reclaimed=reclaimed, prompt_share=prompt_share)
+    amount(output=output, prompt=prompt)
+    if lifetime_tokens is not None:
+        amount(lifetime_tokens=lifetime_tokens)
     sheet = Sheet()
     sheet.derive(
         "serving.idle_factor", "x", "(u + (1 - u) * (1 - r)) / u", "hours paid for over hours used",
@@ -253,9 +251,9 @@ def serving_price(
         "serving.ratio", "x", "output / prompt", "output token over prompt token", output=output, prompt=prompt
     )
     if training is not None and lifetime_tokens is not None:
-        share = assumed(quantity(prompt_share), "serving.prompt_share", note="prompt tokens of all tokens")
+        prompts = assumed(quantity(prompt_share), "serving.prompt_share", note="prompt tokens of all tokens")
         sheet.derive(
-            "serving.lifetime", "USD", "tokens * (p * prompt + (1 - p) * output)", tokens=lifetime_tokens, p=share,
+            "serving.lifetime", "USD", "tokens * (p * prompt + (1 - p) * output)", tokens=lifetime_tokens, p=prompts,
             prompt=sheet["serving.prompt"], output=sheet["serving.output"],
         )  # fmt: skip
         sheet.derive(

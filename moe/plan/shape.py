@@ -98,6 +98,12 @@ class Shape:
     final_norms: int = 0  # elements of the norms outside the blocks
     head_biases: int = 0
 
+    def __repr__(self) -> str:
+        """Each kind of block once, with how many there are of it."""
+        own = ("name", "d_model", "vocab_size", "max_seq_len", "tied", "positions", "final_norms", "head_biases")
+        layers = " + ".join(f"{n} x {layer}" for layer, n in self.kinds.items())
+        return f"Shape({', '.join(f'{name}={getattr(self, name)!r}' for name in own)}, layers={layers})"
+
     @property
     def n_layers(self) -> int:
         """How many blocks."""

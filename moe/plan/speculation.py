@@ -5,7 +5,7 @@ taken as independent, (1 - a^(g+1)) / (1 - a) tokens come out of a pass on avera
 arXiv:2211.17192, equation 1); the pass takes T(B (g + 1)) instead of T(B), and drafting g c T(B).
 """
 
-from moe.errors import ConfigError
+from moe.plan.bounds import real, whole
 from moe.plan.experts import touched
 from moe.plan.hardware import Hardware
 from moe.plan.layout import Layout
@@ -38,11 +38,9 @@ def speculate(
     Raises:
         ConfigError: an acceptance outside [0, 1], a negative number of drafts or cost.
     """
-    if not 0 <= acceptance <= 1:
-        raise ConfigError(f"acceptance = {acceptance}: is a probability: 0 to 1")
-    if drafts < 0 or draft_cost < 0:
-        name, value = ("drafts", drafts) if drafts < 0 else ("draft_cost", draft_cost)
-        raise ConfigError(f"{name} = {value}: must be 0 or more")
+    real(0, 1, "is a probability:", acceptance=acceptance)
+    real(0, 1e6, draft_cost=draft_cost)
+    whole(0, 1000, drafts=drafts)
     shape = load_shape(model)
     common = {"batch": batch, "context": context, "collectives": collectives}
     plain = decode(shape, layout, hardware, **common)

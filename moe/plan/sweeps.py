@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from moe.errors import ConfigError
+from moe.plan.bounds import whole
 from moe.plan.experts import touched
 from moe.plan.hardware import hardware_names, load_hardware
 from moe.plan.layout import Layout
@@ -123,7 +124,8 @@ def _with_kv_heads(shape: Shape, n: int) -> Shape:
         a = layer.attention
         if a.kv_rank:
             raise ConfigError(f"{shape.name}: has latent attention: its cache does not depend on key/value heads")
-        if n < 1 or a.n_heads % n:
+        whole(kv_heads=n)
+        if a.n_heads % n:
             raise ConfigError(f"kv_heads = {n}: must divide the {a.n_heads} query heads")
         layers.append(replace(layer, attention=replace(a, n_kv_heads=n)))
     return replace(shape, layers=tuple(layers))

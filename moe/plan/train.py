@@ -7,13 +7,13 @@ runs test them.
 
 from dataclasses import dataclass
 
-from moe.errors import ConfigError
+from moe.plan.bounds import MANY, amount, real, share, whole
 from moe.plan.comm import training_traffic
 from moe.plan.flops import TRAINING, attention_flops, flops_per_token, routed_flops
 from moe.plan.hardware import Hardware
 from moe.plan.layout import Layout
 from moe.plan.models import Model, load_shape
-from moe.plan.quantities import Quantity, Sheet, assumed, quantity
+from moe.plan.quantities import Quantity, Sheet, assumed, given, quantity
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,9 @@ class Efficiency:
     expert_imbalance: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("gemm", "memory"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ConfigError(f"{name} = {getattr(self, name)!r}: is a share of the peak: above 0, at most 1")
-        if self.expert_imbalance < 1:
-            raise ConfigError(f"expert_imbalance = {self.expert_imbalance!r}: is max over mean: at least 1")
+        share(gemm=self.gemm, memory=self.memory)
+        real(1, 1e6, "is max over mean:", expert_imbalance=self.expert_imbalance)
+        given(self.bus, "GB/s", "bus")
 
     def quantity(self, name: str) -> Quantity:
         """One of them, as an assumption."""
@@ -82,12 +80,10 @@ def train_cost(
     Raises:
         ConfigError: a utilisation or duty outside (0, 1], or no GPUs.
     """
-    _check_share("mfu", mfu)
-    _check_share("duty", duty)
-    if quantity(gpus).value < 1:
-        raise ConfigError(f"gpus = {quantity(gpus).value!r}: must be at least 1")
-    if tokens.value <= 0:
-        raise ConfigError(f"tokens = {tokens.value!r}: must be greater than 0")
+    share(mfu=mfu, duty=duty)
+    real(1, MANY, gpus=gpus)
+    amount(tokens=tokens)
+    whole(0, context=context)
     sheet = Sheet()
     sheet.put("train.tokens", tokens)
     sheet.put("train.flops", train_flops(model, tokens, context), "FLOP")
@@ -102,13 +98,9 @@ def train_cost(
     return sheet
 
 
-def _check_share(name: str, value: Quantity | float) -> None:
-    if not 0 < quantity(value).value <= 1:
-        raise ConfigError(f"{name} = {quantity(value).value!r}: is a share: above 0, at most 1")
-
-
 def mfu(model: Model, hardware: Hardware, *, tokens: Quantity, gpu_time: Quantity, dtype: str = "bf16") -> Quantity:
     """Utilisation that a run reached: 6 N FLOPs for its tokens over what the GPUs could have done in their time."""
+    amount(tokens=tokens, gpu_time=gpu_time)
     sheet = Sheet()
     return sheet.derive(
         "train.mfu", "%", "flops / (gpu_time * peak)",
@@ -203,7 +195,8 @@ def predict_run(
     Raises:
         ConfigError: as `predict_step`; a duty outside (0, 1].
     """
-    _check_share("duty", duty)
+    share(duty=duty)
+    amount(tokens=tokens)
     sheet = predict_step(model, layout, hardware, efficiency, dtype)
     sheet.put("train.tokens", tokens)
     sheet.derive("train.steps", "x", "tokens / step_tokens", tokens=tokens, step_tokens=sheet["step.tokens"])

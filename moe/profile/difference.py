@@ -73,7 +73,7 @@ def compare_readings(one: Reading, other: Reading) -> tuple[dict[str, LogProbabi
     if not same:
         raise SubjectError(
             f"{other.path}: reads the text as other tokens than {one.path}, whose tokenizer or context is another; "
-            "give --data, or a --seq-len that both contexts hold"
+            "give `data`, or a `seq_len` that both contexts hold"
         )
     changes = {name: log_probability_change(log_p_T, other.log_p_T[name]) for name, log_p_T in one.log_p_T.items()}
     if len(changes) > 1:

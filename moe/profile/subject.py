@@ -124,7 +124,7 @@ def prepared_text(subject: Subject, directory: str | os.PathLike[str], tokens: i
     if own.is_file() and own.read_bytes() != theirs.read_bytes() and _vocabulary(own) != _vocabulary(theirs):
         raise SubjectError(
             f"{directory}: was prepared with another tokenizer than {own}; prepare it with `moe data prepare "
-            f"--tokenizer {own}`, or give files of text with --text"
+            f"--tokenizer {own}`, or give files of `text`"
         )
     windows = list(some_windows(data, min(seq_len, subject.context), tokens))
     return Text(windows, lambda i: repr(tokenizer.decode([i]))[1:-1])
@@ -148,7 +148,7 @@ def text_of_files(subject: Subject, files: Sequence[str], tokens: int, seq_len: 
         except UnicodeDecodeError as error:
             raise SubjectError(f"{path}: not UTF-8 text (byte {error.start}); convert it first") from None
         except OSError as error:
-            raise SubjectError(f"{path}: cannot be read ({error.strerror}); --text takes PATH or NAME=PATH") from None
+            raise SubjectError(f"{path}: cannot be read ({error.strerror}); `text` takes PATH or NAME=PATH") from None
         stream = streams.setdefault(name or Path(path).stem, [])
         stream += [eot_id] if stream and eot_id is not None else []  # another document
         stream += ids
@@ -174,7 +174,7 @@ def _tokenizer(file: Path) -> tuple[Callable[[str], list[int]], Callable[[int], 
     if not file.is_file():
         raise SubjectError(
             f"{file}: no such file, and text needs the checkpoint's own tokenizer; copy it there (transformers writes "
-            "one: AutoTokenizer.from_pretrained(...).save_pretrained(...)), or give --data"
+            "one: AutoTokenizer.from_pretrained(...).save_pretrained(...)), or give `data`"
         )
     content = _json(file)
     if (file.parent / checkpoints.CONFIG_FILE).is_file() or "moe_tokenizer" in content:
@@ -253,7 +253,9 @@ def _run(subject: Subject, batch: Batch, want: Literal["logits", "targets"]) -> 
     model, device = subject.model, next(subject.model.parameters()).device
     if isinstance(model, Transformer):
         inputs = model_inputs(model.cfg.train, batch, device)
-        return model(**inputs if want == "targets" else inputs | {"targets_BS": None}).logits_BSV
+        if want == "logits":
+            inputs["targets_BS"] = None
+        return model(**inputs).logits_BSV
     inputs = model_inputs(TrainConfig(), batch, device)
     keep = {"logits_to_keep": 1} if want == "targets" else {}
     mask = inputs["mask_BS"]

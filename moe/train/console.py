@@ -4,8 +4,11 @@
 """
 
 import math
+import os
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -168,6 +171,37 @@ class Live:
         self.bar.update(self._task, completed=done)
 
 
+class Unbroken:
+    """Hands all events on. Where nobody can read them any more once a signal came, they are dropped: a closed terminal
+    must not keep a run from saving.
+
+    Args:
+        stopping: whether a signal came.
+    """
+
+    def __init__(self, reporter: Reporter, stopping: Callable[[], bool]) -> None:
+        self._reporter, self._stopping = reporter, stopping
+
+    def __enter__(self) -> Any:
+        self._reporter.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._unless_gone(self._reporter.__exit__, *error)
+
+    def __getattr__(self, name: str) -> Any:
+        return partial(self._unless_gone, getattr(self._reporter, name))
+
+    def _unless_gone(self, event: Callable[..., None], *args: Any, **more: Any) -> None:
+        try:
+            event(*args, **more)
+        except OSError:
+            if not self._stopping():
+                raise
+            # What print still holds would be written, in vain and for another status, when Python ends.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def reporter() -> Reporter:
     """`Live` on a terminal, else `Lines`."""
     return Live() if sys.stdout.isatty() else Lines()
@@ -203,12 +237,10 @@ def summary_text(summary: dict[str, Any], run_dir: Path) -> str:
 
 def places(summary: dict[str, Any], run_dir: Path) -> str:
     """Where everything is."""
-    final = run_dir / "final"
+    final, pictures = run_dir / "final", run_dir / "pictures"
+    drawn = f", pictures in {pictures}" if pictures.is_dir() else ""
     try_ = f"moe chat {final}" if summary.get("chat") else f'moe generate {final} --prompt "Once"'
-    return (
-        f"{summary['tokens']:,} tokens in {clock(summary['train_seconds'])}; model in {final}, pictures in "
-        f"{run_dir / 'pictures'}\ntry: {try_}"
-    )
+    return f"{summary['tokens']:,} tokens in {clock(summary['train_seconds'])}; model in {final}{drawn}\ntry: {try_}"
 
 
 def prompt_name(sample: dict[str, str]) -> str:

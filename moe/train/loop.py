@@ -8,7 +8,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from moe import checkpoint, evaluate, plan
+from moe import device as devices
 from moe.config import Config
-from moe.data import Batch, TokenData, compression
+from moe.data import Batch, ConversationData, TokenData, compression, open_data
 from moe.errors import ConfigError, TrainError
 from moe.io.files import write_whole
 from moe.io.runs import FINAL
@@ -26,11 +27,11 @@ from moe.kernels.loss import IGNORE_INDEX
 from moe.lora import ADAPTER_FILE, LoraConfig, merged, save_adapter
 from moe.model import Counts, Output, losses, objective
 from moe.profile import Pass
-from moe.train import console, pictures, predicted, start, state, traces
+from moe.train import console, forecast, identity, pictures, predicted, start, state, traces
+from moe.train.identity import SUMMARY_FILE
 from moe.train.run import CONFIG_FILE, Run, open_run
+from moe.train.schedule import Schedule
 from moe.train.stop import Stop, StopRequested
-
-SUMMARY_FILE = "summary.json"
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,8 @@ def train(
         data_dir: what `moe.data.prepare` wrote, or `moe.data.prepare_conversations`, whose responses are learned.
         run_dir: gets config.toml, metrics.jsonl, samples.txt, tensorboard/, checkpoints/, and at the end final/ (for
             `moe.load`), summary.json and pictures/.
-        resume: "auto" goes on from the newest checkpoint in `run_dir`; "never" moves an older run there aside.
+        resume: "auto" goes on from the newest checkpoint in `run_dir`, to a greater length or with lower rates, too,
+            where `cfg` says so now (moe/train/state.py lists what may change); "never" moves an older run there aside.
         start_from: a checkpoint whose weights a new run begins with: the next stage of a recipe. Its shape must be that
             of `cfg`, but for the context and its rotations.
         lora: freeze these weights and train adapters on them. final/ then has them merged, and adapter.safetensors
@@ -75,58 +77,91 @@ def train(
         trace_every: records the routing of every so many steps in `run_dir`/traces; 0 records none.
 
     Raises:
-        ConfigError: `run_dir` holds a run with another configuration, `start_from` a model of another shape, `lora` has
-            no `start_from`, or `trace_every` is negative.
+        ConfigError: `run_dir` holds a run with another configuration, start or adapters, `start_from` a model of
+            another shape, `lora` has no `start_from`, or `trace_every` is negative.
         DataError: the data are not prepared, not the ones of the run in `run_dir`, or do not fit the model.
+        InUseError: another process trains in `run_dir`.
         CheckpointError: a checkpoint cannot be written or read; the ones before are intact.
-        TrainError: the loss is not finite or has exploded; the last good checkpoint is intact.
+        TrainError: the model does not fit into memory, the loss is not finite or has exploded; the last good checkpoint
+            is intact.
     """
     if trace_every < 0:
         raise ConfigError(f"trace_every = {trace_every}: must be 0 (none) or more")
-    reporter = reporter or console.Lines()
-    with Stop() as stop, reporter:
-        if lora is not None and start_from is None:
-            raise ConfigError("lora without start_from: adapters belong on a trained model; name its checkpoint")
-        finished = _already_finished(cfg, Path(run_dir), resume, lora)
-        if finished is not None:
-            reporter.note(f"the run in {run_dir} is complete; start it anew with --fresh, or choose another --out")
-            return finished
-        run = open_run(cfg, Path(data_dir), Path(run_dir), resume, start_from, lora, device, reporter, stop)
-        t = cfg.train
-        try:
-            while run.sample < run.schedule.windows and not stop.signal:
-                _train_step(run, traced=trace_every > 0 and (run.step + 1) % trace_every == 0)
-                reporter.step(run.step)
-                if _due(run, t.log_every):
-                    _log(run)
-                if t.eval_tokens and _due(run, t.eval_every):
-                    _evaluate(run)
-                if _due(run, t.sample_every):
-                    _sample(run)
-                if _due(run, t.save_every) or run.complete or stop.signal:
-                    _save(run)
-            if run.complete:
-                return Result("complete", run.step, run.dir, _finish(run), stop.signal)
-        except StopRequested:
-            pass  # during the final evaluation; the checkpoint is on disk
-        except torch.OutOfMemoryError as error:
-            raise TrainError(
-                f"out of memory with train.micro_batch = {run.micro_batch}: halve it, or set "
-                f"train.activation_checkpointing = selective or full ({str(error).splitlines()[0]})"
-            ) from error
-        finally:
-            run.log.close()
-        return Result("stopped", run.step, run.dir, signal=stop.signal)
+    if lora is not None and start_from is None:
+        raise ConfigError("lora without start_from: adapters belong on a trained model; name its checkpoint")
+    where, place = devices.pick_device(device), Path(run_dir)
+    summary = None if resume == "never" else identity.read_summary(place / SUMMARY_FILE)
+    if summary is None:
+        forecast.check_memory(cfg, where, frozen=lora is not None)
+    data = open_data(data_dir)
+    data.check_compatible(cfg.vocab_size)
+    with Stop() as stop, devices.callers_state(where), ExitStack() as held:
+        shown: Any = held.enter_context(console.Unbroken(reporter or console.Lines(), lambda: stop.signal != 0))
+        if summary is not None and _is_it(cfg, data, place, summary, start_from, lora, device, trace_every):
+            shown.note(
+                f"the run in {place} is complete; start it anew with `resume='never'`, or choose another `run_dir`"
+            )
+            return Result("complete", summary["step"], place, summary)
+        with _memory_explained(cfg):
+            run = open_run(cfg, data, place, resume, start_from, lora, where, shown, stop, held)
+            held.callback(run.log.close)
+            return _run(run, trace_every)
 
 
-def _already_finished(cfg: Config, run_dir: Path, resume: str, lora: LoraConfig | None) -> Result | None:
-    summary = run_dir / SUMMARY_FILE
-    if resume == "never" or not summary.is_file():
-        return None
-    state.check_same_config((run_dir / CONFIG_FILE).read_text(encoding="utf-8"), cfg, run_dir)
-    content = json.loads(summary.read_text(encoding="utf-8"))
-    start.check_same_lora(content.get("lora"), lora, run_dir)
-    return Result("complete", content["step"], run_dir, content)
+def _run(run: Run, trace_every: int) -> Result:
+    t, stop = run.cfg.train, run.stop
+    try:
+        while run.sample < run.schedule.windows and not stop.signal:
+            _train_step(run, traced=trace_every > 0 and (run.step + 1) % trace_every == 0)
+            run.reporter.step(run.step)
+            if _due(run, t.log_every):
+                _log(run)
+            if t.eval_tokens and _due(run, t.eval_every):
+                _evaluate(run)
+            if _due(run, t.sample_every):
+                _sample(run)
+            if _due(run, t.save_every) or run.complete or stop.signal:
+                _save(run)
+        if run.complete:
+            return Result("complete", run.step, run.dir, _finish(run), stop.signal)
+    except StopRequested:
+        pass  # during the final evaluation; the checkpoint is on disk
+    return Result("stopped", run.step, run.dir, signal=stop.signal)
+
+
+@contextmanager
+def _memory_explained(cfg: Config) -> Iterator[None]:
+    """Turns the errors of torch's allocators into one that says what to set; a resumed run may set it."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "DefaultCPUAllocator" not in str(error):
+            raise
+        reason, micro_batch = (str(error) or "MemoryError").splitlines()[0], cfg.train.micro_batch or "all"
+        raise TrainError(
+            f"out of memory with train.micro_batch = {micro_batch}: halve it, or set train.activation_checkpointing = "
+            f"selective or full; the run goes on from its newest checkpoint ({reason})"
+        ) from error
+
+
+def _is_it(
+    cfg: Config,
+    data: TokenData | ConversationData,
+    run_dir: Path,
+    summary: dict[str, Any],
+    start_from: str | Path | None,
+    lora: LoraConfig | None,
+    device: str | None,
+    trace_every: int,
+) -> bool:
+    """Whether the complete run in `run_dir` is the one asked for; False where it is to be extended. Or an error."""
+    saved = (run_dir / CONFIG_FILE).read_text(encoding="utf-8")
+    state.check_same_config(saved, cfg, run_dir)
+    identity.check_same(summary, identity.record(data, start_from, lora), run_dir)
+    stream = start.open_stream(cfg, data)
+    schedule = Schedule(cfg.train, stream.seq_len, stream.windows_per_epoch)
+    asked = {"device": device and torch.device(device).type, "traces": trace_every > 0}
+    return identity.check_complete(summary, saved, cfg, schedule, run_dir, **asked)
 
 
 # ------------------------------------------------------------------------------------------------------------ steps
@@ -256,7 +291,7 @@ def _per_byte(scores: dict[str, evaluate.Score]) -> dict[str, float]:
 
 def _sample(run: Run) -> list[dict[str, str]]:
     with _untimed(run):
-        samples = evaluate.draw_samples(run.model, run.tokenizer, chat=run.chat)
+        samples = evaluate.draw_samples(run.model, run.tokenizer, chat=run.chat, prompts=run.prompts)
         run.log.write_samples(run.step, samples)
         run.reporter.samples(run.step, samples)
     return samples
@@ -269,7 +304,10 @@ def _save(run: Run) -> None:
     with _untimed(run):
         training = {
             "config": run.cfg.to_toml(),
-            "lora": start.lora_record(run.lora),
+            **run.origin,
+            "device": run.device.type,
+            "dtype": str(run.dtype).removeprefix("torch."),
+            "changed": run.changed,
             "stream": run.stream.fingerprint,
             "step": run.step,
             "sample": run.sample,
@@ -290,16 +328,24 @@ def _save(run: Run) -> None:
 
 
 def _finish(run: Run) -> dict[str, Any]:
-    """The whole held-out text, samples, `final/`, `summary.json`, pictures. Done again if it is interrupted."""
+    """`final/`, the held-out text, samples, pictures, `summary.json`. Done again if it is interrupted."""
     memory_peak = predicted.memory_peak(run.device)
-    tokens = evaluate.count_scored(run.data)
+    plain = run.model if run.lora is None else merged(run.model)
+    checkpoint.save(plain, run.dir / FINAL, tokenizer=run.tokenizer)  # first: scoring may take long
+    if run.lora is not None:
+        save_adapter(run.model, run.lora, run.dir / ADAPTER_FILE)
+    windows, tokens = evaluate.all_windows(run.data, run.seq_len), evaluate.count_scored(run.data)
+    bound = run.cfg.train.final_eval_tokens
+    if 0 < bound < tokens:
+        windows = evaluate.some_windows(run.data, run.seq_len, bound)
+        run.reporter.note(f"final evaluation: about {bound:,} of {tokens:,} held-out tokens (train.final_eval_tokens)")
+        tokens = bound
 
     def progress(scored: int) -> None:
         if run.stop.signal:
             raise StopRequested
         run.reporter.progress("final evaluation", scored, tokens)
 
-    windows = evaluate.all_windows(run.data, run.seq_len)
     scores = _score(run, windows, progress)
     summary = {
         "name": run.cfg.name,
@@ -312,9 +358,11 @@ def _finish(run: Run) -> dict[str, Any]:
         "bits_per_byte": _per_byte(scores),
         "compression": compression(run.data) if isinstance(run.data, TokenData) else {},
         "held_out": {name: asdict(score) for name, score in scores.items()},
-        "data": run.data.fingerprint,
+        **run.origin,
+        "device": run.device.type,
+        "dtype": str(run.dtype).removeprefix("torch."),
+        "changed": run.changed,
         "chat": run.chat,
-        "lora": start.lora_record(run.lora),
     }
     if run.seconds and run.lora is None:
         summary["plan"], line = predicted.compare(
@@ -327,13 +375,7 @@ def _finish(run: Run) -> dict[str, Any]:
     run.log.write(
         {"kind": "final", **{key: summary[key] for key in ("step", "tokens", "bits_per_byte", "compression")}}
     )
-    plain = run.model if run.lora is None else merged(run.model)
-    checkpoint.save(plain, run.dir / FINAL, tokenizer=run.tokenizer)
-    if run.lora is not None:
-        save_adapter(run.model, run.lora, run.dir / ADAPTER_FILE)
-    drawn = pictures.draw(run.dir)
-    if drawn is None:
-        run.reporter.note('no pictures: matplotlib is not installed (pip install "gpt4-moe[plot]")')
+    pictures.draw(run.dir)
     # Last, since its presence says that the run is complete.
     write_whole(run.dir / SUMMARY_FILE, (json.dumps(summary, indent=2) + "\n").encode())
     run.reporter.finish(summary, run.dir)

@@ -17,9 +17,7 @@ def draw(run_dir: str | Path) -> list[Path] | None:
     Returns:
         The PNG files; fewer where a run has not measured something (yet).
     """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
+    if not figures.can_draw():
         return None
     *before, records = stages(Path(run_dir))
     train = _of_kind(records, "train")

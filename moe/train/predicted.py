@@ -1,5 +1,6 @@
 """The planner's prediction beside what a run measured, and the row that `moe plan calibrate` reads."""
 
+import math
 import os
 import resource
 import sys
@@ -45,13 +46,25 @@ def _smallest_step() -> None:
 
 
 def memory_available(device: torch.device) -> int:
-    """What the device has in all; 0 where the system does not say."""
+    """What the device has in all, or a container's share of it; 0 where the system does not say."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError):
         return 0
+    return int(min(installed, *map(_limit, CGROUP_LIMITS)))
+
+
+# Of versions 2 and 1, as they are seen from inside a container.
+CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+
+
+def _limit(file: Path) -> float:
+    try:
+        return int(file.read_text())
+    except (OSError, ValueError):  # no such file, or "max"
+        return math.inf
 
 
 def memory_peak(device: torch.device) -> int:

@@ -2,6 +2,7 @@
 
 import os
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,14 @@ import torch
 from moe import device as devices
 from moe import evaluate, plan
 from moe.config import Config
-from moe.data import ConversationData, ConversationStream, Stream, TokenData, open_data
+from moe.data import ConversationData, ConversationStream, Stream, TokenData
 from moe.device import tune_cpu
-from moe.io.runs import locate
+from moe.io import figures
+from moe.io.files import write_whole
 from moe.lora import LoraConfig, adapters
 from moe.model import Transformer
 from moe.tokenizer import Tokenizer
-from moe.train import console, predicted, start, state
+from moe.train import console, identity, predicted, samples, start, state
 from moe.train.metrics import Meter, MetricsLog
 from moe.train.optimizer import Optimizers, build
 from moe.train.schedule import Schedule
@@ -53,6 +55,9 @@ class Run:
     byte_lengths: np.ndarray
     tokens_per_byte: float
     memory_before: int  # bytes that the process held before the model was there
+    origin: identity.Record  # data, start and adapters
+    changed: list[dict[str, Any]]  # what was set otherwise when it was resumed: {"step", "changes": {key: [was, now]}}
+    prompts: tuple[str, ...]  # of samples
     step: int = 0
     sample: int = 0
     tokens: int = 0
@@ -79,33 +84,41 @@ class Run:
 
 def open_run(
     cfg: Config,
-    data_dir: Path,
+    data: TokenData | ConversationData,
     run_dir: Path,
     resume: str,
     start_from: str | Path | None,
     lora: LoraConfig | None,
-    device_name: str | None,
+    device: torch.device,
     reporter: Any,
     stop: Stop,
+    held: ExitStack,
 ) -> Run:
-    """Everything ready for the next step: a new run's first one, or the one after the newest checkpoint."""
-    device = devices.pick_device(device_name)
+    """Everything ready for the next step: a new run's first one, or the one after the newest checkpoint.
+
+    The directory is this process's until `held` is closed.
+    """
     dtype = devices.pick_dtype(cfg.train, device)
     if device.type == "cpu":
         tune_cpu()
-    data = open_data(data_dir)
-    data.check_compatible(cfg.vocab_size)
     t, stream = cfg.train, start.open_stream(cfg, data)
+    schedule = Schedule(t, stream.seq_len, stream.windows_per_epoch)
     if start_from is not None:
-        start_from = locate(start_from)
-        start.check_start(cfg, data, start_from)
-    found = start.enter(run_dir, resume)
+        start.check_start(cfg, data, Path(start_from))
+    now = identity.record(data, start_from, lora)
+    found = start.enter(run_dir, resume, start_from, held)
     saved = state.load_training(found) if found is not None else None
+    changes: dict[str, list[Any]] = {}
     if saved is not None:
-        state.check_same_config(saved["config"], cfg, run_dir)
-        start.check_same_lora(saved.get("lora"), lora, run_dir)
+        changes = state.check_same_config(saved["config"], cfg, run_dir)
+        identity.check_same(saved, now, run_dir)
         stream.check_resume(saved["stream"])
-    (run_dir / CONFIG_FILE).write_text(cfg.to_toml(), encoding="utf-8")
+        identity.check_ahead(saved, schedule, run_dir)
+        used = {"device": device.type, "dtype": str(dtype).removeprefix("torch.")}
+        changes |= {key: [saved[key], value] for key, value in used.items() if saved.get(key, value) != value}
+        if saved["sample"] < schedule.windows:
+            identity.set_aside(run_dir, saved["step"])
+    write_whole(run_dir / CONFIG_FILE, cfg.to_toml().encode())
     memory_before = predicted.memory_before(device)
     model = start.open_model(cfg, device, found, start_from, lora)
     tokenizer = data.tokenizer()
@@ -117,12 +130,12 @@ def open_run(
         lora=lora,
         tokenizer=tokenizer,
         stream=stream,
-        schedule=Schedule(t, stream.seq_len, stream.windows_per_epoch),
+        schedule=schedule,
         device=device,
         dtype=dtype,
         model=model,
         forward=torch.compile(model) if cfg.train.compile else model,
-        optimizers=build(model, cfg.train),
+        optimizers=build(model, t),
         meter=Meter(cfg.n_moe_layers, cfg.experts.n_experts, device),
         watch=Watch(cfg.train, cfg.router),
         log=MetricsLog(run_dir, saved["step"] if saved else 0, saved["files"] if saved else None),
@@ -132,6 +145,9 @@ def open_run(
         byte_lengths=evaluate.byte_lengths(tokenizer),
         tokens_per_byte=sum(data.n_tokens(source, "train") for source in data.sources) / text,
         memory_before=memory_before,
+        origin=now,
+        changed=saved.get("changed", []) if saved else [],
+        prompts=samples.prompts(data, tokenizer),
     )
     if saved is not None:
         _restore(run, saved)
@@ -140,6 +156,11 @@ def open_run(
         before = os.path.relpath(start_from, run_dir) if start_from is not None else None
         run.log.write({"kind": "start", "step": 0, "name": cfg.name, "from": before, "seq_len": stream.seq_len})
     _introduce(run, resumed_from=found, start_from=start_from)
+    if changes:
+        run.changed.append({"step": run.step, "changes": changes})
+        run.log.write({"kind": "changed", **run.changed[-1]})
+        said = ", ".join(f"{key} was {before!r}, is {now!r}" for key, (before, now) in changes.items())
+        run.reporter.note(f"changed from step {run.step:,} on: {said}")
     return run
 
 
@@ -173,6 +194,8 @@ def _introduce(run: Run, resumed_from: Path | None, start_from: str | Path | Non
         run.reporter.note(f"resumed from {resumed_from}")
     elif start_from is not None:
         run.reporter.note(f"weights of {start_from}")
+    if not figures.can_draw():
+        run.reporter.note(figures.NO_PICTURES)
     if not run.log.has_tensorboard:
         run.reporter.note('no TensorBoard events: tensorboard is not installed (pip install "gpt4-moe[train]")')
 

@@ -6,6 +6,17 @@ from moe.config import TrainConfig, parse_tokens
 from moe.errors import ConfigError
 
 
+def ramp(cfg: TrainConfig, seq_len: int) -> list[tuple[int, int]]:
+    """(first window, windows a step from there on); of a constant batch one entry."""
+    sizes = cfg.ramp() or [(0, cfg.batch_size * seq_len)]
+    return [(math.ceil(begin / seq_len), max(1, round(size / seq_len))) for begin, size in sizes]
+
+
+def micro_batch(cfg: TrainConfig, seq_len: int) -> int:
+    """Windows that pass through the model at a time: as set, or a whole batch, the largest of a ramp's."""
+    return cfg.micro_batch or max(size for _, size in ramp(cfg, seq_len))
+
+
 class Schedule:
     """What each step of a run does: a pure function of how many windows are done before it.
 
@@ -23,8 +34,7 @@ class Schedule:
 
     def __init__(self, cfg: TrainConfig, seq_len: int, windows_per_pass: int) -> None:
         self.cfg, self.seq_len = cfg, seq_len
-        sizes = cfg.ramp() or [(0, cfg.batch_size * seq_len)]
-        self.ramp = [(math.ceil(begin / seq_len), max(1, round(size / seq_len))) for begin, size in sizes]
+        self.ramp = ramp(cfg, seq_len)
         if cfg.tokens == "epochs":
             self.windows = windows_per_pass
         elif cfg.tokens:
@@ -37,8 +47,8 @@ class Schedule:
 
     @property
     def micro_batch(self) -> int:
-        """Windows that pass through the model at a time: as set, or a whole batch, the largest of a ramp's."""
-        return self.cfg.micro_batch or max(size for _, size in self.ramp)
+        """Windows that pass through the model at a time."""
+        return micro_batch(self.cfg, self.seq_len)
 
     def batch(self, done: int) -> int:
         """Windows of the step that begins after `done`; the last step takes what is left."""

@@ -1,6 +1,6 @@
 """What a run begins with: its directory, its windows, and its model: new, another run's, or from a checkpoint."""
 
-from dataclasses import asdict
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -10,28 +10,35 @@ from moe import lora as loras
 from moe.config import Config
 from moe.data import ConversationData, ConversationStream, Mixture, Stream, TokenData
 from moe.errors import ConfigError, TrainError
+from moe.io.files import is_taken, locked
 from moe.lora import LoraConfig
 from moe.model import Transformer
 from moe.train import state
 
 
-def enter(run_dir: Path, resume: str) -> Path | None:
-    """Makes the run's directory; the checkpoint to resume from, if any. "never" moves an older run aside.
+def enter(run_dir: Path, resume: str, start_from: str | Path | None, held: ExitStack) -> Path | None:
+    """Makes the run's directory, for this process alone until `held` is closed; the checkpoint to resume from, if any.
+
+    "never" moves an older run aside.
 
     Raises:
-        TrainError: something other than a run is there.
+        InUseError: another process trains there.
+        TrainError: something other than a run is there, or it holds the weights to begin with.
     """
     if run_dir.exists() and not run_dir.is_dir():
-        raise TrainError(f"run directory {run_dir} is a file: choose another --out")
-    if run_dir.is_dir() and any(run_dir.iterdir()):
+        raise TrainError(f"run directory {run_dir} is a file: choose another `run_dir`")
+    if is_taken(run_dir):
         if not (run_dir / checkpoint.CONFIG_FILE).is_file():
-            raise TrainError(f"run directory {run_dir} exists and is not a run: choose a new or an empty --out")
+            raise TrainError(f"run directory {run_dir} exists and is not a run: choose a new or an empty `run_dir`")
         if resume == "never":
-            n = 1
-            while (aside := run_dir.with_name(f"{run_dir.name}-old-{n}")).exists():
-                n += 1
-            run_dir.rename(aside)
-    run_dir.mkdir(parents=True, exist_ok=True)
+            if start_from is not None and Path(start_from).resolve().is_relative_to(run_dir.resolve()):
+                raise TrainError(f"{start_from} is in {run_dir}, which would be moved aside: choose another `run_dir`")
+            with locked(run_dir):
+                n = 1
+                while (aside := run_dir.with_name(f"{run_dir.name}-old-{n}")).exists():
+                    n += 1
+                run_dir.rename(aside)
+    held.enter_context(locked(run_dir))
     state.remove_unfinished(run_dir)
     return state.latest(run_dir)
 
@@ -57,7 +64,7 @@ def check_start(cfg: Config, data: TokenData | ConversationData, start_from: Pat
     if tokenizer.fingerprint != data.tokenizer().fingerprint:
         raise ConfigError(
             f"{start_from} was trained with another tokenizer than {data.path} was prepared with: prepare the data "
-            f"with --tokenizer {start_from / 'tokenizer.json'}"
+            f"with that one, `tokenizer={start_from / 'tokenizer.json'}`"
         )
 
 
@@ -83,18 +90,3 @@ def open_model(
         loras.add(model, lora, cfg.train.seed)
     model.activation_checkpointing = cfg.train.activation_checkpointing
     return model
-
-
-def lora_record(lora: LoraConfig | None) -> dict[str, object] | None:
-    """The settings as a run saves them."""
-    return None if lora is None else {**asdict(lora), "targets": list(lora.targets)}
-
-
-def check_same_lora(saved: dict[str, object] | None, lora: LoraConfig | None, run_dir: Path) -> None:
-    """Raises ConfigError where a run made with the `saved` settings cannot go on with `lora`."""
-    if saved != lora_record(lora):
-        was, now = (f"with LoRA {s}" if s else "without LoRA" for s in (saved, lora_record(lora)))
-        raise ConfigError(
-            f"{run_dir} holds a run {was}, and this is one {now}: give the settings it had, choose another directory "
-            "(--out), or start anew (--fresh)"
-        )

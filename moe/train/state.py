@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from moe.checkpoint import cannot_write, check_vocabulary, write_files
-from moe.config import Config
+from moe.config import Config, TrainConfig
 from moe.errors import CheckpointError, ConfigError
-from moe.io.files import atomic_directory
+from moe.io.files import atomic_directory, remove_abandoned
 from moe.io.runs import CHECKPOINTS
 from moe.model import Transformer
 from moe.tokenizer import Tokenizer
@@ -23,16 +23,21 @@ from moe.tokenizer import Tokenizer
 TRAINING_FILE = "training.pt"
 VERSION = 2  # of training.pt: the order of the optimizer's state is that of the parameters
 KEEP = 2
-# What may change between a run and its resumption: none of these changes the model that comes out.
+# What may change between a run and its resumption. With these nothing of the model that comes out changes ...
 HARMLESS = (
     "name",
     "train.activation_checkpointing",
     "train.log_every",
     "train.eval_every",
     "train.eval_tokens",
+    "train.final_eval_tokens",
     "train.sample_every",
     "train.save_every",
 )
+# ... with these no more than its rounding, the same sums being taken in other parts ...
+ROUNDING = ("train.micro_batch", "train.compile")
+# ... and these say how the run goes on, not how it came here: a length that is still ahead, a rate that is lower.
+LENGTH, RATES = ("train.steps", "train.tokens"), ("train.lr", "train.muon_lr")
 
 
 def save(run_dir: Path, step: int, model: Transformer, tokenizer: Tokenizer, training: dict[str, Any]) -> Path:
@@ -74,10 +79,14 @@ def _complete(run_dir: Path) -> list[Path]:
 
 
 def remove_unfinished(run_dir: Path) -> None:
-    """Deletes what a process that was killed while saving left behind."""
-    for place in (run_dir / CHECKPOINTS, run_dir):
-        for left in place.glob(".*.tmp"):
-            shutil.rmtree(left, ignore_errors=True)
+    """Deletes what a process that was killed while writing left behind. The run is to be `locked`."""
+    for left in (run_dir / CHECKPOINTS).glob(".*.tmp"):
+        shutil.rmtree(left, ignore_errors=True)
+    for name in ("config.toml", "summary.json", "adapter.safetensors"):  # files that only the one who holds it writes
+        for left in run_dir.glob(f".{name}.*.tmp"):
+            left.unlink(missing_ok=True)
+    for place in (run_dir, run_dir / "traces"):  # here others may be writing
+        remove_abandoned(place)
 
 
 def load_training(checkpoint: Path) -> dict[str, Any]:
@@ -98,31 +107,51 @@ def load_training(checkpoint: Path) -> dict[str, Any]:
         age = "an older" if version < VERSION else "a newer"
         raise CheckpointError(
             f"{checkpoint / TRAINING_FILE} is of version {version}, of {age} gpt4-moe, and this one knows {VERSION}: "
-            f"resume with that one, or begin a new run with these weights (--from {checkpoint})"
+            f"resume with that one, or begin a new run with these weights (`start_from={checkpoint}`)"
         )
     return training
 
 
-def check_same_config(saved: str, cfg: Config, run_dir: Path) -> None:
-    """Raises ConfigError, naming what differs, where a run made with `saved` (TOML) cannot go on with `cfg`."""
-    changed = harmful(saved, cfg)
-    if changed:
+def check_same_config(saved: str, cfg: Config, run_dir: Path) -> dict[str, list[Any]]:
+    """What `cfg` sets otherwise than `saved` (TOML) and a run may go on with, as {key: [before, now]}.
+
+    Raises:
+        ConfigError: a run made with `saved` cannot go on with `cfg`; the message names what differs.
+    """
+    harmful = [
+        _said(key, *values)
+        for key, values in _changed(saved, cfg).items()
+        if not (key in (*HARMLESS, *ROUNDING, *LENGTH) or (key in RATES and values[1] < values[0]))
+    ]
+    if harmful:
         raise ConfigError(
-            f"{run_dir} holds a run with another configuration: {', '.join(changed)}. Restore it to resume, choose "
-            "another directory (--out), or start anew (--fresh)"
+            f"{run_dir} holds a run with another configuration: {', '.join(harmful)}. Restore it to resume, choose "
+            "another directory (`run_dir`), or start anew (`resume='never'`)"
         )
+    return {key: values for key, values in _changed(saved, cfg).items() if key != "name"}
 
 
 def harmful(saved: str, cfg: Config) -> list[str]:
-    """Those `differences` with which a run made with `saved` (TOML) could not go on."""
-    return [line for line in differences(saved, cfg) if line.split(" ")[0] not in HARMLESS]
+    """Those `differences` that make another model than one made with `saved` (TOML)."""
+    return [_said(k, *values) for k, values in _changed(saved, cfg).items() if k not in (*HARMLESS, *ROUNDING)]
 
 
 def differences(saved: str, cfg: Config) -> list[str]:
     """What `cfg` has otherwise than `saved` (TOML): "key (was ..., now ...)"."""
+    return [_said(key, *values) for key, values in _changed(saved, cfg).items()]
+
+
+def _said(key: str, before: Any, now: Any) -> str:
+    return f"{key} (was {before!r}, now {now!r})"
+
+
+def _changed(saved: str, cfg: Config) -> dict[str, list[Any]]:
+    """{key: [before, now]}; a key that `saved` does not know had its default."""
+    defaults = _flat(dataclasses.asdict(TrainConfig()), "train.")
     before, now = _flat(tomllib.loads(saved)), _flat(dataclasses.asdict(cfg))
-    changed = [k for k in now if before.get(k) != now[k]] + [k for k in before if k not in now]
-    return [f"{k} (was {before.get(k)!r}, now {now.get(k)!r})" for k in changed]
+    before = {key: value for key, value in defaults.items() if key in now} | before
+    keys = [k for k in now if before.get(k) != now[k]] + [k for k in before if k not in now]
+    return {key: [before.get(key), now.get(key)] for key in keys}
 
 
 def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:

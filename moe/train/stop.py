@@ -1,5 +1,6 @@
-"""Ctrl-C and SIGTERM: the first asks the run to stop after its step and save, the second stops it at once."""
+"""Ctrl-C, SIGTERM and a closed terminal ask a run to stop after its step and save; a second Ctrl-C stops it at once."""
 
+import contextlib
 import os
 import signal
 import threading
@@ -12,10 +13,13 @@ class StopRequested(Exception):
 
 
 class Stop:
-    """While open, catches SIGINT and SIGTERM; `signal` is the number of the one that came, 0 before.
+    """While open, catches SIGINT, SIGTERM and SIGHUP; `signal` is the number of the one that came, 0 before.
 
-    Outside the main thread, where Python allows no handlers, signals are left alone.
+    Outside the main thread, where Python allows no handlers, signals are left alone, and so is one that is ignored:
+    nohup asks for that.
     """
+
+    CAUGHT = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
     def __init__(self) -> None:
         self.signal = 0
@@ -23,8 +27,10 @@ class Stop:
 
     def __enter__(self) -> "Stop":
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._handle)
+            for number in self.CAUGHT:
+                before = signal.getsignal(number)
+                if before not in (signal.SIG_IGN, None):  # None: not set from Python, so it could not be put back
+                    self._before[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -32,9 +38,10 @@ class Stop:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.signal:
+        if self.signal and number != getattr(signal, "SIGHUP", 0):  # shells send that one again as they end
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         self.signal = number
         # Not print: a handler may run in the middle of one.
-        os.write(2, b"\nstopping: this step is finished and saved first; once more stops at once\n")
+        with contextlib.suppress(OSError):  # of a terminal that is closed
+            os.write(2, b"\nstopping: this step is finished and saved first; once more stops at once\n")

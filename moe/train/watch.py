@@ -65,7 +65,8 @@ class Watch:
         muon = f" and train.muon_lr (now {self.cfg.muon_lr:g})" if self.cfg.optimizer == "muon" else ""
         return (
             f"Try a lower train.lr (now {self.cfg.lr:g}){muon}, a longer train.warmup (now {self.cfg.warmup}) or a "
-            f"smaller train.grad_clip (now {self.cfg.grad_clip:g}), and start again with --fresh or another --out"
+            f"smaller train.grad_clip (now {self.cfg.grad_clip:g}), and start again with `resume='never'` or another "
+            "`run_dir`"
         )
 
     def _router_advice(self) -> str:

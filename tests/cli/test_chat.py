@@ -21,6 +21,7 @@ def checkpoint(tmp_path_factory) -> Path:
     shape = ["d_model=64", "n_layers=1", "vocab_size=290", "max_seq_len=96", "attention.n_heads=2"]
     shape += ["attention.head_dim=16", "experts.n_experts=4", "experts.d_ff=64"]
     place = tmp_path_factory.mktemp("chat") / "model"
+    tokenizer = tokenizer.with_chat_template(ChatTemplate(tokenizer).jinja)
     moe.save(moe.Transformer(moe.load_config("replica-tiny").with_overrides(shape), seed=1), place, tokenizer=tokenizer)
     return place
 
@@ -56,7 +57,7 @@ def test_a_piped_conversation_remembers_until_reset(checkpoint, capsys, monkeypa
 
 def test_the_end_of_the_turn_stops_a_reply_and_is_not_printed(checkpoint, monkeypatch) -> None:
     tokenizer = moe.load_tokenizer(checkpoint)
-    session = Session(moe.load(checkpoint), tokenizer, "", 50, 0, DRAWS)
+    session = Session(moe.load(checkpoint), tokenizer, max_tokens=50)
     ids = [*tokenizer.encode("é日本"), tokenizer.eot_id, *tokenizer.encode("never")]
     monkeypatch.setattr("moe.chat.stream", lambda *args, **kwargs: (torch.tensor([i]) for i in ids))
     assert "".join(session.reply("hello")) == "é日本"
@@ -64,7 +65,7 @@ def test_the_end_of_the_turn_stops_a_reply_and_is_not_printed(checkpoint, monkey
 
 
 def test_a_full_context_forgets_the_oldest_turns_and_keeps_the_system_message(checkpoint, capsys, monkeypatch) -> None:
-    session = Session(moe.load(checkpoint), moe.load_tokenizer(checkpoint), "is", 8, 0, {"temperature": 0})
+    session = Session(moe.load(checkpoint), moe.load_tokenizer(checkpoint), system="is", max_tokens=8, temperature=0)
     for _ in range(6):
         list(session.reply("what is it"))
     assert session.forgotten > 0
@@ -82,7 +83,7 @@ def test_a_full_context_forgets_the_oldest_turns_and_keeps_the_system_message(ch
     [
         (["--message", "what " * 200], 2, "shorten it"),
         (["--message", "a", "--temperature", -1], 2, "temperature = -1"),
-        (["--message", "a", "--max-tokens", 0], 2, "max_tokens = 0"),
+        (["--message", "a", "--max-tokens", 0], 2, "--max-tokens = 0"),
         (["--message", "a", "--adapter", "nowhere"], 1, "nowhere: no such file"),
     ],
 )

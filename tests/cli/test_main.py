@@ -85,7 +85,7 @@ def test_errors_are_one_line_on_stderr(tmp_path, monkeypatch, capsys, args, stat
     ("args", "message"),
     [
         (["--temperature", -1], "temperature = -1"),
-        (["--top-p", 0], "top_p = 0"),
+        (["--top-p", 0], "--top-p = 0"),
         (["--prompt", "ab " * 500], "max_seq_len = 128"),
         (["--stop", ""], "stop = ''"),
     ],

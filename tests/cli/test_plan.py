@@ -153,7 +153,7 @@ def test_pictures(tmp_path) -> None:
         (("train", "--mfu", "1.3"), "mfu = 1.3"),
         (("train", "replica-1b-web", "--layout", "node-8", "--floor", "--mfu", "0.3"), "give one of them"),
         (("train", "replica-1b-web", "--layout", "node-8", "--floor", "--tokens", "-1 Gtoken"), "greater than 0"),
-        (("train", "--floor"), "tp = 8: --floor is of data parallelism alone"),
+        (("train", "--floor"), "tp = 8: the floor is of data parallelism alone"),
         (("memory", "--set", "tp=5"), "tp = 5: does not divide 168 query heads"),
         (("memory", "--set", "tp"), "must be key=value"),
         (("memory", "--optimizer", "adam"), "optimizer = 'adam'"),
@@ -163,9 +163,9 @@ def test_pictures(tmp_path) -> None:
         (("train", "--duty", "2"), "duty = 2.0: is a share"),
         (("redesign", "--context", "-1"), "context = -1"),
         (("fit", "--target", "total=big"), "must be name=number"),
-        (("fit", "--layers", "0"), "layers = 0: must be at least 1"),
-        (("fit", "--kv-heads", "0"), "kv_heads = 0: must be at least 1"),
-        (("fit", "--top-k", "17"), "top_k = 17: must not be greater than the 16 experts"),
+        (("fit", "--layers", "0"), "--layers = 0: must be a whole number from 1"),
+        (("fit", "--kv-heads", "0"), "--kv-heads = 0: must be a whole number from 1"),
+        (("fit", "--top-k", "17"), "--top-k = 17: must be from 1 to the 16 experts"),
         (("calibrate", "missing.csv"), "cannot be read"),
     ],
 )
@@ -189,6 +189,33 @@ def test_it_answers_at_once_and_loads_neither_torch_nor_rich() -> None:
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert min(seconds) < 0.3
+
+
+@pytest.mark.parametrize(
+    ("words", "work"),
+    [
+        (("experts", "--pictures", "p"), "moe.plan.experts.experts_sheet"),
+        (("sweep", "--pictures", "p"), "moe.plan.sweeps.sweep"),
+        (("sweep", "--partitions", "--pictures", "p"), "moe.plan.partition.frontier"),
+        (("report", "article.html"), "moe.plan.claims.check_claims"),
+        (("report", "article.pdf"), "moe.plan.claims.check_claims"),
+    ],
+    ids=str,
+)
+def test_what_is_missing_is_said_before_the_work(words, work, tmp_path, monkeypatch, capsys) -> None:
+    """matplotlib, with the way to get it; and a page of another kind."""
+
+    def never(*_args: Any, **_kwargs: Any) -> None:
+        raise AssertionError("the work began")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(work, never)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert run(*words) == (2 if "article.pdf" in words else 1)
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert ("must end in .html or .md" if "article.pdf" in words else 'pip install "gpt4-moe[plot]"') in err
+    assert not list(tmp_path.iterdir())
 
 
 # -------------------------------------------------------------------------------------------------------- calibrate

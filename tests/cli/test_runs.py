@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import moe
+from moe.checkpoint import load_config_of
 from moe.errors import CheckpointError
 from moe.io.runs import locate
 from moe.tokenizer import Tokenizer
@@ -80,7 +81,7 @@ def test_the_library_reads_a_run(run: Path) -> None:
     assert locate(run / "final") == run / "final"
     assert torch.equal(moe.load(run).head.weight, moe.load(run / "final").head.weight)
     assert moe.load_tokenizer(run).fingerprint == Tokenizer.load(run).fingerprint
-    assert moe.checkpoint.load_config_of(run) == moe.load(run).cfg
+    assert load_config_of(run) == moe.load(run).cfg
 
 
 def test_a_run_has_all_its_records_and_a_checkpoint_those_before_it(run: Path, tmp_path: Path) -> None:
@@ -98,7 +99,7 @@ def test_a_run_that_is_not_complete_is_never_guessed(run: Path, tmp_path: Path, 
     shutil.rmtree(place / "final")
     (place / "checkpoints" / ".step-002000.ab.tmp").mkdir()
     newest = place / "checkpoints" / "step-001000"
-    for read in (moe.load, moe.load_tokenizer, Tokenizer.load, moe.checkpoint.load_config_of):
+    for read in (moe.load, moe.load_tokenizer, Tokenizer.load, load_config_of):
         for name in (place, place / "checkpoints"):
             with pytest.raises(CheckpointError, match=rf"{name} is a run .*final/.* newest checkpoint, {newest}$"):
                 read(name)

@@ -3,6 +3,8 @@
 import ast
 import json
 import math
+import pickle
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe.data import ConversationData, ConversationStream, prepare_conversations
-from moe.data.conversations import Prepared, read_conversations
+from moe.data.conversations import Prepared
 from moe.data.instructions import small_talk, standard_library
 from moe.data.mixture import IGNORE
 from moe.data.packing import best_fit
-from moe.errors import DataError
+from moe.errors import DataError, InUseError
+from moe.io.files import locked
 from moe.tokenizer import Tokenizer, train_bpe
 
 MARK = "<|endoftext|>"
@@ -117,16 +120,40 @@ def test_jsonl_parquet_and_both_layouts_give_the_same_tokens(tokenizer: Tokenize
         assert stored(other, "val") == stored(made[0], "val")
 
 
-def test_a_directory_gives_the_conversations_of_all_its_files(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    (tmp_path / "data" / "sub").mkdir(parents=True)
-    write(tmp_path / "data" / "b.jsonl", [{"messages": talk(1)}])
-    write(tmp_path / "data" / "sub" / "a.jsonl", [{"messages": talk(2)}, {"messages": talk(4)}])
-    (tmp_path / "data" / "notes.txt").write_text("no conversation")
-    assert [name for name, _ in read_conversations(tmp_path / "data")] == [
-        "b.jsonl#0",
-        "sub/a.jsonl#0",
-        "sub/a.jsonl#1",
-    ]
+def test_rows_of_nulls_are_left_out_and_counted(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    rows = [{"prompt": f"why {i}", "response": "so"} for i in range(50)]
+    rows += [{"prompt": None, "response": "so"}, {"prompt": "why", "response": None}, {"messages": None}]
+    data = prepare_conversations([write(tmp_path / "x.jsonl", rows)], tmp_path / "out", tokenizer=tokenizer).data
+    assert len(stored(data, "train")) + len(stored(data, "val")) == 50
+    assert any("rows of which a field is null, left out: 3; the first:" in notice for notice in data.index["notices"])
+    assert any("x.jsonl, line 51" in notice for notice in data.index["notices"])
+
+
+def test_splits_of_files_are_kept(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """No conversation of a test file is trained on, whatever its request."""
+    for name, n in (("train", 30), ("test", 10)):
+        (tmp_path / "set").mkdir(exist_ok=True)
+        rows = [{"prompt": f"why {i}", "response": name} for i in range(n)]
+        write(tmp_path / "set" / f"{name}.jsonl", rows)
+    data = prepare_conversations([tmp_path / "set"], tmp_path / "out", tokenizer=tokenizer).data
+    assert {text.rpartition("\n")[2] for text, _ in stored(data, "train")} == {"train" + MARK}
+    assert (len(stored(data, "train")), len(stored(data, "val"))) == (30, 10)
+    assert "split 'train' is trained on, 'test' is held out" in data.index["notices"][0]
+    assert prepare_conversations([tmp_path / "set"], tmp_path / "out", tokenizer=tokenizer).reused
+
+
+def test_libraries_are_missed_before_the_work(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "a.jsonl", [{"broken": 1}])
+    (tmp_path / "b.parquet").write_bytes(b"PAR1")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ImportError, match=r"gpt4-moe\[data\]"):
+        prepare_conversations([tmp_path], tmp_path / "out", tokenizer=tokenizer)
+    if small_talk() is not None:
+        monkeypatch.setitem(sys.modules, "yaml", None)
+        with pytest.raises(ImportError, match=r"PyYAML.*gpt4-moe\[data\]"):
+            prepare_conversations(None, tmp_path / "out", tokenizer=tokenizer)
 
 
 def test_prepared_data_are_found_again_and_never_overwritten_unasked(
@@ -150,6 +177,15 @@ def test_prepared_data_are_found_again_and_never_overwritten_unasked(
     assert whole.data.fingerprint == cut.data.fingerprint != prepared.data.fingerprint
 
 
+def test_two_preparations_of_one_directory(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    file = write(tmp_path / "x.jsonl", [{"messages": talk(i)} for i in range(60)])
+    with locked(tmp_path / "out"), pytest.raises(InUseError, match=r"out is in use by process"):
+        prepare_conversations([file], tmp_path / "out", tokenizer=tokenizer)
+    prepare_conversations([file], tmp_path / "out", tokenizer=tokenizer)
+    with locked(tmp_path / "out"):
+        assert prepare_conversations([file], tmp_path / "out", tokenizer=tokenizer).reused
+
+
 def test_rows_without_a_response_or_not_unicode_are_left_out_and_counted(tokenizer: Tokenizer, tmp_path: Path) -> None:
     rows = [{"prompt": f"why {i}", "response": "so"} for i in range(50)]
     rows += [{"prompt": "why", "response": " \n"}, {"prompt": "lone \ud800", "response": "x"}]
@@ -162,7 +198,7 @@ def test_rows_without_a_response_or_not_unicode_are_left_out_and_counted(tokeniz
 @pytest.mark.parametrize(
     ("row", "complaint"),
     [
-        ({"text": "a"}, r"line 2: no field 'messages', nor 'prompt' and 'response'; the fields are \['text'\]"),
+        ({"text": "a"}, r"line 2: no field 'messages', 'conversations', .*'output'; the fields are \['text'\]"),
         ({"prompt": "a", "response": 3}, "line 2: field 'response' is a int, expected text"),
         ({"messages": [{"role": "bot", "content": "a"}]}, r"line 2: messages\[0\].role is 'bot'"),
         ([1], "line 2: a list, expected an object with a field 'messages'"),
@@ -179,8 +215,11 @@ def test_a_bad_row_stops_with_file_line_and_field(
 
 def test_what_is_no_source_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text("[]")
-    with pytest.raises(DataError, match=r"ends in '.json': conversations are read from .jsonl or .parquet"):
+    with pytest.raises(DataError, match=r"x.json: an empty list, expected a list of objects"):
         prepare_conversations([tmp_path / "x.json"], tmp_path / "out", tokenizer=tokenizer)
+    (tmp_path / "x.txt").write_text("hello")
+    with pytest.raises(DataError, match=r"ends in '.txt': conversations are read from .jsonl, .json, .parquet or .csv"):
+        prepare_conversations([tmp_path / "x.txt"], tmp_path / "out", tokenizer=tokenizer)
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"holds no file ending in .jsonl or .parquet"):
         prepare_conversations([tmp_path / "empty"], tmp_path / "out", tokenizer=tokenizer)
@@ -337,6 +376,42 @@ def test_held_out_windows_score_the_held_out_responses(prepared: Prepared) -> No
         found.append(tokenizer.decode([*inputs[: last + 1].tolist(), int(targets[last])]))
         assert tokenizer.decode(targets[scored].tolist()).startswith(("answer", "again"))
     assert sorted(found) == sorted(text for text, _ in stored(data, "val"))
+
+
+def test_replies_of_which_no_text_fits_are_not_scored(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """The first reply is empty, the second lies beyond the window: its end marker alone is no byte of text."""
+
+    def conversation(i: int) -> list[dict[str, str]]:
+        return [{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": ""},
+                {"role": "user", "content": "why " * 200}, {"role": "assistant", "content": "late"}]  # fmt: skip
+
+    rows = [{"messages": conversation(i)} for i in range(200)]
+    file = write(tmp_path / "late.jsonl", rows)
+    data = prepare_conversations([file], tmp_path / "out", tokenizer=tokenizer).data
+    held_out = len(stored(data, "val"))
+    assert held_out > 0
+    assert list(data.held_out_windows(64)) == []
+    assert len(list(data.held_out_windows(1024))) == held_out
+    (notice,) = data.not_scored(64)
+    assert notice.startswith(
+        f"source 'late': none of its {held_out} held-out conversations has text of a response within 64"
+    )
+    assert notice in ConversationStream(data, 64, seed=0).notices
+    assert data.not_scored(1024) == []
+
+
+# ---------------------------------------------------------------------------------------------------------- pickling
+
+
+def test_pickles_hold_no_tokens(prepared: Prepared) -> None:
+    stream = ConversationStream(prepared.data, 96, seed=3, epochs={"talk": 2}, documents=False)
+    for one in (prepared.data, stream, prepared.data.values("talk", "train")):
+        assert len(pickle.dumps(one)) < 3000
+    again = pickle.loads(pickle.dumps(stream))
+    assert np.array_equal(again.batch(5, 9).targets, stream.batch(5, 9).targets)
+    assert again.batch(5, 9).documents is None
+    assert again.fingerprint == stream.fingerprint
+    assert pickle.loads(pickle.dumps(prepared.data)).fingerprint == prepared.data.fingerprint
 
 
 # ------------------------------------------------------------------------------------------------------- real pairs

@@ -48,12 +48,13 @@ def documents(argument: str) -> list[Document]:
 def test_names() -> None:
     dataset = HubDataset("HuggingFaceFW/fineweb-edu", "sample-10BT", "train", COMMIT, 500_000, 20 * 10**9)
     full = f"hf:HuggingFaceFW/fineweb-edu,config=sample-10BT,revision={COMMIT},documents=500k,bytes=20GB"
-    assert parse_hub(full) == (dataset, "text")
+    assert parse_hub(full) == (dataset, {"text_field": "text", "validation": ""})
     assert parse_source(f"web={full}") == Source("web", dataset)
     assert parse_source("hf:a/my.set,split=test,text=body") == Source(
         "my.set", HubDataset("a/my.set", split="test"), text_field="body"
     )
     assert parse_hub("hf:squad,bytes=1.5M")[0].bytes == 1_500_000
+    assert parse_source("hf:squad,validation=validation").validation == "validation"
 
 
 @pytest.mark.parametrize(
@@ -70,6 +71,7 @@ def test_names() -> None:
         ("hf:a/b,documents=10B", "documents=10B: must be"),
         ("hf:a/b,bytes=-1", "bytes=-1: must be"),
         ("hf:a/b,bytes=2GiB", "bytes=2GiB: must be"),
+        ("hf:a/b,split=test,validation=test", "one split cannot be trained on and held out"),
         ("bad name=hf:a/b", "use name=path"),
     ],
 )
@@ -82,6 +84,22 @@ def test_rows_in_order(repository: Path) -> None:
     found = documents(f"web=hf:{repository}")
     assert [(d.name, d.text, d.source) for d in found] == [(f"#{i}", t, "web") for i, t in enumerate(TEXTS)]
     assert [d.text for d in documents(f"hf:{repository},config=first")] == TEXTS[:400]
+
+
+def test_a_split_to_hold_out(tmp_path: Path) -> None:
+    """All rows of the one are trained on, all of the other held out; limits are those of training."""
+    (tmp_path / "two").mkdir()
+    for split, texts in (("train", TEXTS[:60]), ("test", TEXTS[60:70])):
+        rows = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        (tmp_path / "two" / f"{split}.jsonl").write_text(rows)
+    argument = f"hf:{tmp_path / 'two'},validation=test,documents=50"
+    assert [(d.name, d.split) for d in documents(argument)] == [(f"#{i}", "train") for i in range(50)] + [
+        (f"test#{i}", "val") for i in range(10)
+    ]
+    info = prepare([argument], tmp_path / "d", vocab_size=300)
+    assert [info.splits["two"][split].documents for split in ("train", "val")] == [50, 10]
+    with pytest.raises(DataError, match="other sources or settings"):
+        prepare([argument.replace(",validation=test", "")], tmp_path / "d", vocab_size=300)
 
 
 def test_limits(repository: Path) -> None:
@@ -184,7 +202,7 @@ def test_every_pass_reads_one_commit(repository: Path, tmp_path: Path, monkeypat
     info = prepare(["hf:owner/corpus,documents=300"], tmp_path / "d", vocab_size=300)
     assert hub.asked == [("owner/corpus", None)]
     assert hub.loaded == [("owner/corpus", COMMIT)] * 2  # once for the tokenizer, once for the tokens
-    assert info.notices == [f"source 'corpus': owner/corpus at revision {COMMIT}"]
+    assert info.notices[0] == f"source 'corpus': owner/corpus at revision {COMMIT}"
     assert prepare(["hf:owner/corpus,documents=300"], tmp_path / "d", vocab_size=300).reused
     assert len(hub.loaded) == 2
     # Pinned to its commit, it is the same data, and the Hub is not asked.

@@ -1,5 +1,9 @@
 """The order of training: a bijection, exact counts, one stream however it is cut; validation scores each token once."""
 
+import json
+import multiprocessing
+import pickle
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -8,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe.data import Mixture, TokenData, permute, permute_many, validation_windows
+from moe.data import Mixture, TokenData, TokenStream, permute, permute_many, validation_windows
 from moe.errors import DataError
 
 KEYS = st.integers(0, 2**64 - 1)
@@ -144,7 +148,7 @@ def test_documents_are_told_apart_where_one_ends(data: TokenData) -> None:
 @given(start=st.integers(0, 2000), cuts=st.lists(st.integers(1, 9), min_size=1, max_size=6))
 def test_order_does_not_depend_on_how_batches_are_cut(data: TokenData, start: int, cuts: list[int]) -> None:
     mixture = Mixture(data, seq_len=32, seed=11)
-    inputs, targets, _ = mixture.batch(start, sum(cuts))
+    inputs, targets, *_ = mixture.batch(start, sum(cuts))
     assert inputs.shape == targets.shape == (sum(cuts), 32)
     assert inputs.dtype == targets.dtype == np.int64
     # A resume is a new object that goes on from an integer.
@@ -215,3 +219,28 @@ def test_validation_errors(data: TokenData, tmp_path: Path) -> None:
     )
     with pytest.raises(DataError, match="no held-out tokens"):
         validation_windows(empty, "prose", 64, 64)
+
+
+def read_one(mixture: Mixture) -> list[list[int]]:
+    return mixture.batch(3, 2).inputs.tolist()
+
+
+def test_pickles_hold_no_tokens(data: TokenData, tmp_path: Path) -> None:
+    """A worker that is spawned opens the data again; where others are there by then, it says so."""
+    mixture = Mixture(data, 16, seed=1, epochs={"prose": 2}, documents=True)
+    for one in (mixture, data, data.tokens("prose", "train")):
+        assert len(pickle.dumps(one)) < 3000
+    assert (
+        pickle.loads(pickle.dumps(data.tokens("prose", "train")))[:].tolist()
+        == data.tokens("prose", "train")[:].tolist()
+    )
+    plain = TokenStream([np.arange(5, dtype="<u2")], np.dtype("<u2"))
+    assert pickle.loads(pickle.dumps(plain))[:].tolist() == list(range(5))
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert pool.apply(read_one, (mixture,)) == read_one(mixture)
+    shutil.copytree(data.path, tmp_path / "copy")
+    kept = pickle.dumps(TokenData.open(tmp_path / "copy"))
+    index = json.loads((tmp_path / "copy" / "index.json").read_text())
+    (tmp_path / "copy" / "index.json").write_text(json.dumps(index | {"fingerprint": "0" * 64}))
+    with pytest.raises(DataError, match="holds other data than when they were pickled"):
+        pickle.loads(kept)

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 
 from moe.data import DataInfo, TokenData, compressed, compression, held_out_text, prepare
-from moe.errors import DataError, TokenizerError
+from moe.errors import DataError, InUseError, TokenizerError
+from moe.io.files import locked
 from moe.tokenizer import Tokenizer, cl100k, train_bpe
-from tests.data.small_corpus import held_out_by_hand, write_corpus
+from tests.data.small_corpus import held_out_by_hand
 
 
 def raw_tokens(out: Path, stem: str, dtype: str = "<u2") -> list[int]:
@@ -100,7 +101,7 @@ def test_info_adds_up(corpora: dict[str, Path], tmp_path: Path) -> None:
     assert splits["train"].documents + splits["val"].documents == len(files)
     assert splits["train"].bytes + splits["val"].bytes == sum(f.stat().st_size for f in files)
     assert splits["train"].tokens == len(raw_tokens(info.path, f"{next(iter(info.splits))}-train"))
-    assert (info.vocab_size, info.reused, info.skipped, info.empty, info.notices) == (300, False, [], 0, [])
+    assert (info.vocab_size, info.reused, info.skipped, info.empty) == (300, False, [], 0)
     assert {phase for phase, _, _ in phases} == {"tokenizer", "encode"}
     assert all(done <= total for _, done, total in phases)
     assert phases[-1] == ("encode", phases[-1][2], sum(f.stat().st_size for f in files))
@@ -129,12 +130,17 @@ def test_given_tokenizer(corpus: Callable[..., Path], tmp_path: Path) -> None:
 
 
 def test_tokenizer_that_changes_text_is_refused(corpus: Callable[..., Path], tmp_path: Path) -> None:
+    """On load where it shows; what shows in a document only, there."""
     own = train_bpe(["some text"], 260)
-    lower = json.loads(own.save(tmp_path / "own.json").read_text())
-    lower["normalizer"] = {"type": "Lowercase"}
-    (tmp_path / "lower.json").write_text(json.dumps(lower))
-    with pytest.raises(DataError, match=r"does not give back the text of corpus/part0/doc000\.txt"):
+    content = json.loads(own.save(tmp_path / "own.json").read_text())
+    (tmp_path / "lower.json").write_text(json.dumps(content | {"normalizer": {"type": "Lowercase"}}))
+    with pytest.raises(TokenizerError, match=r"lower\.json.*normalizer \(Lowercase\)"):
         prepare([corpus()], tmp_path / "d", tokenizer=tmp_path / "lower.json")
+    drops = {"type": "Split", "pattern": {"String": "Document 7"}, "behavior": "Removed", "invert": False}
+    parts = {"type": "Sequence", "pretokenizers": [drops, *content["pre_tokenizer"]["pretokenizers"]]}
+    (tmp_path / "drops.json").write_text(json.dumps(content | {"pre_tokenizer": parts}))
+    with pytest.raises(DataError, match=r"corpus/part1/doc007\.txt: .*does not give back its text"):
+        prepare([corpus()], tmp_path / "d", tokenizer=tmp_path / "drops.json")
     assert not (tmp_path / "d").exists()
 
 
@@ -177,21 +183,6 @@ def test_other_directories_are_never_touched(corpus: Callable[..., Path], tmp_pa
     assert prepare([corpus()], tmp_path / "empty", vocab_size=300).path == tmp_path / "empty"
 
 
-def test_empty_splits(tmp_path: Path) -> None:
-    held_out = next(f"{i}.txt" for i in range(1000) if held_out_by_hand(f"{i}.txt"))
-    other = next(f"{i}.txt" for i in range(1000) if not held_out_by_hand(f"{i}.txt"))
-    for name, split in ((held_out, "for training"), (other, "held out for validation")):
-        (tmp_path / name).write_text("a text " * 50)
-        with pytest.raises(DataError, match=f"no document is {split}.*JSONL"):
-            prepare([tmp_path / name], tmp_path / "d", vocab_size=257)
-    (tmp_path / "one").mkdir()
-    shutil.copy(tmp_path / held_out, tmp_path / "one")
-    write_corpus(tmp_path / "many", 60)
-    info = prepare([tmp_path / "one", tmp_path / "many"], tmp_path / "d", vocab_size=257)
-    assert info.notices == ["source 'one': no document is for training"]
-    assert info.splits["one"]["train"].tokens == 0
-
-
 def test_bad_arguments(corpus: Callable[..., Path], tmp_path: Path) -> None:
     root = corpus()
     with pytest.raises(DataError, match="sources is empty"):
@@ -200,6 +191,13 @@ def test_bad_arguments(corpus: Callable[..., Path], tmp_path: Path) -> None:
         prepare([root, root], tmp_path / "d")
     with pytest.raises(DataError, match="nowhere does not exist"):
         prepare([tmp_path / "nowhere"], tmp_path / "d")
+    for fraction in (0.0, 1.0, -0.1, float("nan"), "2"):
+        with pytest.raises(DataError, match=f"validation is {fraction}, expected a fraction above 0 and below 1"):
+            prepare([root], tmp_path / "d", validation=fraction)
+    with pytest.raises(DataError, match="nowhere does not exist"):
+        prepare([root], tmp_path / "d", validation=tmp_path / "nowhere")
+    with pytest.raises(DataError, match="is what source 'corpus' trains on"):
+        prepare([root], tmp_path / "d", validation=root)
     with pytest.raises(DataError, match="shard_tokens is 0"):
         prepare([root], tmp_path / "d", shard_tokens=0)
     with pytest.raises(TokenizerError, match="vocab_size is 100000"):
@@ -237,6 +235,50 @@ def test_much_held_out_text_is_compared_in_part(data: TokenData, monkeypatch: py
         assert text.startswith(parts[source])
         assert len(parts[source]) == pytest.approx(len(text) / 3, rel=0.01)
     assert compression(data) == compressed(b"".join(parts.values())) != compressed(b"".join(whole.values()))
+
+
+KILLED = """
+import os, signal, sys
+from moe.data import prepare
+prepare([sys.argv[1]], sys.argv[2], vocab_size=300, overwrite=True,
+        progress=lambda phase, done, total: phase == "encode" and os.kill(os.getpid(), signal.SIGKILL))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no SIGKILL")
+@pytest.mark.parametrize("before", [False, True])
+def test_a_killed_preparation_leaves_no_half_of_a_dataset(
+    corpus: Callable[..., Path], tmp_path: Path, before: bool
+) -> None:
+    """Nothing, or what was there; and the next one deletes what the killed one had begun."""
+    root, out = corpus(), tmp_path / "d"
+    if before:
+        made = prepare([root], out, vocab_size=290)
+    command = [sys.executable, "-B", "-c", KILLED, str(root), str(out)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    assert subprocess.run(command, env=environment, check=False).returncode == -9
+    assert len(list(tmp_path.glob(".d.*.tmp"))) == 1
+    if before:
+        assert TokenData.open(out).fingerprint == made.fingerprint
+    else:
+        with pytest.raises(DataError, match="no prepared data in"):
+            TokenData.open(out)
+    info = prepare([root], out, vocab_size=300, overwrite=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["corpus", "d"]
+    assert not any(p.name.startswith(".") for p in out.iterdir())
+    assert TokenData.open(out).fingerprint == info.fingerprint
+
+
+def test_two_preparations_of_one_directory(corpus: Callable[..., Path], tmp_path: Path) -> None:
+    """The second is refused while the first writes; data that are there already may be looked at by many."""
+    root, out = corpus(), tmp_path / "d"
+    with locked(out), pytest.raises(InUseError, match=r"d is in use by process \d+.*another directory"):
+        prepare([root], out, vocab_size=300)
+    prepare([root], out, vocab_size=300)
+    with locked(out):
+        assert prepare([root], out, vocab_size=300).reused
+        with pytest.raises(InUseError, match="in use"):
+            prepare([root], out, vocab_size=301, overwrite=True)
 
 
 FULL_DISK = """

@@ -79,11 +79,11 @@ def test_predicts_the_largest_cerebras_model_from_the_smaller_ones() -> None:
 @pytest.mark.parametrize(
     ("compute", "losses", "complaint"),
     [
-        ([1e12, 1e13, 1e14], [4.0, 3.0, 2.5], "3 rungs .*need 4 or more; give more --rungs"),
+        ([1e12, 1e13, 1e14], [4.0, 3.0, 2.5], "3 rungs .*need 4 or more; give more `rungs`"),
         ([1e12, 1e12, 1e13, 1e14], [4.0, 4.1, 3.0, 2.5], "3 rungs of different compute"),
         ([1e13] * 5, [4.0, 3.9, 3.8, 3.7, 3.6], "1 rungs of different compute"),
         ([1e13, 1.1e13, 1.2e13, 1.3e13], [4.0, 3.9, 3.8, 3.7], "span 1.30 times the compute"),
-        ([1e12, 1e13, 1e14, 1e15], [3.0, 3.1, 3.2, 3.3], "does not fall.*--tokens-per-parameter"),
+        ([1e12, 1e13, 1e14, 1e15], [3.0, 3.1, 3.2, 3.3], "does not fall.*`tokens_per_parameter`"),
         ([1e12, 1e13, 1e14, 1e15], [3.0, 3.0, 3.0, 3.0], "does not fall"),
         ([1e12, 1e13, 1e14, 1e15], [3.0, 2.0, 2.5, 3.01], "does not fall"),
         ([1e12, 1e13, 1e14, 1e15], [3.0, 2.0, float("nan"), 1.0], "finite"),

@@ -263,7 +263,7 @@ def test_a_prediction_is_not_changed_once_its_loss_is_known(climbed_once, tmp_pa
     before = kept.read_bytes()
     try:
         kept.write_text(json.dumps(record))
-        with pytest.raises(ConfigError, match=r"made before its loss was measured.*--held-out"):
+        with pytest.raises(ConfigError, match=r"made before its loss was measured.*`held_out`"):
             climb(climbed.ladder, place)
         record["held_out"]["loss"] = None  # not measured yet: rungs may still be added
         kept.write_text(json.dumps(record))
@@ -282,7 +282,7 @@ def test_a_prediction_is_not_changed_once_its_loss_is_known(climbed_once, tmp_pa
 
 def test_places_that_hold_something_else_are_errors(small, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="is a file: choose another --out"):
+    with pytest.raises(ConfigError, match="is a file: choose another `out`"):
         climb(small, tmp_path / "file")
     (tmp_path / "out" / "96x1").mkdir(parents=True)
     (tmp_path / "out" / "96x1" / "thesis.txt").write_text("mine")

@@ -5,11 +5,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from moe.errors import ConfigError
-from moe.plan.device import device_memory, device_step_time
+from moe.plan.device import device_memory, device_step_time, device_step_work
 from moe.plan.hardware import load_hardware
 
 ROOT = Path(__file__).parents[2]
@@ -103,6 +104,61 @@ def test_what_is_held_by_hand() -> None:
     adamw = device_memory("replica-nano", optimizer="adamw")
     assert adamw["device.optimizer"].to("B") == 8 * n
     assert device_memory("replica-nano", dtype="bf16")["device.copies"].to("B") == 2 * blocks
+
+
+def saved_by_blocks(cfg: Any, tokens: int) -> int:
+    """Bytes that a forward pass keeps for its backward, but for the parameters."""
+    import torch
+
+    from moe.model import Transformer
+
+    model, kept = Transformer(cfg), {}
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    ids = torch.randint(cfg.vocab_size, (1, tokens + 1))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        model(ids[:, :-1], ids[:, 1:])
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+def test_a_dense_layer_takes_its_own_memory(activation: str) -> None:
+    """What torch keeps with one dense layer over what it keeps without; and parameters, by hand."""
+    from moe.config import load_config
+
+    plain = load_config("replica-tiny").with_overrides([f"experts.activation={activation}", "train.optimizer=muon"])
+    dense = plain.with_overrides(["dense.layers=1", "dense.d_ff=1500"])
+    more = saved_by_blocks(dense, 64) - saved_by_blocks(plain, 64)
+    one, other = (device_memory(cfg, micro_batch=1, seq_len=64) for cfg in (plain, dense))
+    predicted = other["device.activations"].to("B") - one["device.activations"].to("B")
+    assert predicted == pytest.approx(more, rel=0.02)
+    matrices = (3 if activation == "swiglu" else 2) * 192
+    routed = 16 * matrices * 512 + 192 * 16  # of the layer that is dense now, its router too
+    n = sum(p.numel() for p in parameters(dense))
+    assert other["device.weights"].to("B") == 4 * n
+    # Muon keeps one moment of every block's matrices, AdamW two of the rest: embedding, head, norms, a router.
+    rest = 2 * 512 * 192 + 5 * 192 + 192 * 16
+    assert other["device.optimizer"].to("B") == 8 * rest + 4 * (n - rest)
+    assert n == sum(p.numel() for p in parameters(plain)) - routed + matrices * 1500
+    bf16 = device_memory(dense, micro_batch=1, seq_len=64, dtype="bf16")
+    assert bf16["device.copies"].to("B") == 2 * (n - rest)
+    step, adamw = device_step_work(dense), device_step_work(dense.with_overrides(["train.optimizer=adamw"]))
+    assert adamw["step.bytes"].to("B") - step["step.bytes"].to("B") == 8 * (n - rest)  # a moment less, in and out
+
+
+def parameters(cfg: Any) -> Any:
+    import torch
+
+    from moe.model import Transformer
+
+    with torch.device("meta"):
+        return list(Transformer(cfg).parameters())
 
 
 def test_memory_grows_with_what_it_should() -> None:

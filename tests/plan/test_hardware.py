@@ -79,6 +79,7 @@ def test_unknown_names() -> None:
         ("NVIDIA A100-SXM4-40GB", "a100-40", 312e12),
         ("NVIDIA A100-SXM4-80GB", "a100-80", 312e12),
         ("NVIDIA A100 80GB PCIe", "a100-80", 312e12),
+        ("NVIDIA A100-PCIE-40GB", "a100-40", 312e12),
         ("AMD Instinct MI300X", "mi300x", 1307.4e12),
     ],
 )
@@ -90,6 +91,14 @@ def test_a_device_is_known_by_its_own_name(device: str, name: str, peak: float, 
     assert peak_flops(torch.device("cuda"), torch.bfloat16) == pytest.approx(peak, rel=1e-12)
 
 
-def test_other_devices_are_measured() -> None:
-    assert device_hardware("NVIDIA GeForce RTX 4090") is None
+@pytest.mark.parametrize(
+    "device",
+    [
+        "NVIDIA GeForce RTX 4090", "NVIDIA H100 NVL", "NVIDIA GH200 480GB", "NVIDIA GB200", "NVIDIA RTX A1000",
+        "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA H200 NVL", "NVIDIA A100X", "NVIDIA H100", "",
+    ],
+)  # fmt: skip
+def test_other_devices_are_measured(device: str) -> None:
+    """Those too whose names hold that of a known one: of another card, or of a slice of it."""
+    assert device_hardware(device) is None
     assert set(DEVICES.values()) < set(hardware_names())

@@ -326,7 +326,7 @@ def test_a_sweep_has_every_combination_and_goes_through_csv() -> None:
         (lambda: decode("gpt4-8k", SERVE, A40, batch=1, context=-1), "context = -1"),
         (lambda: serving_memory("gpt4-8k", SERVE, A40, 0), "context = 0"),
         (lambda: experts_sheet(16, 17, 8), "top_k = 17"),
-        (lambda: experts_sheet(16, 2, 0), "batch = 0"),
+        (lambda: experts_sheet(16, 2, 0), "tokens = 0"),
         (lambda: speculate("gpt4-8k", SERVE, A40, batch=1, acceptance=1.2), r"acceptance = 1\.2"),
         (lambda: speculate("gpt4-8k", SERVE, A40, batch=1, acceptance=0.5, drafts=-1), "drafts = -1"),
         (lambda: fit({"totals": 1e12}), "target 'totals'"),

@@ -154,7 +154,7 @@ def test_bubbles_and_micro_batches_in_flight() -> None:
         ({"ep": 3, "dp": 3, "tp": 8}, "ep = 3: does not divide 16 experts; the nearest that does is 2"),
         ({"ep": 16}, r"ep = 16: ep x expert_tp = 16 must divide the 1 GPUs"),
         ({"tpp": 8}, "unknown key 'tpp'; did you mean 'tp'"),
-        ({"tp": -8}, "tp = -8: must be at least 1"),
+        ({"tp": -8}, "tp = -8: must be a whole number from 1"),
         ({"tp": 8.5}, "tp = 8.5: must be a whole number"),
         ({"zero": 4}, "zero = 4: must be one of 0, 1, 2, 3"),
         ({"weights": "fp5"}, "dtype = 'fp5': must be one of"),

@@ -61,6 +61,25 @@ def test_all_components_together_are_the_planners_flops(name: str) -> None:
     assert sum(w.flop for w in work(cfg, "backward", 2, 128).values()) == 3 * tokens * each
 
 
+DENSE = ["n_layers=3", "dense.layers=1", "dense.d_ff=700"]
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+def test_a_layer_without_experts_is_counted_as_one(activation: str) -> None:
+    """Its FLOP are those of the planner, and of its parts those by hand; nothing is routed in it."""
+    cfg = TINY.with_overrides([*DENSE, f"experts.activation={activation}"])
+    tokens, each = 2 * 128, plan.flops_per_token(cfg, 128)
+    found = work(cfg, "backward", 2, 128)
+    assert sum(w.flop for w in work(cfg, "forward", 2, 128).values()) == tokens * each
+    assert sum(w.flop for w in found.values()) == 3 * tokens * each
+    matrices = 3 if activation == "swiglu" else 2
+    assert found["mlp", "forward"].flop == 2 * tokens * matrices * 192 * 700
+    assert found["mlp", "forward"].bytes == 4 * (matrices * 192 * 700 + tokens * (2 * 192 + matrices * 700))
+    two = work(TINY.with_overrides(["n_layers=2", f"experts.activation={activation}"]), "backward", 2, 128)
+    for component in ("router", "up", "down", "combine", "permute"):
+        assert found[component, "backward"] == two[component, "backward"]
+
+
 def test_decoding_reads_the_experts_it_touches_and_the_cache() -> None:
     cfg = load_config("gpt4-8k")
     found = step_work(cfg, 8, 1, "decode", activation_bytes=2, weight_bytes=2, context=8191, experts=10.0)
@@ -82,13 +101,14 @@ def test_an_optimizer_moves_every_parameter_and_its_state() -> None:
     assert found.flop > 0
 
 
-def test_muons_flops_are_those_that_torch_counts() -> None:
+@pytest.mark.parametrize("changes", [[], DENSE], ids=["experts", "and dense"])
+def test_muons_flops_are_those_that_torch_counts(changes: list[str]) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     from moe.model import Transformer
     from moe.train.optimizer import build
 
-    cfg = TINY.with_overrides(["train.optimizer=muon"])
+    cfg = TINY.with_overrides(["train.optimizer=muon", *changes])
     model = Transformer(cfg)
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)

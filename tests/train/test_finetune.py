@@ -78,7 +78,7 @@ def test_a_fine_tune_learns_the_responses(
         assert torch.equal(merged(again)(tokens).logits_BSV, final(tokens).logits_BSV)
     else:
         assert not (tmp_path / "run" / "adapter.safetensors").exists()
-    assert "What is AI?" in (tmp_path / "run" / "samples.txt").read_text()
+    assert "what does the" in (tmp_path / "run" / "samples.txt").read_text()
 
 
 @pytest.mark.parametrize(("has_bf16", "tolerance"), [("0", 1e-6), ("1", 5e-3)])

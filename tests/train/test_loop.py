@@ -264,7 +264,7 @@ def stopped_run(cfg, data_dir, run_dir, monkeypatch):
 def test_another_configuration_or_other_data_cannot_resume(cfg, data_dir, tmp_path, monkeypatch):
     run = tmp_path / "run"
     stopped_run(cfg, data_dir, run, monkeypatch)
-    with pytest.raises(ConfigError, match=r"train.lr \(was 0.003, now 0.1\), train.steps|train.steps.*train.lr"):
+    with pytest.raises(ConfigError, match=r"configuration: train.lr \(was 0.003, now 0.1\)\. "):
         train(cfg.with_overrides(["train.lr=0.1", "train.steps=9"]), data_dir, run)
     (tmp_path / "more").mkdir()
     for i in range(80):
@@ -293,7 +293,7 @@ def test_a_checkpoint_of_another_version_says_how_to_go_on(cfg, data_dir, tmp_pa
     training = torch.load(file, weights_only=True)
     training.pop("version") if version is None else training.update(version=version)
     torch.save(training, file)
-    with pytest.raises(CheckpointError, match=f"of {age} gpt4-moe, .* \\(--from .*step-000004\\)"):
+    with pytest.raises(CheckpointError, match=f"of {age} gpt4-moe, .* \\(`start_from=.*step-000004`\\)"):
         train(cfg, data_dir, run)
 
 
@@ -361,12 +361,12 @@ def test_what_attention_was_kept_inside_holds_outside_of_training_too(cfg, data_
 
     model, data = moe.load(final), TokenData.open(data_dir)
     windows = list(some_windows(data, 16, 400))
-    crossed, counts = 0, 0
+    crossed, counts = 0, torch.zeros(1, dtype=torch.int64)
     for window in windows:
         documents = torch.from_numpy((window.inputs == data.eot_id).cumsum())[None]
         tokens = torch.from_numpy(window.inputs)[None]
         crossed += not torch.equal(model(tokens).logits_BSV, model(tokens, documents_BS=documents).logits_BSV)
-        counts += torch.stack([r.counts_E for r in model(tokens, documents_BS=documents).routing])
+        counts = counts + torch.stack([r.counts_E for r in model(tokens, documents_BS=documents).routing])
     assert crossed > 3
     arguments = ["--data", data_dir, "--tokens", 400, "--seq-len", 16]
     assert (
