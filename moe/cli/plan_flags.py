@@ -22,6 +22,7 @@ Name = Annotated[str, arg(metavar="NAME")]
 Names = Annotated[tuple[str, ...], arg(metavar="NAME ...")]
 Dtypes = Annotated[tuple[str, ...], arg(metavar="DTYPE ...")]
 Amount = Annotated[str, arg(metavar="AMOUNT")]
+MaybeAmount = Annotated[str | None, arg(metavar="AMOUNT")]
 Weights = Annotated[str, arg(metavar="DTYPE", help="Precision of the weights: bf16, fp8, int8, fp4, ...")]
 Settings = Annotated[
     Words,

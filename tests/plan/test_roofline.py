@@ -45,7 +45,7 @@ def test_with_endless_bandwidth_products_are_all() -> None:
 
 
 def test_muon_takes_its_own_time() -> None:
-    """Of a model whose Newton-Schulz steps take longer than its bytes: the FLOP that test_work.py holds against torch's,
+    """Its Newton-Schulz steps take longer than its bytes: FLOP as test_work.py holds them against torch's,
     at the float32 peak."""
     cfg = load_config("replica-1b-web").with_overrides(["train.optimizer=muon"])
     hardware, layout = load_hardware("h100-sxm"), load_layout("node-8")
