@@ -14,7 +14,9 @@ from torch import Tensor
 
 from moe.config import ExpertsConfig, RouterConfig
 from moe.kernels import ops
-from moe.layers import at_least_fp32, cast, made_by_init_weights, without_autocast
+from moe.kernels.spans import span
+from moe.layers import at_least_fp32, cast, without_autocast
+from moe.weights import made_by_init_weights
 
 
 class Routing(NamedTuple):
@@ -144,6 +146,16 @@ def balance_loss(logits_BSE: Tensor, counts_BE: Tensor, text_BS: Tensor | None =
 def z_loss(logits: Tensor) -> Tensor:
     """logsumexp(logits [..., E])^2 -> [...], which keeps the logits small (ST-MoE, Zoph et al. 2022, eq. 5)."""
     return logits.logsumexp(-1).square()
+
+
+def router_sums(routing: list[Routing], like: Tensor) -> tuple[Tensor, Tensor]:
+    """Of all layers the mean of the balance losses, summed over the sequences, and of the z-losses over the tokens."""
+    if not routing:
+        zero = like.new_zeros((), dtype=at_least_fp32(like.dtype))
+        return zero, zero
+    with span("router"), without_autocast(like.device.type):
+        balance = torch.stack([r.balance_B.sum() for r in routing]).mean()
+        return balance, torch.stack([r.z_T.sum() for r in routing]).mean()
 
 
 class Experts(nn.Module):

@@ -29,8 +29,9 @@ from moe.experts import Experts
 from moe.io.files import write_whole
 from moe.io.tensorfiles import check_plain, check_tensors
 from moe.kernels.experts import lora as kernel
-from moe.layers import Linear, made_by_init_weights, untouched
-from moe.model import Transformer, drawn_as, generator_for
+from moe.layers import Linear, untouched
+from moe.model import Transformer
+from moe.weights import drawn_as, generator_for, made_by_init_weights
 
 TARGETS = ("attention", "experts")
 ADAPTER_FILE = "adapter.safetensors"

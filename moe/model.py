@@ -1,11 +1,9 @@
-"""The decoder: Block, Transformer, its objective, the one place where weights are made, and the simple `generate`.
+"""The decoder: Block, Transformer, its objective, and the simple `generate`.
 
 Shape suffixes: L layers, B batch, S sequence, T = B*S tokens, D model width, V vocabulary, E experts, P positions.
 """
 
-import hashlib
 import math
-import sys
 from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, Unpack, overload
@@ -17,10 +15,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from moe.config import Config, RouterConfig
-from moe.experts import Experts, MoE, Routing
-from moe.kernels.arguments import can_read, has_values
+from moe.experts import Experts, MoE, Routing, router_sums
+from moe.kernels.arguments import can_read
 from moe.kernels.loss import IGNORE_INDEX
-from moe.kernels.spans import span
 from moe.layers import (
     MLP,
     Attend,
@@ -29,19 +26,15 @@ from moe.layers import (
     KVCache,
     RMSNorm,
     at_least_fp32,
+    attend_within,
     causal,
-    complete_tied,
-    made_by_init_weights,
     rope_tables,
     text_first,
     text_of,
-    tie,
     untouched,
-    within_documents,
-    within_documents_by_mask,
-    without_autocast,
 )
 from moe.recompute import MODES, run_block
+from moe.weights import complete_tied, init_weights, made_by_init_weights, tie
 
 # -------------------------------------------------------------------------------------------------------- objective
 
@@ -286,7 +279,7 @@ class Transformer(nn.Module):
             rope = rope_tables(0, S, attention.head_dim, attention.rope, x_BSD.dtype, x_BSD.device)
             if documents_BS is not None and moved is not None:
                 documents_BS = moved.front(documents_BS.to(x_BSD.device))
-            attends = [_seen(documents_BS, x_BSD.device)] * len(self.blocks)
+            attends = [attend_within(documents_BS, x_BSD.device)] * len(self.blocks)
         if moved is not None:
             rope, attends = moved.rope(rope), [moved.attend(attend) for attend in attends]
         if text_BS is not None:
@@ -315,7 +308,7 @@ class Transformer(nn.Module):
             # Sums and counts only: what is made of them is made outside of a compiled graph, whose scalar outputs that
             # depend on each other torch 2.13's compiler differentiates wrongly.
             sequences, tokens = (B, B * S) if text_BS is None else (text_BS.any(1).sum(), text_BS.sum())
-            out.sums = Sums(lm, *_router_sums(out.routing, x_BSD))
+            out.sums = Sums(lm, *router_sums(out.routing, x_BSD))
             out.counts = Counts(n_targets, sequences, tokens)
         return out
 
@@ -405,24 +398,6 @@ def _tie_again(model: Transformer, _keys: Any) -> None:
     model.tie_weights()  # load_state_dict(assign=True), too, makes a parameter for each name
 
 
-def _seen(documents_BS: Tensor | None, device: torch.device) -> Attend:
-    if documents_BS is None:
-        return causal
-    if has_values(documents_BS):
-        return within_documents(documents_BS)
-    return within_documents_by_mask(documents_BS.to(device))
-
-
-def _router_sums(routing: list[Routing], like: Tensor) -> tuple[Tensor, Tensor]:
-    """Of all layers the mean of the balance losses, summed over the sequences, and of the z-losses over the tokens."""
-    if not routing:
-        zero = like.new_zeros((), dtype=at_least_fp32(like.dtype))
-        return zero, zero
-    with span("router"), without_autocast(like.device.type):
-        balance = torch.stack([r.balance_B.sum() for r in routing]).mean()
-        return balance, torch.stack([r.z_T.sum() for r in routing]).mean()
-
-
 def _cross_entropy(head: nn.Module, x_BSD: Tensor, targets_BS: Tensor) -> Tensor:
     """The sum over the targets: by the head's own fused loss, or of the logits of whatever is in its place."""
     if untouched(head, Head, called=True):
@@ -430,130 +405,6 @@ def _cross_entropy(head: nn.Module, x_BSD: Tensor, targets_BS: Tensor) -> Tensor
     logits_BSV = head(x_BSD)
     logits_TV = logits_BSV.flatten(0, 1).to(at_least_fp32(logits_BSV.dtype))
     return F.cross_entropy(logits_TV, targets_BS.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
-
-
-# ---------------------------------------------------------------------------------------------------------- weights
-
-# What a parameter is, by the last part of its name: the one list of all of them, for whoever treats them differently.
-KINDS = {
-    "embedding": "embedding",
-    "head": "head",
-    **dict.fromkeys(("attention_norm", "mlp_norm", "norm"), "norm"),
-    "router": "router",
-    **dict.fromkeys(("wq", "wk", "wv", "w_in", "w_in_EGFD"), "matrix"),
-    **dict.fromkeys(("wo", "w_out", "w_out_EDF"), "residual matrix"),  # they write to the residual stream
-}
-
-
-def kind_of(name: str) -> str:
-    """The kind of the parameter of this name: a value of `KINDS`, or "adapter" for LoRA's.
-
-    Raises:
-        ValueError: it is not known here; what it starts from and which optimizer it gets has to be said first.
-    """
-    leaf = name.removesuffix(".weight").rpartition(".")[2]
-    if leaf.startswith("lora_"):
-        return "adapter"
-    if leaf not in KINDS:
-        raise ValueError(f"parameter {name} is of no kind that is known here: add {leaf!r} to moe.model.KINDS")
-    return KINDS[leaf]
-
-
-@torch.no_grad()
-def init_weights(model: Transformer, seed: int) -> None:
-    """Give every parameter its first value, in place, fill the buffers, and tie what is tied.
-
-    | kind | value |
-    |---|---|
-    | norm | 1 |
-    | embedding | normal, std 1 |
-    | head, tied embedding | normal, std 0.02 |
-    | matrix, router | normal, std 1 / sqrt(fan-in) / 2 |
-    | residual matrix | the same / sqrt(2 L) |
-    | buffer (the router's bias) | 0 |
-
-    Each parameter draws from a generator of its own, seeded by (seed, name), and each expert's slice from one seeded
-    by (seed, name, expert): whichever slices a rank holds of a sharded parameter (DTensor), it draws the values that
-    the whole model would have. Experts that it does not hold it never draws; of other parameters it draws one whole
-    one at a time and keeps its slice.
-
-    Raises:
-        ValueError: a parameter of no known kind, or an adapter, which starts where `moe.lora.add` puts it.
-    """
-    model.tie_weights()
-    for name, parameter in model.named_parameters():
-        kind = kind_of(name)
-        if kind == "norm":
-            parameter.fill_(1.0)
-        elif kind in ("embedding", "head"):
-            _draw(parameter, 1.0 if kind == "embedding" and not model.cfg.tie_embeddings else 0.02, seed, name)
-        elif kind in ("matrix", "router", "residual matrix"):
-            std = 0.5 / math.sqrt(parameter.shape[-1])
-            if kind == "residual matrix":
-                std /= math.sqrt(2 * model.cfg.n_layers)
-            if name.endswith(("_EGFD", "_EDF")):
-                _draw_experts(parameter, std, seed, drawn_as(name))
-            else:
-                _draw(parameter, std, seed, name, 0)
-        else:
-            raise ValueError(f"parameter {name} is an {kind}: initialise the model first, then add adapters to it")
-    for buffer in model.buffers():
-        buffer.zero_()
-
-
-def _draw(parameter: Any, std: float, seed: int, *key: object) -> None:
-    """Normal values in place, from the generator of the key."""
-    shards = _shards(parameter)
-    whole = (
-        parameter if shards is None else torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
-    )
-    whole.normal_(0.0, std, generator=generator_for(parameter.device, seed, *key))
-    if shards is not None:
-        kept = shards.distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
-        parameter.to_local().copy_(kept.to_local())  # type: ignore[attr-defined]
-
-
-def _draw_experts(parameter: Any, std: float, seed: int, name: str) -> None:
-    """As `_draw`, each expert's slice from a generator of its own; of experts elsewhere there is nothing to draw."""
-    shards = _shards(parameter)
-    if shards is None:
-        for e, part in enumerate(parameter):
-            _draw(part, std, seed, name, e)
-        return
-    mesh, placements, by_expert, of_expert = parameter.device_mesh, parameter.placements, [], []
-    for placement in placements:
-        dim = placement.dim if placement.is_shard() else None
-        by_expert.append(placement if dim == 0 else shards.Replicate())
-        of_expert.append(shards.Shard(dim - 1) if dim else shards.Replicate())
-    experts = torch.arange(len(parameter), device=parameter.device)
-    here = shards.distribute_tensor(experts, mesh, by_expert, src_data_rank=None).to_local().tolist()
-    for e, part in zip(here, parameter.to_local(), strict=True):
-        whole = _like(parameter, parameter.shape[1:])
-        _draw(whole, std, seed, name, e)
-        part.copy_(shards.distribute_tensor(whole, mesh, of_expert, src_data_rank=None).to_local())
-
-
-def _like(parameter: Tensor, shape: torch.Size) -> Tensor:
-    return torch.empty(shape, dtype=parameter.dtype, device=parameter.device)
-
-
-def _shards(parameter: Tensor) -> Any:
-    """torch.distributed.tensor for a sharded parameter, whose own module it is; None for a plain one.
-
-    Not imported: this file knows of no parallelism, and where there is a DTensor it is loaded already.
-    """
-    return sys.modules["torch.distributed.tensor"] if hasattr(parameter, "placements") else None
-
-
-def drawn_as(name: str) -> str:
-    """The name by which a parameter's draws are keyed: the experts' weights keep that of when they were the MoE's."""
-    return name.replace(".moe.experts.", ".moe.")
-
-
-def generator_for(device: torch.device, *key: object) -> torch.Generator:
-    """A generator of its own for each key: the same values wherever, and in whatever order, they are drawn."""
-    digest = hashlib.sha256(":".join(map(str, key)).encode()).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "little"))
 
 
 # ------------------------------------------------------------------------------------------------------- generation

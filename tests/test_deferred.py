@@ -23,7 +23,8 @@ from moe.errors import CheckpointError
 from moe.experts import Router
 from moe.generate import stream
 from moe.layers import KVCache
-from moe.model import Transformer, init_weights
+from moe.model import Transformer
+from moe.weights import init_weights
 from tests.conftest import ROOT, tiny_config
 
 TIED = tiny_config(tie_embeddings=True, router=RouterConfig(bias_update_rate=0.001))
@@ -162,7 +163,7 @@ def test_a_module_that_cannot_make_its_weights_says_so() -> None:
     seen = set()
     for module in [*model.modules(), *with_adapters().modules()]:
         if any(True for _ in module.parameters(recurse=False)):
-            with pytest.raises(RuntimeError, match=r"place in the model: call moe.model.init_weights\(model, seed\)"):
+            with pytest.raises(RuntimeError, match=r"place in the model: call moe.weights.init_weights\(model, seed\)"):
                 module.reset_parameters()  # type: ignore[operator]
             seen.add(type(module).__name__)
     assert seen >= {"Embedding", "Linear", "Head", "RMSNorm", "Router", "Experts", "LoraLinear", "LoraExperts"}
@@ -368,7 +369,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 import moe
 from moe.errors import CheckpointError
-from moe.model import Transformer, init_weights
+from moe.model import Transformer
+from moe.weights import init_weights
 from tests.test_deferred import TIED, TOKENS, on_meta
 
 dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())

@@ -13,9 +13,10 @@ from moe.config import Config, ConfigError, DenseConfig, ExpertsConfig, load_con
 from moe.errors import HFError
 from moe.generate import DecodeStep, stream
 from moe.layers import MLP
-from moe.model import Transformer, init_weights
+from moe.model import Transformer
 from moe.train import train
 from moe.train.optimizer import build
+from moe.weights import init_weights
 from tests.conftest import rel, tiny_config
 
 

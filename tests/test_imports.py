@@ -21,6 +21,7 @@ RANK = {
     "moe.io": 2,
     "moe.kernels": 2,
     "moe.plan.pictures": 3,
+    "moe.weights": 2,
     "moe.layers": 3,
     "moe.experts": 3,
     "moe.recompute": 3,

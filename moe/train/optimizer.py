@@ -6,10 +6,10 @@ import torch
 import torch.nn as nn
 
 from moe.config import TrainConfig
-from moe.model import kind_of
 from moe.train.muon import Muon
+from moe.weights import kind_of
 
-# Kinds of parameters (moe.model.kind_of). Muon is for the matrices inside a block; the router is a classifier over
+# Kinds of parameters (moe.weights.kind_of). Muon is for the matrices inside a block; the router is a classifier over
 # experts, like the output layer, and stays with AdamW.
 MUON_KINDS = {"matrix", "residual matrix"}
 DECAYED = {*MUON_KINDS, "router", "head", "adapter"}
