@@ -52,10 +52,12 @@ class LoraConfig:
     targets: tuple[str, ...] = TARGETS
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ConfigError(f"lora.rank = {self.rank}: must be 1 or more; 8 or 16 is common")
-        if not (self.alpha > 0 and math.isfinite(self.alpha)):
-            raise ConfigError(f"lora.alpha = {self.alpha}: must be greater than 0; twice the rank is common")
+        if not 1 <= self.rank <= 2**16:
+            raise ConfigError(f"lora.rank = {self.rank}: must be 1 or more, and at most {2**16:,}; 8 or 16 is common")
+        if not 0 < self.alpha <= 1e9:
+            raise ConfigError(
+                f"lora.alpha = {self.alpha}: must be greater than 0, and at most 1e9; twice the rank is common"
+            )
         if not self.targets or any(t not in TARGETS for t in self.targets):
             raise ConfigError(f"lora.targets = {list(self.targets)}: name one or both of {', '.join(TARGETS)}")
 

@@ -630,13 +630,14 @@ def sample(
     """
     if temperature == 0:
         return logits_BV.argmax(-1)
-    logits_BV = logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32)) / temperature
+    # Below 1e-20 any two logits that differ are already as far apart as can be, and the quotient would overflow.
+    logits_BV = logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32)) / max(temperature, 1e-20)
     if 0 < top_k < logits_BV.shape[-1]:
         kth_B1 = logits_BV.topk(top_k).values[:, -1:]
         logits_BV = logits_BV.masked_fill(logits_BV < kth_B1, -math.inf)
     probabilities_BV, ids_BV = logits_BV.softmax(-1).sort(dim=-1, descending=True, stable=True)
     if top_p < 1:
         before_BV = probabilities_BV.cumsum(-1) - probabilities_BV
-        probabilities_BV = probabilities_BV.masked_fill(before_BV >= top_p, 0.0)
+        probabilities_BV = probabilities_BV.masked_fill(before_BV >= max(top_p, 1e-30), 0.0)  # never all of them
     choice_B1 = torch.multinomial(probabilities_BV, 1, generator=generator)
     return ids_BV.gather(1, choice_B1).squeeze(1)

@@ -79,11 +79,14 @@ def print_forecast(cfg: "Config", data: Path | None, device: str | None) -> None
     default, is_there = default_place(cfg)
     if data is None and is_there:
         data = default
-    f = forecast(cfg, data, device)
+    f = forecast(cfg, data, device, trial=True)
     passes = f"{f.passes:.3g} times through the data's epochs" if f.passes else f"data to be prepared in {default}"
     print(f"{cfg.name}: {f.steps:,} steps, {f.tokens:,} tokens, {passes}")
+    if data is None:  # measured: 1.07 GB for a vocabulary of 512
+        print("memory to prepare the data first: about 1.1 GiB")
     share = f" of {f.available / GIB:.1f} GiB" if f.available else ""
     print(f"memory at the peak: {f.memory / GIB:,.2f} GiB{share}")
     if f.available and f.memory > f.available:
         print("that is more than there is: halve train.micro_batch, or set train.activation_checkpointing=selective")
-    print(f"time: {clock(f.seconds)} if every product ran at this machine's best rate; expect about twice that")
+    tried = f"about {clock(f.likely)}, by two layers tried here now; " if f.likely else ""
+    print(f"time: {tried}{clock(f.seconds)} if every product ran at this machine's best rate")

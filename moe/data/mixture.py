@@ -21,6 +21,7 @@ from moe.errors import DataError
 IGNORE = -100  # a target that is none
 _ORDER = 2  # of the rule that makes windows; the fingerprint holds it
 _ROUNDS = 8
+MAX_EPOCHS = 1_000_000  # of a source in one pass, whose windows then stay far below 2^62
 _MASK = 2**64 - 1
 
 
@@ -217,10 +218,10 @@ def whole_epochs(sources: Sequence[str], epochs: Mapping[str, int | float]) -> d
     for name, times in epochs.items():
         if name not in sources:
             raise DataError(f"epochs names source {name!r}; the data has {', '.join(sources)}")
-        if not float(times).is_integer() or times < 0:
+        if not 0 <= times <= MAX_EPOCHS or not float(times).is_integer():
             raise DataError(
-                f"epochs[{name!r}] is {times}, expected a whole number of times, 0 or more: multiply all of them until "
-                "they are whole"
+                f"epochs[{name!r}] is {times}, expected a whole number of times, from 0 to {MAX_EPOCHS:,}: multiply "
+                "all of them until they are whole"
             )
     return {name: int(epochs.get(name, 1)) for name in sources}
 

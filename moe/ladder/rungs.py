@@ -143,8 +143,10 @@ def _check_settings(base: Config, rungs: Sequence[str], tokens_per_parameter: fl
             f'train.batch_ramp = {base.train.batch_ramp!r}: the rule moves one batch size; unset it ("") and '
             "set train.batch_size"
         )
-    if not 0 < tokens_per_parameter < math.inf:
-        raise ConfigError(f"tokens_per_parameter = {tokens_per_parameter}: must be greater than 0; 20 is customary")
+    if not 0 < tokens_per_parameter <= 1e6:
+        raise ConfigError(
+            f"tokens_per_parameter = {tokens_per_parameter}: must be greater than 0, and at most 1e6; 20 is customary"
+        )
     if len(rungs) < MIN_RUNGS:
         raise ConfigError(f"rungs = {' '.join(rungs)}: a fit needs {MIN_RUNGS} or more of them")
 

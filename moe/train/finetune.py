@@ -16,6 +16,7 @@ BATCH_SIZE = 16
 # Customary for replicas of this size, not searched for. Adapters begin at zero and want a higher rate.
 LR, LORA_LR = 1e-3, 3e-3
 EVAL_TOKENS = 16_384
+MAX_EPOCHS = 1_000_000
 
 
 def recipe(
@@ -36,8 +37,8 @@ def recipe(
         ConfigError: an override that cannot be, or epochs that are not above 0.
         DataError: a window too short for the conversations.
     """
-    if not (epochs > 0 and math.isfinite(epochs)):
-        raise ConfigError(f"epochs = {epochs}: must be greater than 0")
+    if not 0 < epochs <= MAX_EPOCHS:
+        raise ConfigError(f"epochs = {epochs}: must be greater than 0, and at most {MAX_EPOCHS:,}; 2 or 3 are common")
     base = load_config_of(checkpoint)
     train = TrainConfig(
         seq_len=min(SEQ_LEN, base.max_seq_len),

@@ -29,13 +29,15 @@ class Forecast:
     memory: int
     available: int
     seconds: float
+    likely: float | None = None  # seconds, from the time of layers that were tried here; without evaluation and saving
 
 
-def forecast(cfg: Config, data_dir: str | Path | None, device: str | None = None) -> Forecast:
-    """Opens the data, builds no model, writes nothing.
+def forecast(cfg: Config, data_dir: str | Path | None, device: str | None = None, *, trial: bool = False) -> Forecast:
+    """Opens the data and writes nothing.
 
     Args:
         data_dir: None where they are not prepared yet: the length must then be one in steps or tokens.
+        trial: makes steps of two layers of the model, where these fit, for `likely`; else no model is built.
 
     Raises:
         DataError, ConfigError: as `train` would.
@@ -53,13 +55,16 @@ def forecast(cfg: Config, data_dir: str | Path | None, device: str | None = None
     with devices.callers_state(where):
         rate = devices.peak_flops(where, dtype)
         before = predicted.memory_before(where)
+        memory = predicted.process_memory(cfg, schedule.micro_batch, dtype, where, before)
+        step = predicted.trial_step(cfg, schedule.micro_batch, dtype, where, rate) if trial else None
     return Forecast(
         steps=schedule.steps,
         tokens=schedule.windows * seq_len,
         passes=schedule.windows / windows if windows else None,
-        memory=predicted.process_memory(cfg, schedule.micro_batch, dtype, where, before),
+        memory=memory,
         available=predicted.memory_available(where),
         seconds=predicted.flop(cfg, schedule.windows) / rate,
+        likely=None if step is None else step * schedule.windows / cfg.train.batch_size,
     )
 
 

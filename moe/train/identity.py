@@ -94,7 +94,7 @@ def check_complete(
         ConfigError: it is another one, or is asked for less than it did; the message names what differs.
     """
     changed = state.check_same_config(saved, cfg, run_dir)
-    done = summary["tokens"] // schedule.seq_len
+    done = summary.get("windows", summary["tokens"] // schedule.seq_len)
     if done < schedule.windows and any(key in changed for key in state.LENGTH):
         if state.latest(run_dir) is None:
             raise ConfigError(
@@ -104,7 +104,7 @@ def check_complete(
         return False
     wrong = [f"{key} (was {v[0]!r}, now {v[1]!r})" for key, v in changed.items() if key in state.RATES]
     if done > schedule.windows:
-        wrong.append(f"{schedule.windows * schedule.seq_len:,} tokens, of which it has had {summary['tokens']:,}")
+        wrong.append(f"{schedule.windows * schedule.seq_len:,} tokens, of which it has had {done * schedule.seq_len:,}")
     device, traces = asked["device"], asked["traces"]
     if device is not None and summary.get("device", device) != device:
         wrong.append(f"device (was {summary['device']}, now {device})")

@@ -266,6 +266,7 @@ def _evaluate(run: Run) -> None:
         scores = _score(run, windows)
         if not scores:  # no conversation is held out
             return
+        run.watch.check_finite(run.step, evaluate.total(scores).bits, 0.0)
         record = {"kind": "eval", "step": run.step, "tokens": run.tokens, "bits_per_byte": _per_byte(scores)}
         run.log.write(record)
         run.reporter.evaluation(record)
@@ -330,6 +331,7 @@ def _save(run: Run) -> None:
 def _finish(run: Run) -> dict[str, Any]:
     """`final/`, the held-out text, samples, pictures, `summary.json`. Done again if it is interrupted."""
     memory_peak = predicted.memory_peak(run.device)
+    run.watch.check_weights(run.step, run.model.parameters())
     plain = run.model if run.lora is None else merged(run.model)
     checkpoint.save(plain, run.dir / FINAL, tokenizer=run.tokenizer)  # first: scoring may take long
     if run.lora is not None:
@@ -347,9 +349,11 @@ def _finish(run: Run) -> dict[str, Any]:
         run.reporter.progress("final evaluation", scored, tokens)
 
     scores = _score(run, windows, progress)
+    run.watch.check_finite(run.step, evaluate.total(scores).bits, 0.0)
     summary = {
         "name": run.cfg.name,
         "step": run.step,
+        "windows": run.sample,
         "tokens": run.tokens,
         "parameters": plan.params(run.cfg).total,
         "active_parameters": plan.params(run.cfg).active["output"],

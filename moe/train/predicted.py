@@ -1,9 +1,13 @@
 """The planner's prediction beside what a run measured, and the row that `moe plan calibrate` reads."""
 
+import contextlib
+import ctypes
 import math
 import os
 import resource
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,6 +17,7 @@ from moe.model import Transformer
 from moe.plan.calibrate import FILE, append_row
 from moe.plan.device import device_memory, device_step_work
 from moe.plan.quantities import number
+from moe.train.optimizer import build
 
 
 def memory_in_use(device: torch.device) -> int:
@@ -33,7 +38,27 @@ def memory_before(device: torch.device) -> int:
     """
     if device.type == "cpu":
         _smallest_step()
+        give_back()
     return memory_in_use(device)
+
+
+def give_back() -> None:
+    """Returns what the heap keeps for reuse (moe/device.py), of work that is over, to the system, where it is glibc's.
+
+    Else what the preparation of data or an earlier run once held would count as this one's.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(ctypes.c_size_t(0))
+
+
+def reset_peak(device: torch.device) -> None:
+    """Lets `memory_peak` count from now on, where the system can."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # man 5 proc: resets VmHWM
 
 
 def _smallest_step() -> None:
@@ -68,7 +93,7 @@ def _limit(file: Path) -> float:
 
 
 def memory_peak(device: torch.device) -> int:
-    """The most that it ever held."""
+    """The most that it held since `reset_peak`."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:  # getrusage would count, from before exec, what the process that started this one held
@@ -94,6 +119,58 @@ def process_memory(cfg: Config, micro_batch: int, dtype: torch.dtype, device: to
 def flop(cfg: Config, windows: float) -> float:
     """FLOP of training on so many windows."""
     return device_step_work(cfg)["step.flops"].to("FLOP") * windows / cfg.train.batch_size
+
+
+TRIAL_SECONDS, MAX_TRIAL_SECONDS = 0.3, 3.0  # of a pass through two layers, at the device's best rate
+
+
+def trial_step(cfg: Config, micro_batch: int, dtype: torch.dtype, device: torch.device, rate: float) -> float | None:
+    """Seconds of an optimizer step, from steps of models of one and of two layers, which are built for it.
+
+    They take as many windows at a time as `micro_batch` or, where that would last, fewer. None where two layers would
+    need more than half of the memory or one window too long. `rate` is the device's, FLOP/s.
+    """
+    two = replace(cfg, n_layers=2, dense=None)
+    windows = micro_batch
+    while windows > 1 and flop(two, windows) / rate > TRIAL_SECONDS:
+        windows = math.ceil(windows / 2)
+    two = replace(two, train=replace(cfg.train, batch_size=windows, micro_batch=0, batch_ramp=""))
+    need = process_memory(two, windows, dtype, device, 0)
+    if need > memory_available(device) / 2 or flop(two, windows) / rate > MAX_TRIAL_SECONDS:
+        return None
+    one, both = (_trial(replace(two, n_layers=n), windows, dtype, device) for n in (1, 2))
+    passed, updated = (
+        first + (cfg.n_layers - 1) * max(0.0, second - first) for first, second in zip(one, both, strict=True)
+    )
+    return cfg.train.batch_size / windows * passed + updated
+
+
+def _trial(cfg: Config, micro_batch: int, dtype: torch.dtype, device: torch.device) -> tuple[float, float]:
+    """Seconds of a forward and backward pass, and of the optimizer: the better of two."""
+    with device:
+        model = Transformer(cfg)
+    model.activation_checkpointing = cfg.train.activation_checkpointing
+    optimizers = build(model, cfg.train)
+    length = cfg.train.seq_len or cfg.max_seq_len
+    tokens_BS = (torch.arange(micro_batch * length, device=device) % cfg.vocab_size).view(micro_batch, length)
+    times = []
+    for _ in range(2):
+        begun = _now(device)
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+            loss = model(tokens_BS, tokens_BS).loss
+        assert loss is not None
+        loss.backward()
+        passed = _now(device)
+        optimizers.step()
+        optimizers.zero_grad()
+        times.append((passed - begun, _now(device) - passed))
+    return min(t for t, _ in times), min(t for _, t in times)
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def compare(

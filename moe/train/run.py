@@ -120,6 +120,7 @@ def open_run(
             identity.set_aside(run_dir, saved["step"])
     write_whole(run_dir / CONFIG_FILE, cfg.to_toml().encode())
     memory_before = predicted.memory_before(device)
+    predicted.reset_peak(device)
     model = start.open_model(cfg, device, found, start_from, lora)
     tokenizer = data.tokenizer()
     text = sum(data.n_bytes(source, "train") for source in data.sources)

@@ -5,6 +5,8 @@ import math
 from moe.config import TrainConfig, parse_tokens
 from moe.errors import ConfigError
 
+MAX_TOKENS = 2**62  # far beyond all text; sums and quotients of integers stay exact
+
 
 def ramp(cfg: TrainConfig, seq_len: int) -> list[tuple[int, int]]:
     """(first window, windows a step from there on); of a constant batch one entry."""
@@ -41,6 +43,11 @@ class Schedule:
             self.windows = round(parse_tokens("train.tokens", cfg.tokens) / seq_len)
         else:
             self.windows = self._after_steps(cfg.steps)
+        if self.windows * seq_len >= MAX_TOKENS:
+            raise ConfigError(
+                f"train.steps = {cfg.steps}, train.tokens = {cfg.tokens!r}: make {self.windows * seq_len:.3g} tokens, "
+                f"and must be less than {MAX_TOKENS:.3g}"
+            )
         if self.windows < 1:
             raise ConfigError(f"train.tokens = {cfg.tokens!r}: is less than one window of {seq_len} tokens")
         self.steps = self._steps()

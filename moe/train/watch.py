@@ -1,7 +1,10 @@
 """Notices a run that has gone wrong, and says what to do about it."""
 
 import math
+from collections.abc import Iterable
 from typing import Any
+
+from torch import Tensor
 
 from moe.config import RouterConfig, TrainConfig
 from moe.errors import TrainError
@@ -33,6 +36,11 @@ class Watch:
         for name, value in (("loss", loss), ("gradient norm", grad_norm)):
             if not math.isfinite(value):
                 raise TrainError(f"the {name} is {value} at step {step:,}. {self._advice()}")
+
+    def check_weights(self, step: int, weights: Iterable[Tensor]) -> None:
+        """Raises TrainError where a weight is not finite: the last step's update may have made it so."""
+        if not all(bool(weight.isfinite().all()) for weight in weights):
+            raise TrainError(f"weights are not finite after step {step:,}. {self._advice()}")
 
     def check(self, step: int, lm: float) -> None:
         """Takes the mean loss of the steps since the last log point. Raises TrainError when the run has diverged."""

@@ -13,10 +13,12 @@ import moe
 from moe import evaluate
 from moe.config import load_config
 from moe.data import TokenData, prepare
-from moe.errors import ConfigError, DataError, TrainError
+from moe.errors import ConfigError, DataError, InUseError, TrainError
+from moe.io.files import locked
 from moe.ladder import rungs
 from moe.ladder.picture import draw
 from moe.ladder.rungs import LADDER_FILE, climb, plan_ladder
+from moe.train.forecast import forecast
 from tests.conftest import run_cli
 
 RUNGS = ("96x1", "96x2", "96x3", "192x1")
@@ -278,6 +280,31 @@ def test_a_prediction_is_not_changed_once_its_loss_is_known(climbed_once, tmp_pa
             climb(climbed.ladder, place)
     finally:
         kept.write_bytes(before)
+
+
+def test_two_at_once_and_runs_that_began_otherwise_are_errors(climbed_once, small, tmp_path, monkeypatch):
+    with locked(tmp_path / "out"), pytest.raises(InUseError, match="out is in use by process"):
+        climb(small, tmp_path / "out")
+    climbed, place, _ = climbed_once
+    monkeypatch.setattr(rungs, "train", lambda *args, **kwargs: pytest.fail("trained"))
+    kept = place / "96x1" / "summary.json"
+    before = kept.read_text()
+    try:
+        kept.write_text(json.dumps({**json.loads(before), "from": {"path": "elsewhere", "sha256": "0"}}))
+        with pytest.raises(ConfigError, match=r"96x1 holds a run begun with the weights of elsewhere"):
+            climb(climbed.ladder, place)
+    finally:
+        kept.write_text(before)
+
+
+def test_a_replica_that_does_not_fit_is_refused_before_any_is_trained(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(rungs, "train", lambda *args, **kwargs: pytest.fail("trained"))
+    needs = [forecast(rung.cfg, small.data_dir).memory for rung in (small.rungs[0], small.held_out)]
+    assert needs[0] < needs[1]
+    monkeypatch.setattr("moe.train.predicted.memory_available", lambda device: 2**20)
+    with pytest.raises(TrainError, match="does not fit: a step needs"):
+        climb(small, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_places_that_hold_something_else_are_errors(small, tmp_path):

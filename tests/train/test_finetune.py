@@ -202,3 +202,13 @@ def test_the_recipe_counts_its_steps_in_epochs(base: Path, data: ConversationDat
     assert recipe(base, data, epochs=1, lora=True).train.lr > recipe(base, data, epochs=1, lora=False).train.lr
     with pytest.raises(ConfigError, match="epochs = 0"):
         recipe(base, data, epochs=0, lora=False)
+
+
+def test_a_dry_run_says_what_it_would_take_and_writes_nothing(base: Path, data: ConversationData, tmp_path, capsys):
+    settings = ["--set", "train.seq_len=32", "train.batch_size=4", "train.steps=3"]
+    out = tmp_path / "new" / "run"
+    assert run_cli("finetune", base, "--data", data.path, "--out", out, "--dry-run", *settings) == 0
+    printed = capsys.readouterr().out
+    assert "3 steps, 384 tokens" in printed
+    assert "memory at the peak" in printed
+    assert not out.parent.exists()
