@@ -154,10 +154,12 @@ def flags_of(run: Callable[..., Any], path: tuple[str, ...]) -> list[str]:
 
 def show_page(run: Callable[..., Any], args: Sequence[str]) -> int:
     """Prints a help page with what stands outside of its boxes wrapped, too."""
-    with contextlib.redirect_stdout(io.StringIO()) as page, contextlib.suppress(SystemExit):
+    page = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")  # in which boxes are drawn, as on stdout
+    with contextlib.redirect_stdout(page), contextlib.suppress(SystemExit):
         run(args=args)
+    page.seek(0)
     width = shutil.get_terminal_size().columns
-    for line in page.getvalue().splitlines():
+    for line in page.read().splitlines():
         outside = len(line) > width and line[0].isalpha()
         print(textwrap.fill(line, width, break_on_hyphens=False, subsequent_indent="  ") if outside else line)
     return 0
