@@ -108,7 +108,7 @@ class Router(nn.Module):
         def __call__(self, x_BSD: Tensor) -> Routing: ...
 
     def choose(self, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
-        """The weights and ids [T, K] of the chosen experts. A replay puts another function in its place."""
+        """The weights and ids [T, K] of the chosen experts."""
         return ops.topk_gate(logits_TE, self.top_k, self.bias_E)
 
     @torch.no_grad()

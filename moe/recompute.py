@@ -18,7 +18,8 @@ It is a policy over operations (torch's selective checkpointing) and not a set o
 product saves what went into the product, which is what should be computed again, and runs the product again, which
 should be kept. Nothing here draws random numbers, so no generator's state is kept. Under either, what a router hook
 sees inside a backward is a repetition (moe/profile/observe.py), and the routing that the model returns is that of the
-forward: nothing is counted twice. Under "selective" a graph can be used for one backward only.
+forward: nothing is counted twice. A replay's routes come back with the pass that took them (moe/profile/override.py).
+Under "selective" a graph can be used for one backward only.
 """
 
 import functools

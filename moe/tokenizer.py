@@ -116,7 +116,8 @@ class Tokenizer:
         self.encode_batch([*texts, *special, *map(_spelled, special)])  # checks each
 
     def __reduce__(self) -> Any:
-        return Tokenizer, (self._given,)  # made anew: a pickled backend forgets what is no part of its file
+        # made anew: a pickled backend forgets what is no part of its file
+        return Tokenizer, (self._given,), {"chat_template": self.chat_template}
 
     # How a model that was taught conversations expects them, as Jinja for transformers; None: it was taught none.
     chat_template: str | None = None

@@ -61,8 +61,10 @@ def evaluate(
             raise ConfigError(f"--{name} = {value}: must be from 1 to {high} ({cfg.name})")
     if out is not None and not out.absolute().parent.is_dir():
         raise ConfigError(f"--out {out}: the directory {out.parent} does not exist; make it first")
-    model = checkpoints.load(checkpoint, device=pick_device(device)).eval()
+    if tasks:  # a missing extra is said before the work
+        import moe.lm_eval  # noqa: F401
     tokenizer = checkpoints.load_tokenizer(checkpoint) if text or tasks else None
+    model = checkpoints.load(checkpoint, device=pick_device(device)).eval()
     found: dict[str, Any] = {"checkpoint": str(checkpoint), "name": cfg.name}
     length = seq_len or cfg.train.seq_len or cfg.max_seq_len
     if data is not None:

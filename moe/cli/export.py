@@ -50,6 +50,10 @@ def export(
     if format == "hf":  # what cannot be written is said before the weights are read
         hf.config_to_hf(cfg)
     tokenizer = _tokenizer(place, cfg, foreign)
+    if format == "hf" and tokenizer is not None and not hasattr(tokenizer._backend, "to_str"):
+        name = f"the tokenizer {tokenizer.name} is in no file that transformers reads, so none is written"
+        print(f"notice: {name}; take a copy of it made for Hugging Face", file=sys.stderr)
+        tokenizer = None
     model = (hf.load if foreign else checkpoints.load)(place, dtype=_dtype(dtype) if adapter is None else None)
     if adapter is not None:
         lora.load_adapter(model, adapter)

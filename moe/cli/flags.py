@@ -5,6 +5,8 @@ from typing import Annotated
 
 from tyro.conf import FlagCreatePairsOff, UseAppendAction, arg
 
+from moe.errors import ConfigError
+
 # Given or not: there is no --no-NAME.
 Flag = FlagCreatePairsOff[bool]
 # Repeatable, each with one or more words.
@@ -15,3 +17,9 @@ Settings = Annotated[Words, arg(name="set", metavar="KEY=VALUE ...")]
 def assignments(settings: Iterable[Iterable[str]]) -> list[str]:
     """All the KEY=VALUE of a command's --set, in order."""
     return [assignment for group in settings for assignment in group]
+
+
+def within(flag: str, value: float, low: float, high: float) -> None:
+    """Raises ConfigError where the number of a flag is outside low .. high, as nan and the infinities are."""
+    if not low <= value <= high:
+        raise ConfigError(f"--{flag} {value}: must be from {low:g} to {high:g}")

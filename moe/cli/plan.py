@@ -12,7 +12,23 @@ from tyro.conf import Positional, arg
 
 from moe.cli.flags import Flag, Words
 from moe.cli.plan_check import calibrate, check, report
-from moe.cli.plan_flags import MODEL, SERVE, TRAIN, Batch, Context, Model, On, Settings, Weights, read_layout
+from moe.cli.plan_flags import (
+    MODEL,
+    SERVE,
+    TRAIN,
+    Amount,
+    Batch,
+    Context,
+    Dtypes,
+    MaybeAmount,
+    Model,
+    Name,
+    Names,
+    On,
+    Settings,
+    Weights,
+    read_layout,
+)
 from moe.cli.show import SHOW, Output, check_pictures, show_rows, show_sheet
 
 if TYPE_CHECKING:
@@ -54,11 +70,11 @@ def train(
     /,
     *,
     on: On = TRAIN,
-    tokens: str | None = None,
+    tokens: MaybeAmount = None,
     mfu: float | None = None,
     floor: Flag = False,
     gemm: float = 0.735,
-    bus: str = "80 GB/s",
+    bus: Amount = "80 GB/s",
     imbalance: float = 1.0,
     duty: float = 1.0,
     show: Output = SHOW,
@@ -110,7 +126,7 @@ def memory(
     cards: Flag = False,
     device: Flag = False,
     context: int = 8192,
-    optimizer: str = "adamw",
+    optimizer: Name = "adamw",
     show: Output = SHOW,
 ) -> int:
     """Memory of a GPU, in training by stage, in serving, or of moe train on one device.
@@ -170,7 +186,7 @@ def decode(
     prompt: int = 0,
     utilisation: float | None = None,
     reclaimed: float = 0.0,
-    lifetime: str | None = None,
+    lifetime: MaybeAmount = None,
     floor: Flag = False,
     show: Output = SHOW,
 ) -> int:
@@ -256,12 +272,12 @@ def sweep(
     model: Positional[Model] = MODEL,
     /,
     *,
-    layout: tuple[str, ...] = ("gpt4-serve",),
+    layout: Names = ("gpt4-serve",),
     set_: Settings = (),
-    hardware: tuple[str, ...] = ("a100-40",),
+    hardware: Names = ("a100-40",),
     batch: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024),
     context: tuple[int, ...] = (8192,),
-    weights: tuple[str, ...] = ("bf16",),
+    weights: Dtypes = ("bf16",),
     partitions: Flag = False,
     chips: tuple[int, ...] = (8, 16, 32, 64, 128),
     pictures: Path | None = None,
@@ -348,7 +364,7 @@ def redesign(
     model: Positional[Model] = MODEL,
     /,
     *,
-    hardware: str = "a100-80",
+    hardware: Name = "a100-80",
     gpus: int = 128,
     per_user: float = 8.33,
     context: Context = 8192,

@@ -9,7 +9,7 @@ from typing import Any
 
 from tyro.conf import Positional
 
-from moe.cli.plan_flags import MODEL, Model
+from moe.cli.plan_flags import MODEL, MaybeAmount, Model
 from moe.cli.show import SHOW, Output, print_json, show_rows, show_sheet, write_csv
 
 
@@ -71,7 +71,7 @@ def report(path: Positional[Path], /, *, model: Model = MODEL) -> int:
     return 0
 
 
-def calibrate(csv_file: Positional[Path], /, *, peak: str | None = None, show: Output = SHOW) -> int:
+def calibrate(csv_file: Positional[Path], /, *, peak: MaybeAmount = None, show: Output = SHOW) -> int:
     """Efficiency constants from measured steps, and their error on steps that were held out.
 
     Args:

@@ -18,7 +18,12 @@ MODEL = "gpt4-8k"
 Model = Annotated[str, arg(metavar="MODEL", help="A shipped name, a .toml, or a Hugging Face config.json.")]
 Context = Annotated[int, arg(help="Tokens that each sequence has.")]
 Batch = Annotated[int, arg(help="Sequences that share one pass; a pipeline has that many in each stage.")]
-Weights = Annotated[str, arg(help="Precision of the weights: bf16, fp8, int8, fp4, ...")]
+Name = Annotated[str, arg(metavar="NAME")]
+Names = Annotated[tuple[str, ...], arg(metavar="NAME ...")]
+Dtypes = Annotated[tuple[str, ...], arg(metavar="DTYPE ...")]
+Amount = Annotated[str, arg(metavar="AMOUNT")]
+MaybeAmount = Annotated[str | None, arg(metavar="AMOUNT")]
+Weights = Annotated[str, arg(metavar="DTYPE", help="Precision of the weights: bf16, fp8, int8, fp4, ...")]
 Settings = Annotated[
     Words,
     arg(name="set", metavar="KEY=VALUE ...", help="Settings of the layout, such as interleave=4 recompute=selective."),
@@ -29,9 +34,11 @@ Settings = Annotated[
 class Cluster:
     """On what: a layout with changes, on hardware."""
 
-    layout: Annotated[str, arg(help="A shipped layout or a TOML file.")]
+    layout: Annotated[str, arg(metavar="NAME", help="A shipped layout or a TOML file.")]
     set_: Settings = ()
-    hardware: Annotated[str | None, arg(help="A shipped name or a TOML file. Default: the layout's.")] = None
+    hardware: Annotated[
+        str | None, arg(metavar="NAME", help="A shipped name or a TOML file. Default: the layout's.")
+    ] = None
 
     def read(self) -> "tuple[Layout, Hardware]":
         """Both, from their files.

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING
 import tyro
 from tyro.conf import Positional
 
+from moe.cli.flags import within
 from moe.cli.profile_step import step
 from moe.cli.show import print_table
+from moe.errors import ConfigError, TraceError
 
 if TYPE_CHECKING:
     from moe.profile.subject import Subject, Text
@@ -51,11 +53,15 @@ def routing(
         device: cuda or cpu. Default: cuda where there is one.
     """
     from moe import profile
+    from moe.io.files import is_taken
     from moe.profile import subject as subjects
     from moe.profile import tables
 
+    _check(data, text, tokens, seq_len, batch)
+    if trace is not None and is_taken(trace):
+        raise TraceError(f"--trace {trace}: exists and is not an empty directory; choose another")
     subject = _subject(checkpoint, device)
-    seen = _text(subject, data, text, tokens, seq_len, batch)
+    seen = _text(subject, data, text, tokens, seq_len)
     p = subjects.profile_routing(subject, seen.windows, batch, trace)
     pairs = profile.closest_pairs(subject.model)
     print_table(tables.by_layer(p))
@@ -118,8 +124,10 @@ def report(
     from moe.profile.similarity import expert_bytes
     from moe.train.metrics import load_over_training
 
+    _check(data, text, tokens, seq_len, batch)
+    within("time-rounds", time_rounds, 0, 10**6)
     subject = _subject(checkpoint, device)
-    seen = _text(subject, data, text, tokens, seq_len, batch)
+    seen = _text(subject, data, text, tokens, seq_len)
     with tempfile.TemporaryDirectory() as place:
         p = subjects.profile_routing(subject, seen.windows, batch, Path(place, "trace"))
         ids_TLK = profile.Trace.open(Path(place, "trace")).ids_TLK(2**20)
@@ -154,9 +162,9 @@ def placement(trace: Positional[Path], /, *, gpus: int, redundant: int = 0, out:
         out: Write the placement to this JSON file.
     """
     from moe import profile
-    from moe.errors import ConfigError
     from moe.profile import tables
 
+    within("gpus", gpus, 1, 2**20)
     opened = profile.Trace.open(trace)
     counts_PLE = opened.counts_PLE()
     if len(counts_PLE) < 2:
@@ -203,9 +211,22 @@ def serving(
     from moe.plan.hardware import load_hardware
     from moe.profile import tables
 
+    within("bits", bits, 1, 64)
+    if bandwidth is not None:
+        within("bandwidth", bandwidth, 1e-3, 1e9)
+    expert_bytes = 0.0  # in all layers
     opened = profile.Trace.open(trace)
+    if config is not None:
+        cfg = load_config(config)
+        if cfg.experts.n_experts != opened.n_experts:
+            raise ConfigError(
+                f"--config {config}: has {cfg.experts.n_experts} experts a layer, but {trace} {opened.n_experts}; "
+                "give the configuration of the model that was traced"
+            )
+        expert_bytes = plan.params(cfg).expert * bits / 8
+    if not opened.tokens:
+        raise TraceError(f"{trace}: has no tokens; record one with moe profile routing --trace")
     found = profile.decode_steps(opened.ids_TLK(2**20), opened.n_experts)
-    expert_bytes = plan.params(load_config(config)).expert * bits / 8 if config is not None else 0.0  # in all layers
     title = f"one decoding step of {trace}; uniform: independent choices at even load"
     if bandwidth is None:
         bandwidth = load_hardware("h100-sxm").bandwidth.to("GB/s")
@@ -251,11 +272,12 @@ def compare(
     if data is None and not text:
         print_table(tables.changes(profile.compare(profile.Trace.open(one), profile.Trace.open(other))))
         return 0
+    _check(data, text, tokens, seq_len, batch)
     with tempfile.TemporaryDirectory() as place:
         readings = []
         for name, checkpoint in (("one", one), ("other", other)):  # one model in memory at a time
             subject = _subject(checkpoint, device)
-            seen = _text(subject, data, text, tokens, seq_len, batch)
+            seen = _text(subject, data, text, tokens, seq_len)
             readings.append(difference.read(subject, seen.windows, batch, Path(place, name)))
             del subject
         changes, routes = difference.compare_readings(*readings)
@@ -267,6 +289,14 @@ def compare(
 # ------------------------------------------------------------------------------------------------------------- parts
 
 
+def _check(data: Path | None, text: tuple[str, ...], tokens: int, seq_len: int, batch: int) -> None:
+    """What can be known to be wrong before a model is loaded."""
+    for flag, value in (("tokens", tokens), ("seq-len", seq_len), ("batch", batch)):
+        within(flag, value, 1, 2**40)
+    if (data is not None) == bool(text):
+        raise ConfigError(f"{'both' if text else 'neither'} of --data and --text: give one of them")
+
+
 def _subject(checkpoint: Path, device: str | None) -> "Subject":
     from moe.device import pick_device
     from moe.profile.subject import open_subject
@@ -274,21 +304,18 @@ def _subject(checkpoint: Path, device: str | None) -> "Subject":
     return open_subject(checkpoint, pick_device(device))
 
 
-def _text(
-    subject: "Subject", data: Path | None, text: tuple[str, ...], tokens: int, seq_len: int, batch: int
-) -> "Text":
-    """The windows that --data or --text ask for."""
-    from moe.errors import ConfigError
+def _text(subject: "Subject", data: Path | None, text: tuple[str, ...], tokens: int, seq_len: int) -> "Text":
+    """The windows that --data or --text ask for, at least one."""
+    from moe.errors import SubjectError
     from moe.profile import subject as subjects
 
-    for name, value in (("tokens", tokens), ("seq-len", seq_len), ("batch", batch)):
-        if value < 1:
-            raise ConfigError(f"--{name} {value}: must be at least 1")
-    if (data is not None) == bool(text):
-        raise ConfigError(f"{'both' if text else 'neither'} of --data and --text: give one of them")
     if data is not None:
-        return subjects.prepared_text(subject, data, tokens, seq_len)
-    return subjects.text_of_files(subject, text, tokens, seq_len)
+        found = subjects.prepared_text(subject, data, tokens, seq_len)
+    else:
+        found = subjects.text_of_files(subject, text, tokens, seq_len)
+    if not found.windows:
+        raise SubjectError(f"{data or ', '.join(text)}: no held-out text of two tokens; give more text")
+    return found
 
 
 def _write(file: Path, content: str) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from tyro.conf import Positional
 
-from moe.cli.flags import Settings, assignments
+from moe.cli.flags import Settings, assignments, within
 from moe.cli.show import print_table
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ def step(
     from moe.plan.calibrate import FILE, append_row
     from moe.profile import tables
 
+    within("rounds", rounds, 1, 10**6)
     subject, run = _prepare_step(model, set_, what, batch, seq_len, context, dtype, device)
     found = profile.profile_step(subject, run, rounds=rounds)
     print_table(tables.parts(found))
@@ -104,7 +105,7 @@ def _prepare_step(
         raise ConfigError(f"--set {' '.join(changes[0])}: {name} is a checkpoint, whose shape is given")
     cfg = checkpoint.load_config_of(name) if trained else load_config(name)
     cfg = cfg.with_overrides(assignments(changes))
-    length = seq_len or cfg.train.seq_len or cfg.max_seq_len
+    length = seq_len if seq_len is not None else cfg.train.seq_len or cfg.max_seq_len
     for flag, value, low, high in (("batch", batch, 1, 2**20), ("seq-len", length, 1, cfg.max_seq_len)):
         if not low <= value <= high:
             raise ConfigError(f"--{flag} = {value}: must be from {low} to {high} ({cfg.name})")

@@ -31,6 +31,7 @@ from moe.data.shards import (
     TokenData,
     TokenStream,
     check_vocabulary,
+    complete,
     load_tokenizer,
     map_stream,
     read_index,
@@ -142,6 +143,7 @@ def prepare_conversations(
         raise DataError(
             f"no conversation to train on ({counts['val']} held out, {report.empty} without a response, "
             f"{len(report.skipped)} not valid text): one in twenty is held out, by its request; give more"
+            + "".join(f" ({notice})" for notice in report.notices)
         )
     if not counts["val"]:
         notices.append("no conversation is held out, so there is nothing to evaluate on: give more of them")
@@ -175,7 +177,7 @@ def _existing(out: Path, inputs: str, overwrite: bool) -> "ConversationData | No
     try:
         index = json.loads((out / INDEX_FILE).read_bytes())
         ours = isinstance(index, dict) and index.get("format") == FORMAT
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         ours = False
     if not ours:
         raise DataError(f"out_dir {out} exists and is not prepared conversations: choose a new or an empty directory")
@@ -285,7 +287,9 @@ class ConversationData:
     def open(path: str | Path) -> "ConversationData":
         """Opens a prepared directory. Raises DataError where it is none, of another version, or damaged."""
         path = Path(path)
-        return ConversationData(path, read_index(path, FORMAT, VERSION, MAKER))
+        index = read_index(path, FORMAT, VERSION, MAKER)
+        with complete(path):
+            return ConversationData(path, index)
 
     def __reduce__(self) -> Any:
         return reopened, (ConversationData, os.path.abspath(self.path), self.fingerprint)  # not the tokens

@@ -43,8 +43,8 @@ _MEANING = {"train": "for training", "val": "held out for validation"}
 def nothing(split: str) -> DataError:
     """The error for a split that has no document."""
     return DataError(
-        f"no document is {_MEANING[split]}: hold out another fraction, or name text to hold out (validation=0.2, "
-        "validation=PATH; on the command line --validation), take a larger sample, or give more text"
+        f"no document is {_MEANING[split]}: hold out another fraction, or name text to hold out (`validation=0.2`, "
+        "`validation=PATH`), take a larger sample, or give more text"
     )
 
 

@@ -171,7 +171,7 @@ def _spoken(turns: Any, where: str) -> list[Any]:
     messages = []
     for i, turn in enumerate(turns):
         if isinstance(turn, dict) and "from" in turn:
-            if turn["from"] not in _SPEAKERS:
+            if not isinstance(turn["from"], str) or turn["from"] not in _SPEAKERS:
                 expected = f"expected one of {', '.join(_SPEAKERS)}: rename it, or leave out what is not text"
                 raise DataError(f"{where}: conversations[{i}].from is {turn['from']!r}, {expected}")
             turn = {"role": _SPEAKERS[turn["from"]], "content": turn.get("value")}

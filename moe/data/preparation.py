@@ -380,6 +380,6 @@ def _is_prepared(out: Path) -> bool:
     """Whether `out` is a directory of ours, whole or damaged: the only kind that may be replaced."""
     try:
         index = json.loads((out / INDEX_FILE).read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(index, dict) and index.get("format") == FORMAT

@@ -15,7 +15,7 @@ import mmap
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -227,7 +227,7 @@ def read_index(path: Path, format_name: str, version: int, maker: str) -> dict[s
         raise DataError(f"no prepared data in {path} ({INDEX_FILE} is missing): prepare it with {maker}")
     try:
         index = json.loads(file.read_bytes())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{file} is not complete JSON ({error}): prepare the data again") from None
     if not isinstance(index, dict) or index.get("format") != format_name:
         found = index.get("format") if isinstance(index, dict) else None
@@ -236,6 +236,15 @@ def read_index(path: Path, format_name: str, version: int, maker: str) -> dict[s
     if index.get("version") != version:
         raise DataError(f"{file} has format version {index.get('version')}, expected {version}: prepare it again")
     return index
+
+
+@contextlib.contextmanager
+def complete(path: Path) -> Iterator[None]:
+    """Raises DataError where what is done in it does not find all that an index should have."""
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError) as error:
+        raise DataError(f"{path / INDEX_FILE} is incomplete ({error!r}): prepare the data again") from None
 
 
 def map_stream(directory: Path, shards: Sequence[dict[str, Any]], dtype: np.dtype) -> TokenStream:
@@ -271,7 +280,7 @@ def read_table(directory: Path, entry: dict[str, Any]) -> DocumentTable:
         table = json.loads(file.read_bytes())
         n_tokens, n_bytes = (np.array(table[key], dtype=np.int64) for key in ("tokens", "bytes"))
         names = table["name"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, OverflowError) as error:
         raise DataError(f"{file} cannot be read ({error}): prepare the data again (overwrite)") from None
     if not len(names) == len(n_tokens) == len(n_bytes) == entry["count"]:
         raise DataError(f"{file} does not have {entry['count']:,} documents: prepare the data again (overwrite)")
@@ -328,7 +337,8 @@ class TokenData:
         """
         path = Path(path)
         index = read_index(path, FORMAT, VERSION, "moe data prepare")
-        return TokenData(path, index)
+        with complete(path):
+            return TokenData(path, index)
 
     def __reduce__(self) -> Any:
         return reopened, (TokenData, os.path.abspath(self.path), self.fingerprint)  # not the tokens

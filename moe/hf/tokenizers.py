@@ -19,18 +19,24 @@ def end_id(tokenizer: Tokenizer) -> int:
     return template.end_id if tokenizer.chat_template == template.jinja else tokenizer.eot_id
 
 
-def write_tokenizer(directory: Path, tokenizer: Tokenizer, max_seq_len: int) -> None:
-    """Writes the files that `AutoTokenizer` and `generate` read.
+def content_of(tokenizer: Tokenizer) -> str:
+    """A `tokenizer.json` that encodes text as this tokenizer does.
 
     Raises:
         HFError: GPT-4's own tokenizer, whose ranks come with a package.
     """
-    file = tokenizer.save(directory / TOKENIZER_FILE)
-    if "model" not in json.loads(file.read_bytes()):
+    backend = tokenizer._backend  # what encodes, which may be less than the file it came from
+    if not hasattr(backend, "to_str"):
         raise HFError(
             f"tokenizer {tokenizer.name} is stored by name only, which Hugging Face's libraries do not read: "
             "leave tokenizer out and pair the model with a Hugging Face copy of that tokenizer"
         )
+    return backend.to_str()
+
+
+def write_tokenizer(directory: Path, tokenizer: Tokenizer, max_seq_len: int) -> None:
+    """Writes the files that `AutoTokenizer` and `generate` read. Raises HFError as `content_of` does."""
+    (directory / TOKENIZER_FILE).write_text(content_of(tokenizer), encoding="utf-8")
     end = end_id(tokenizer)
     settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",

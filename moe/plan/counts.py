@@ -4,7 +4,7 @@ Attention counts 2 d q + 2 d kv per layer, where the query width q = heads x hea
 an expert 3 d f (gated) or 2 d f; the router d E. Tests hold the counts against the parameters of the built model.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from moe.plan.bounds import whole
@@ -37,7 +37,7 @@ class Params:
     dense: int  # the MLPs of layers without experts
     router: int
     norms: int
-    active: dict[ActiveConvention, int]
+    active: dict[ActiveConvention, int] = field(hash=False)
 
     @property
     def block_matrices(self) -> int:

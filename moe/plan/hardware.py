@@ -5,7 +5,7 @@ A peak that is not marked as dense is refused: data sheets print the peak of 2:4
 
 import difflib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ class Hardware:
     node: Quantity
     network: Quantity
     price: Quantity
-    peaks: dict[str, Quantity]
+    peaks: dict[str, Quantity] = field(hash=False)
 
     def peak(self, dtype: str) -> Quantity:
         """The dense peak in FLOP/s.

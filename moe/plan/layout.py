@@ -53,7 +53,7 @@ class Layout:
     gradients: str = "bf16"
     kv_cache: str = "bf16"
     kv_sharding: Literal["heads", "batch"] = "heads"
-    assumed: dict[str, str] = field(default_factory=dict)
+    assumed: dict[str, str] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         for name in ("tp", "pp", "dp", "cp", "ep", "interleave", "micro_batch", "seq_len"):

@@ -11,12 +11,11 @@ from moe.config import Config, parse_tokens
 from moe.errors import ConfigError
 from moe.plan.bounds import amount
 from moe.plan.comm import training_traffic
-from moe.plan.counts import params
 from moe.plan.flops import TRAINING, flops_per_token
 from moe.plan.hardware import Hardware
 from moe.plan.layout import Layout
 from moe.plan.quantities import Quantity, Sheet, assumed, quantity
-from moe.plan.sizes import NARROW, WIDE, update_bytes
+from moe.plan.sizes import NARROW, WIDE
 from moe.plan.train import Efficiency
 from moe.plan.work import Work, step_work
 
@@ -63,11 +62,12 @@ def predict_small_run(
     rates = {"gemm": efficiency.quantity("gemm"), "memory": memory, "bandwidth": hardware.bandwidth}
     least = layout.replace(seq_len=seq_len, batch_tokens=seq_len * layout.micro_batch * layout.dp)
     traffic = training_traffic(cfg, least, hardware)
+    update = step_work(cfg, 1, 1, "train", activation_bytes=NARROW, weight_bytes=WIDE)["optimizer", "update"]
     sheet.derive(
-        "floor.optimizer", "ms", f"{update_bytes('adamw')} * byte/param * params / shared / (bandwidth * memory)",
-        "AdamW reads parameter, gradient and two moments and writes all but the gradient, in float32",
-        params=quantity(params(cfg).total, "param", key="params.total"), shared=layout.dp if layout.zero else 1,
-        memory=memory, bandwidth=hardware.bandwidth,
+        "floor.optimizer", "ms", "max(flop / (peak * gemm), bytes / (bandwidth * memory)) / shared",
+        "parameter, gradient and moments (AdamW two, Muon one) come in, all but the gradient go out, in float32",
+        flop=quantity(update.flop, "FLOP"), peak=hardware.peak("fp32"), bytes=quantity(update.bytes, "B"),
+        shared=layout.dp if layout.zero else 1, **rates,
     )  # fmt: skip
     sheet.put("floor.reduction", traffic["comm.data.time"], "ms", "gradients and weights over the node's links at peak")
     steps = []  # the time of all steps at each batch of the ramp

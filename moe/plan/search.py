@@ -1,7 +1,7 @@
 """Searches: the shape that has claimed totals, and the layout that serves a model best on given GPUs."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from moe.errors import ConfigError
 from moe.io.toml import require
@@ -27,7 +27,7 @@ class Fit:
 
     shape: Shape
     error: float
-    totals: dict[str, float]
+    totals: dict[str, float] = field(hash=False)
 
 
 def fit(

@@ -29,7 +29,8 @@ class _Shed:
     """Stands in a copy of a module where the original had a `Hook`, until the copy is first called."""
 
     def __call__(self, module: nn.Module, *_: Any) -> None:
-        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+        kinds = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+        for hooks in kinds:
             for key in [key for key, hook in hooks.items() if hook is self]:
                 del hooks[key]
 

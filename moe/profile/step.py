@@ -186,8 +186,8 @@ def make_run(
 
 
 def _decode(model: Transformer, tokens_B: Tensor, context: int) -> Callable[[], Any]:
-    if context >= model.cfg.max_seq_len:
-        raise ValueError(f"context = {context}: max_seq_len = {model.cfg.max_seq_len} leaves room for less than that")
+    if not 0 <= context < model.cfg.max_seq_len:
+        raise ValueError(f"context = {context}: must be at least 0 and less than max_seq_len = {model.cfg.max_seq_len}")
     weight = model.embedding.weight
     cache = KVCache(model.cfg, len(tokens_B), context + 1, weight.dtype, weight.device)
     for layer in cache.layers:
@@ -219,7 +219,13 @@ def _rows_are_copied(model: Transformer, tokens: int, dtype: torch.dtype) -> boo
 
 
 def profile_step(model: Transformer, run: Run, *, rounds: int = 5) -> StepProfile:
-    """Measures `run`: two steps that do not count, then `rounds` plain and measured ones and the ceilings, in turns."""
+    """Measures `run`: two steps that do not count, then `rounds` plain and measured ones and the ceilings, in turns.
+
+    Raises:
+        ValueError: fewer than one round.
+    """
+    if rounds < 1:
+        raise ValueError(f"rounds = {rounds}: must be at least 1")
     device = model.embedding.weight.device
     measure_ceilings = _CeilingMeter(device, run.dtype)
     plain: list[float] = []

@@ -24,6 +24,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from moe.kernels.spans import listening
 from moe.layers import INDIFFERENT
+from moe.profile.hooks import Hook
 
 Part = tuple[str, str]  # component, phase
 OTHER: Part = ("other", "")
@@ -121,7 +122,8 @@ class Timing:
 def timing(model: nn.Module, *, annotate: bool = False) -> Iterator[Timing]:
     """Measures what happens inside the block: forward passes, backwards, optimizer steps, decoding.
 
-    Of transformers' models, forward passes only: their modules are called in ways that hide where a backward ends.
+    Of transformers' models, forward passes only: their modules are called in ways that hide where a backward ends. What
+    torch.compile made of a model has no place for the clock: its time is mostly "other".
 
     Args:
         annotate: also name the parts in torch.profiler's traces and, on CUDA, as NVTX ranges. Costs time of its own.
@@ -216,8 +218,9 @@ def _do(act: Callable[[Part], None], part: Part) -> Callable[..., None]:
     return _indifferent(hook)
 
 
-def _indifferent(hook: Callable[..., None]) -> Callable[..., None]:
+def _indifferent(function: Callable[..., None]) -> Hook:
     """A clock must not change which way a module goes: it says that it takes any call and changes nothing."""
+    hook = Hook(function)
     setattr(hook, INDIFFERENT, True)
     return hook
 

@@ -73,6 +73,77 @@ def test_what_bad_calls_get(place: Path, tmp_path: Path, capsys: pytest.CaptureF
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["serving", "--bandwidth", "0"], "--bandwidth 0.0: must be from 0.001 to 1e+09"),
+        (["serving", "--bandwidth", "-1"], "--bandwidth -1.0: must be from"),
+        (["serving", "--bandwidth", "nan"], "--bandwidth nan: must be from"),
+        (["serving", "--bandwidth", "inf"], "--bandwidth inf: must be from"),
+        (["serving", "--bandwidth", "1e308"], "--bandwidth 1e+308: must be from"),
+        (["serving", "--bandwidth", "1e-320"], "--bandwidth 1e-320: must be from"),
+        (["serving", "--bits", "0"], "--bits 0: must be from 1 to 64"),
+        (["serving", "--bits", "-8"], "--bits -8: must be from 1 to 64"),
+        (["serving", "--config", "replica-tiny", "--bits", "16"], "has 16 experts a layer, but"),
+        (["placement", "--gpus", "0"], "--gpus 0: must be from 1"),
+        (["placement", "--gpus", "-2"], "--gpus -2: must be from 1"),
+        (["placement", "--gpus", str(10**30)], f"--gpus {10**30}: must be from 1"),
+        (["placement", "--gpus", "2", "--redundant", "-1"], "redundant = -1: must be 0 to 8"),
+    ],
+)
+def test_numbers_that_cannot_be(
+    flags: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ids = np.zeros((3, 2, 2), dtype=np.int64) + np.array([0, 1])
+    profile.import_routed_experts(tmp_path / "t", [ids, ids], n_layers=2, n_experts=8, top_k=2)
+    config = [] if "--config" in flags else ["--config", "gpt4-8k"] if flags[0] == "serving" else []
+    assert run_cli("profile", flags[0], tmp_path / "t", *config, *flags[1:]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["routing", "report", "compare"])
+@pytest.mark.parametrize("flag", ["--tokens", "--seq-len", "--batch"])
+def test_sizes_are_checked_before_a_model_is_loaded(
+    command: str, flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = [tmp_path / "no-model"] * (2 if command == "compare" else 1)
+    for value in ("0", "-1", str(10**30)):
+        assert run_cli("profile", command, *places, "--data", tmp_path, flag, value) == 2
+        assert f"{flag} {value}: must be from 1 to 1.09951e+12" in capsys.readouterr().err
+
+
+def test_what_is_there_is_left_alone(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t" / "file").write_text("mine")
+    arguments = ["--data", place / "data", "--trace", tmp_path / "t"]
+    assert run_cli("profile", "routing", tmp_path / "no-model", *arguments) == 1
+    assert "exists and is not an empty directory" in capsys.readouterr().err
+    assert [p.name for p in (tmp_path / "t").iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(("n_experts", "top_k"), [(1, 1), (3, 3)])
+def test_a_model_with_nothing_to_choose(
+    n_experts: int, top_k: int, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One layer, in which every token goes to every expert; and so little text that a source has one window."""
+    cfg = moe.load_config("replica-tiny").scaled(d_model=192, n_layers=1, vocab_size=300, max_seq_len=64)
+    cfg = cfg.with_overrides([f"experts.n_experts={n_experts}", f"experts.top_k={top_k}"])
+    moe.save(moe.Transformer(cfg), tmp_path / "model")
+    arguments = ["--data", place / "data", "--tokens", 32, "--seq-len", 32]
+    files = ["--out", tmp_path / "p.json", "--pictures", tmp_path / "pictures"]
+    assert run_cli("profile", "routing", tmp_path / "model", *arguments, *files) == 0
+    printed = capsys.readouterr().out
+    assert "nan" not in printed
+    assert "±" in printed
+    content = (tmp_path / "p.json").read_text()
+    assert "NaN" not in content
+    assert json.loads(content)["load_entropy_L"] == pytest.approx([1.0])
+    flags = ["--time-rounds", 0, "--out", tmp_path / "r.html"]
+    assert run_cli("profile", "report", tmp_path / "model", *arguments, *flags) == 0
+
+
 def test_a_step_part_by_part(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--batch", 2, "--seq-len", 16, "--rounds", 1, "--dtype", "fp32", "--device", "cpu"]
     files = ["--out", tmp_path / "s.json", "--pictures", tmp_path / "pictures", "--chrome", tmp_path / "trace.json"]
@@ -108,7 +179,10 @@ def test_a_step_part_by_part(place: Path, tmp_path: Path, capsys: pytest.Capture
     [
         (["replica-tiny", "--seq-len", 257], "--seq-len = 257: must be from 1 to 256"),
         (["replica-tiny", "--batch", 0], "--batch = 0: must be from 1"),
-        (["replica-tiny", "--what", "decode", "--context", 256], "context = 256: max_seq_len = 256"),
+        (["replica-tiny", "--what", "decode", "--context", 256], "context = 256: must be at least 0 and less than"),
+        (["replica-tiny", "--what", "decode", "--context", -1], "context = -1: must be at least 0 and less than"),
+        (["replica-tiny", "--seq-len", 0], "--seq-len = 0: must be from 1 to 256"),
+        (["replica-tiny", "--rounds", 0], "--rounds 0: must be from 1"),
         (["replica-tiny", "--set", "n_layer=1"], "n_layers"),
         (["no-such-model"], "no-such-model"),
     ],

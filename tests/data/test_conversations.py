@@ -127,6 +127,8 @@ def test_rows_of_nulls_are_left_out_and_counted(tokenizer: Tokenizer, tmp_path: 
     assert len(stored(data, "train")) + len(stored(data, "val")) == 50
     assert any("rows of which a field is null, left out: 3; the first:" in notice for notice in data.index["notices"])
     assert any("x.jsonl, line 51" in notice for notice in data.index["notices"])
+    with pytest.raises(DataError, match=r"no conversation to train on.*of which a field is null, left out: 1;"):
+        prepare_conversations([write(tmp_path / "y.jsonl", rows[-1:])], tmp_path / "out2", tokenizer=tokenizer)
 
 
 def test_splits_of_files_are_kept(tokenizer: Tokenizer, tmp_path: Path) -> None:

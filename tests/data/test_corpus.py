@@ -166,7 +166,7 @@ def test_nothing_to_hold_out(tmp_path: Path, tokenizer: Tokenizer) -> None:
             prepare([tmp_path / name], tmp_path / "out", tokenizer=tokenizer)
     with pytest.raises(DataError, match="source '' is empty"):
         prepare([tmp_path / "a.txt"], tmp_path / "out", tokenizer=tokenizer, validation="")
-    with pytest.raises(DataError, match=r"no document is held out for validation: .*validation=PATH.*--validation"):
+    with pytest.raises(DataError, match=r"no document is held out for validation: .*`validation=PATH`"):
         prepare([tmp_path / "a.txt"], tmp_path / "out", tokenizer=tokenizer)
     (tmp_path / "b.txt").write_text(prose(1000))
     _, notices = make(tmp_path / "out", [tmp_path / "a.txt", tmp_path / "b.txt"], tokenizer)

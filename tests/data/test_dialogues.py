@@ -56,6 +56,7 @@ def test_layouts_of_others(tmp_path: Path, row: dict[str, Any], expected: list[d
             {"conversations": [{"from": "tool", "value": "x"}]},
             r"conversations\[0\].from is 'tool', expected one of human",
         ),
+        ({"conversations": [{"from": ["x"], "value": "x"}]}, r"from is \['x'\]"),
         ({"conversations": "text"}, "conversations is a str, expected a list"),
         ({"conversations": [{"from": "gpt"}]}, r"content is missing, expected text"),
         ({"instruction": 5, "output": "x"}, "field 'instruction' is a int, expected text"),

@@ -84,6 +84,12 @@ def test_damaged_index(data: TokenData, tmp_path: Path) -> None:
         whole[: len(whole) // 2]: "not complete JSON",
         "{}": "not the index of prepared data",
         json.dumps({**json.loads(whole), "version": 99}): "version 99",
+        '{"a":' * 100_000: "not complete JSON.*recursion",
+        whole.replace('"vocab_size": 320', '"vocab_size": ' + "3" * 5000): "not complete JSON.*digits",
+        json.dumps(
+            {k: v for k, v in json.loads(whole).items() if k != "sources"}
+        ): r"is incomplete \(KeyError\('sources'",
+        json.dumps({**json.loads(whole), "sources": [1]}): "is incomplete",
     }
     for content, message in broken.items():
         (tmp_path / "index.json").write_text(content)

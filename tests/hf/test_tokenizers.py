@@ -1,6 +1,7 @@
 """Exported tokenizers and chat templates, as transformers' own AutoTokenizer reads and renders them."""
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,8 @@ def test_a_chat_template_goes_round(tokenizer, exported, tmp_path: Path) -> None
     assert moe.load_tokenizer(tmp_path / "ours").chat_template == tokenizer.chat_template
     moe.save(moe.Transformer(SMALL), tmp_path / "ours", tokenizer=read.with_chat_template(None))
     assert moe.load_tokenizer(tmp_path / "ours").chat_template is None
+    again = pickle.loads(pickle.dumps(read))
+    assert (again.chat_template, again.encode("to be")) == (read.chat_template, read.encode("to be"))
     # as transformers saves them: a file of its own
     transformers.AutoTokenizer.from_pretrained(exported).save_pretrained(tmp_path / "theirs")
     assert moe.load_tokenizer(tmp_path / "theirs").chat_template == tokenizer.chat_template

@@ -140,6 +140,19 @@ def test_a_compiled_gate_refuses_given_ids(impl: str) -> None:
             compiled(lambda x, ids: ops.topk_gate(x, K, impl=impl, given_TK=ids), normal(T, E), torch.tensor(given))
 
 
+@pytest.mark.parametrize("impl", GATES)
+@pytest.mark.parametrize("tokens", [0, 1])
+def test_a_gate_of_no_token_and_of_all_experts(impl: str, tokens: int) -> None:
+    logits = normal(tokens, E).requires_grad_()
+    for top_k in (1, E):
+        given = torch.arange(E).expand(tokens, E)[:, :top_k]
+        for choice in (None, given):
+            weights, ids = ops.topk_gate(logits, top_k, normal(E), impl, given_TK=choice)
+            (gradient,) = torch.autograd.grad(weights.square().sum(), logits)
+            assert (weights.shape, ids.shape, gradient.shape) == ((tokens, top_k), (tokens, top_k), (tokens, E))
+            assert rel(weights, logits.double().gather(1, ids).softmax(1)) < 1e-6
+
+
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("n_experts", [2, 5, 16])
 def test_ids_are_valid_whatever_the_logits(biased: bool, n_experts: int) -> None:

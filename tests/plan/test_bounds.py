@@ -196,3 +196,15 @@ def test_what_is_long_is_printed_on_a_screen() -> None:
     assert "104 more" in repr(made[0])
     assert max(map(len, repr(made[0]).splitlines())) <= 100
     assert sys.getsizeof(repr(made[6])) < 2000
+
+
+def test_what_is_frozen_can_be_a_key() -> None:
+    """Of equal ones the hash is the same, too, with the tables in them."""
+    for make in (
+        lambda: load_config("recipe-1k").with_overrides(["train.epochs={text = 2}"]), lambda: plan.params("gpt4-8k"),
+        lambda: plan.load_layout("gpt4-train"), lambda: plan.load_shape("gpt4-8k"), lambda: plan.Efficiency(),
+        lambda: plan.fit()[0],
+    ):  # fmt: skip
+        assert make() == make()
+        assert hash(make()) == hash(make())
+    assert hash(A80) == hash(A80)

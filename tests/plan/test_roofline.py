@@ -44,6 +44,20 @@ def test_with_endless_bandwidth_products_are_all() -> None:
     assert again["run.floor.hours"].value == pytest.approx(expected, rel=1e-3)
 
 
+def test_muon_takes_its_own_time() -> None:
+    """Its Newton-Schulz steps take longer than its bytes: FLOP as test_work.py holds them against torch's,
+    at the float32 peak."""
+    cfg = load_config("replica-1b-web").with_overrides(["train.optimizer=muon"])
+    hardware, layout = load_hardware("h100-sxm"), load_layout("node-8")
+    found = predict_small_run(cfg, layout, hardware, tokens=quantity("1 Gtoken"))["floor.optimizer"]
+    flop = 0.0
+    for rows, columns, n in ((1536, 768, 2), (64, 768, 2), (4096, 768, 16), (768, 2048, 16)):
+        small, large = min(rows, columns), max(rows, columns)
+        flop += 12 * n * (4 * small**2 * large + 34 * small**3)
+    seconds = flop / (hardware.peak("fp32").to("FLOP/s") * 0.735) / 8
+    assert found.to("s") == pytest.approx(seconds)
+
+
 def test_optimizer_and_reduction_by_hand() -> None:
     n = plan.params(WEB).total
     run = predict_small_run(plain(), NODE, H100, efficiency=FULL)
@@ -105,7 +119,7 @@ def test_tokens_of_a_configuration() -> None:
 @pytest.mark.parametrize(
     ("layout", "message"),
     [
-        ({"tp": 8, "dp": 1}, "tp = 8: --floor is of data parallelism alone"),
+        ({"tp": 8, "dp": 1}, "tp = 8: the floor is of data parallelism alone"),
         ({"ep": 8, "expert_tp": 1}, "ep = 8"),
         ({"recompute": "selective"}, "recompute"),
         ({"dp": 7}, "64 windows does not divide over dp = 7"),

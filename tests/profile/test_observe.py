@@ -1,5 +1,7 @@
 """What hooks cannot see, and what they saw although it was hard: compiled, wrapped, scripted, exported models."""
 
+import copy
+import pickle
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +13,7 @@ from torch import Tensor
 
 from moe.errors import NotObservable
 from moe.model import Transformer
-from moe.profile import Trace, record, replay, routing
+from moe.profile import Trace, record, replay, routing, timing
 from tests.conftest import rel, tiny_config
 from tests.hf_models import build
 
@@ -213,3 +215,32 @@ def test_what_has_no_routers_left_is_refused() -> None:
     for model in either:
         with pytest.raises(NotObservable, match="has no router that is known here"), routing(model):
             pass
+
+
+def test_copies_of_a_timed_model_have_no_clock() -> None:
+    model = ours()
+    with timing(model) as t:
+        model(TOKENS)
+        others = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+        calls = t.calls["norm", "forward"]
+        for other in others:
+            other(TOKENS, TOKENS).loss.backward()
+        assert t.calls["norm", "forward"] == calls > 0
+    for other in others:
+        other(TOKENS, TOKENS).loss.backward()
+        kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+        left = [hook for m in other.modules() for kind in kinds for hook in getattr(m, kind).values()]
+        assert not left
+
+
+def test_tokens_of_int32(tmp_path: Path) -> None:
+    for model in (ours(), theirs()):
+        found = []
+        for x in (TOKENS, TOKENS.int()):
+            path = tmp_path / f"{type(model).__name__} {x.dtype}"
+            with routing(model, V) as p, record(model, path), torch.no_grad():
+                model(x)
+            found.append((p.counts_LE.tolist(), p.token_counts_LEV.tolist(), next(iter(Trace.open(path))).tokens_T))
+        (counts, of_tokens, tokens_T), other = found
+        assert tokens_T is not None
+        assert (counts, of_tokens, tokens_T.tolist()) == (*other[:2], TOKENS.flatten().tolist())

@@ -134,7 +134,7 @@ def test_a_step_profile_has_a_floor_for_all_that_counts(model: Transformer, toke
 def test_bad_runs_are_refused(model: Transformer, tokens: torch.Tensor) -> None:
     with pytest.raises(ValueError, match="needs an optimizer"):
         profile.make_run(model, "train", tokens)
-    with pytest.raises(ValueError, match="context = 256: max_seq_len = 256"):
+    with pytest.raises(ValueError, match="context = 256: must be at least 0 and less than max_seq_len = 256"):
         profile.make_run(model, "decode", tokens[:, :1], context=256)
 
 
