@@ -52,7 +52,7 @@ def test_a_vanishing_top_p_keeps_the_likeliest():
     assert sample(torch.tensor([[1.0, 1.25, -3.0]]), 1.0, 0, 1e-320, None).tolist() == [1]
 
 
-@pytest.mark.parametrize("setting", ["train.lr=1e30", "train.embedding_lr=1e41", "train.weight_decay=1e38"])
+@pytest.mark.parametrize("setting", ["train.lr=1e30", "train.weight_decay=1e38"])
 def test_an_update_that_ruins_the_weights_is_said_and_gives_no_model(cfg, data_dir, tmp_path, setting):
     cfg = cfg.with_overrides(["train.steps=1", "train.warmup=0", setting])
     with pytest.raises(TrainError, match=r"not finite|is nan|is inf"):
