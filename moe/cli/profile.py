@@ -13,7 +13,7 @@ from tyro.conf import Positional
 
 from moe.cli.flags import within
 from moe.cli.profile_step import step
-from moe.cli.show import print_table
+from moe.cli.show import check_pictures, print_table
 from moe.errors import ConfigError, TraceError
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ def routing(
     from moe.profile import tables
 
     _check(data, text, tokens, seq_len, batch)
+    check_pictures(pictures)
     if trace is not None and is_taken(trace):
         raise TraceError(f"--trace {trace}: exists and is not an empty directory; choose another")
     subject = _subject(checkpoint, device)
@@ -211,6 +212,7 @@ def serving(
     from moe.plan.hardware import load_hardware
     from moe.profile import tables
 
+    check_pictures(pictures)
     within("bits", bits, 1, 64)
     if bandwidth is not None:
         within("bandwidth", bandwidth, 1e-3, 1e9)
