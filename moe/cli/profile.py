@@ -165,7 +165,7 @@ def placement(trace: Positional[Path], /, *, gpus: int, redundant: int = 0, out:
     from moe import profile
     from moe.profile import tables
 
-    within("gpus", gpus, 1, 2**20)
+    within("gpus", gpus, 1, 10**6)
     opened = profile.Trace.open(trace)
     counts_PLE = opened.counts_PLE()
     if len(counts_PLE) < 2:
@@ -294,7 +294,7 @@ def compare(
 def _check(data: Path | None, text: tuple[str, ...], tokens: int, seq_len: int, batch: int) -> None:
     """What can be known to be wrong before a model is loaded."""
     for flag, value in (("tokens", tokens), ("seq-len", seq_len), ("batch", batch)):
-        within(flag, value, 1, 2**40)
+        within(flag, value, 1, 10**12)
     if (data is not None) == bool(text):
         raise ConfigError(f"{'both' if text else 'neither'} of --data and --text: give one of them")
 
