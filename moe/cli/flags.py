@@ -22,4 +22,5 @@ def assignments(settings: Iterable[Iterable[str]]) -> list[str]:
 def within(flag: str, value: float, low: float, high: float) -> None:
     """Raises ConfigError where the number of a flag is outside low .. high, as nan and the infinities are."""
     if not low <= value <= high:
-        raise ConfigError(f"--{flag} {value}: must be from {low:g} to {high:g}")
+        bound = f"at least {low:g}" if value < low else f"at most {high:g}" if value > high else "a number"
+        raise ConfigError(f"--{flag} {value}: must be {bound}")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from tyro.conf import Positional
 
 from moe.cli.flags import Settings, assignments, within
-from moe.cli.show import print_table
+from moe.cli.show import check_pictures, print_table
 
 if TYPE_CHECKING:
     from moe.model import Transformer
@@ -54,6 +54,7 @@ def step(
     from moe.profile import tables
 
     within("rounds", rounds, 1, 10**6)
+    check_pictures(pictures)
     subject, run = _prepare_step(model, set_, what, batch, seq_len, context, dtype, device)
     found = profile.profile_step(subject, run, rounds=rounds)
     print_table(tables.parts(found))
