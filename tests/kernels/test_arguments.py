@@ -3,88 +3,40 @@
 Eager, compiled, of fakes and on the meta device. Right values come from float64, or are made by hand.
 """
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from moe.kernels import arguments as arguments_module
 from moe.kernels import ops
 from moe.kernels.experts import lora, reference
 from moe.kernels.loss import chunked
-from moe.kernels.loss import op as loss_op
 from tests.conftest import rel
-
-T, E, K, D, F, V = 5, 4, 2, 8, 16, 11
-GATES, EXPERTS, LOSSES = ["reference", "triton"], ["reference", "grouped", "triton"], ["torch", "triton"]
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def mlp(tokens: int = T, top_k: int = K, **changes: Any) -> dict[str, Any]:
-    ids = torch.rand(tokens, E, generator=torch.Generator().manual_seed(1)).argsort(1)[:, :top_k]
-    w_in, w_out = normal(E, 2, F, D, seed=2) / 3, normal(E, D, F, seed=3) / 4
-    given = {"x_TD": normal(tokens, D), "w_in_EGFD": w_in, "w_out_EDF": w_out}
-    return {**given, "weights_TK": normal(tokens, top_k, seed=4).softmax(-1), "ids_TK": ids, **changes}
-
-
-def loss(tokens: int = T, **changes: Any) -> dict[str, Any]:
-    targets = torch.randint(V, (tokens,), generator=torch.Generator().manual_seed(5))
-    return {"x_TD": normal(tokens, D), "w_VD": normal(V, D, seed=6), "targets_T": targets, **changes}
-
-
-def adapters(E: int = E) -> lora.Adapters:
-    shapes = ((E, 3, D), (E, 2, F, 3), (E, 3, F), (E, D, 3))
-    return lora.Adapters(*(normal(*shape, seed=7) / 3 for shape in shapes))
-
-
-def with_adapters(**given: Any) -> Tensor:
-    weights = given["w_in_EGFD"], given["w_out_EDF"]
-    given_to = given.get("adapters") or adapters()
-    return lora.expert_mlp(given["x_TD"], *weights, given_to, 0.5, given["weights_TK"], given["ids_TK"], "swiglu")
-
-
-def inference(**given: Any) -> Tensor:
-    return ops.expert_mlp_inference(**given, activation="swiglu")
-
-
-# All that compute the routed expert MLP.
-MLPS: dict[str, Callable[..., Tensor]] = {
-    **{impl: lambda impl=impl, **given: ops.expert_mlp(**given, impl=impl) for impl in EXPERTS},
-    "adapters": with_adapters,
-    "inference": inference,
-    "forward": lambda **given: ops.expert_mlp_forward(**given, activation="swiglu")[0],
-}
-
-
-def eager(call: Callable[..., Any], *tensors: Tensor) -> Any:
-    return call(*tensors)
-
-
-def compiled(call: Callable[..., Any], *tensors: Tensor) -> Any:
-    torch.compiler.reset()
-    return torch.compile(call, fullgraph=True, backend="aot_eager")(*tensors)
-
-
-def faked(call: Callable[..., Any], *tensors: Tensor) -> Any:
-    with FakeTensorMode() as mode:
-        return call(*(mode.from_tensor(t) for t in tensors))
-
-
-def on_meta(call: Callable[..., Any], *tensors: Tensor) -> Any:
-    return call(*(t.to("meta") for t in tensors))
-
-
-WITHOUT_VALUES = [faked, on_meta]
-
+from tests.kernels.calls import (
+    EXPERTS,
+    GATES,
+    LOSSES,
+    MLPS,
+    WITHOUT_VALUES,
+    D,
+    E,
+    F,
+    K,
+    T,
+    V,
+    adapters,
+    compiled,
+    eager,
+    faked,
+    loss,
+    mlp,
+    normal,
+    on_meta,
+    with_adapters,
+)
 
 # -------------------------------------------------------------------------------------------------------------- gate
 
@@ -415,130 +367,3 @@ def test_layouts_of_a_loss(impl: str, dtype: torch.dtype) -> None:
             tolerance = 1e-5 if dtype == torch.float32 else 1e-2
             for a, b in zip((total, dx, dw), (want, *torch.autograd.grad(want, (x64, w64))), strict=True):
                 assert rel(a, b) < tolerance
-
-
-# ----------------------------------------------------------------------------------------------------- unusual calls
-
-
-@pytest.mark.parametrize("how", WITHOUT_VALUES)
-def test_without_values_the_shapes_come(how: Callable[..., Any]) -> None:
-    given = mlp()
-
-    def call(run: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-        return run(**dict(zip(given, tensors, strict=True)))
-
-    for name, run in MLPS.items():
-        # Two do not run on meta, and say so; the adapters' own tensors are real.
-        if name != "adapters" and not (how is on_meta and name in ("grouped", "triton")):
-            y = how(functools.partial(call, run), *given.values())
-            assert (y.shape, y.dtype) == ((T, D), torch.float32), name
-    total = how(lambda *tensors: ops.linear_cross_entropy(*tensors), *loss().values())
-    assert (total.shape, total.dtype) == ((), torch.float32)
-    weights, ids = how(lambda x, ids: ops.topk_gate(x, K, given_TK=ids), normal(T, E), mlp()["ids_TK"])
-    assert (weights.shape, ids.shape, ids.dtype) == ((T, K), (T, K), torch.int64)
-
-
-def test_every_op_is_among_those_tested_here() -> None:
-    names = {name for name in ops.__all__ if callable(getattr(ops, name)) and name not in ("activate",)}
-    within = {"expert_mlp", "expert_mlp_forward", "expert_mlp_inference", "linear_cross_entropy", "topk_gate"}
-    assert names == within | {"expert_mlp_gradients"}, "which takes what expert_mlp_forward has checked"
-
-
-def test_opcheck_of_the_small_ops() -> None:
-    ids, targets = mlp()["ids_TK"], loss()["targets_T"]
-    x, w = normal(T, D), normal(V, D)
-    for op, arguments in (
-        (arguments_module.checked_choice, (ids, E, "ids")),
-        (arguments_module.checked_ids, (ids, E, "ids")),
-        (loss_op.checked_targets, (targets, V)),
-        (loss_op._linear_cross_entropy_backward, (torch.tensor(2.0), x, w)),
-    ):
-        torch.library.opcheck(op, arguments)
-
-
-def transforms() -> dict[str, tuple[Callable[..., Any], Callable[..., Any]]]:
-    """By name: a transform of a scalar function of one tensor, and what it equals, by plain autograd."""
-
-    def gradient(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        leaf = x.detach().requires_grad_()
-        return torch.autograd.grad(f(leaf), leaf)[0]
-
-    def forward_mode(f: Callable[[Tensor], Tensor], x: Tensor) -> Any:
-        with forward_ad.dual_level():
-            return forward_ad.unpack_dual(f(forward_ad.make_dual(x, x.cos()))).tangent
-
-    def differences(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        h = 1e-6
-        return (gradient(f, x + h * x.cos()) - gradient(f, x - h * x.cos())) / (2 * h)
-
-    def hessian_product(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        return torch.func.jvp(torch.func.grad(f), (x,), (x.cos(),))[1]
-
-    return {
-        "grad": (lambda f, x: torch.func.grad(f)(x), gradient),
-        "jvp": (lambda f, x: torch.func.jvp(f, (x,), (x.cos(),))[1], lambda f, x: (gradient(f, x) * x.cos()).sum()),
-        "forward mode": (forward_mode, lambda f, x: (gradient(f, x) * x.cos()).sum()),
-        "vmap": (lambda f, x: torch.func.vmap(f)(torch.stack([x, -x])), lambda f, x: torch.stack([f(x), f(-x)])),
-        "per-sample gradients": (
-            lambda f, x: torch.func.vmap(torch.func.grad(f))(torch.stack([x, -x])),
-            lambda f, x: torch.stack([gradient(f, x), gradient(f, -x)]),
-        ),
-        "second derivatives": (hessian_product, differences),
-    }
-
-
-@pytest.mark.parametrize("name", transforms())
-@pytest.mark.parametrize("op", ["reference", "adapters", "loss", "gate"])
-def test_transforms_of_torch_func(name: str, op: str) -> None:
-    """They are right: never a lost tangent, never a message about batching rules."""
-    given = {k: t.double() if t.is_floating_point() else t for k, t in mlp().items()}
-    wide = lora.Adapters(*(t.double() for t in adapters()))
-    targets, w = loss()["targets_T"], loss()["w_VD"].double()
-    functions: dict[str, Callable[[Tensor], Tensor]] = {
-        "reference": lambda x: ops.expert_mlp(**{**given, "x_TD": x}).square().sum(),
-        "adapters": lambda x: with_adapters(**{**given, "x_TD": x}, adapters=wide).square().sum(),
-        "loss": lambda x: ops.linear_cross_entropy(x, w, targets),
-        "gate": lambda x: (ops.topk_gate(x, K)[0] ** 3).sum(),
-    }
-    transform, want = transforms()[name]
-    x = normal(T, D).double()
-    assert rel(transform(functions[op], x), want(functions[op], x)) < (1e-6 if name == "second derivatives" else 1e-12)
-
-
-def test_ids_outside_are_named_under_transforms() -> None:
-    given = mlp()
-    given["ids_TK"][2, 0] = E
-    with pytest.raises(ValueError, match="ids = 4 in row 2"):
-        torch.func.grad(lambda x: ops.expert_mlp(**{**given, "x_TD": x}).sum())(given["x_TD"])
-    with pytest.raises(ValueError, match="given_TK"):
-        torch.func.grad(lambda x: ops.topk_gate(x, K, given_TK=given["ids_TK"])[0].sum())(normal(T, E))
-    with pytest.raises(ValueError, match="target 12 of token 0"):
-        torch.func.grad(lambda x: ops.linear_cross_entropy(x, normal(V, D), torch.full((T,), 12)))(normal(T, D))
-
-
-@pytest.mark.parametrize("op", [*EXPERTS, "loss", "triton loss", "triton gate"])
-def test_second_derivatives_are_never_silently_zero(op: str) -> None:
-    x = normal(T, D).requires_grad_()
-    if op in EXPERTS:
-        y = ops.expert_mlp(**mlp(x_TD=x), impl=op).sum()
-    elif op == "triton gate":
-        y = ops.topk_gate(x, K, impl="triton")[0].square().sum()
-    else:
-        y = ops.linear_cross_entropy(**loss(x_TD=x), impl="torch" if op == "loss" else "triton")
-    (dx,) = torch.autograd.grad(y, x, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"no second derivative by backward\(create_graph=True\): take torch.func"):
-        dx.square().sum().backward()
-
-
-@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
-def test_float64_stays_under_autocast(narrow: torch.dtype) -> None:
-    """As everywhere in torch."""
-    given = {k: t.double() if t.is_floating_point() else t for k, t in mlp().items()}
-    outer = {k: t.double() if t.is_floating_point() else t for k, t in loss().items()}
-    wide = lora.Adapters(*(t.double() for t in adapters()))
-    plain = ops.expert_mlp(**given), with_adapters(**given, adapters=wide), ops.linear_cross_entropy(**outer)
-    with torch.autocast("cpu", narrow):
-        cast = ops.expert_mlp(**given), with_adapters(**given, adapters=wide), ops.linear_cross_entropy(**outer)
-    for a, b in zip(cast, plain, strict=True):
-        assert a.dtype == torch.float64
-        assert torch.equal(a, b)
