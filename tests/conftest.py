@@ -17,6 +17,8 @@ from torch import Tensor
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+os.environ.pop("COLUMNS", None)  # a terminal's width, which pytest-xdist sets; the tests print as into a pipe
+
 from moe.config import AttentionConfig, Config, ExpertsConfig, load_config
 from moe.data import is_held_out, prepare
 

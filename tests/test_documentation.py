@@ -136,6 +136,8 @@ def made_by(command: Command) -> Iterator[str]:
     for option, value in zip(command.words, command.words[1:], strict=False):
         if option in ("--out", "--trace"):
             yield os.path.dirname(value) if os.path.splitext(value)[1] else value
+    if command.words[:2] == ("moe", "export"):
+        yield command.words[3]
 
 
 @pytest.fixture(scope="session")

@@ -129,7 +129,7 @@ def test_evaluations_and_saves_are_few(small):
         (
             {"set": ["train.batch_ramp=0:64 1k:128"]},
             ConfigError,
-            "batch_ramp = '0:64 1k:128': .*--set train.batch_ramp=",
+            "batch_ramp = '0:64 1k:128': .*unset it",
         ),
         ({"set": ["vocab_size=200"]}, DataError, "vocab"),
         ({"data_dir": "nowhere"}, DataError, "nowhere"),
@@ -242,7 +242,7 @@ def test_another_configuration_is_an_error_before_anything_is_trained(climbed_on
     monkeypatch.setattr(rungs, "train", lambda *args, **kwargs: pytest.fail("trained"))
     base = climbed.ladder.base.with_overrides(["train.lr=1e-3"])
     other = plan_ladder(base, climbed.ladder.data_dir, RUNGS, HELD_OUT, tokens_per_parameter=RATIO)
-    with pytest.raises(ConfigError, match=r"96x1 holds a run with another configuration: train.lr \(was .*--out"):
+    with pytest.raises(ConfigError, match=r"96x1 holds a run with another configuration: train.lr \(was .*another `out`"):
         climb(other, place)
 
 

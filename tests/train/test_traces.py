@@ -70,7 +70,7 @@ def test_a_step_that_is_done_again_after_a_resume_replaces_its_trace(cfg, data_d
 def test_from_the_command_line(cfg_file, data_dir, tmp_path, capsys):
     arguments = ["--data", data_dir, "--out", tmp_path / "run"]
     assert run_cli("train", cfg_file, *arguments, "--trace-every", -1) == 2
-    assert "trace_every = -1: must be 0 (none) or more" in capsys.readouterr().err
+    assert "--trace-every = -1: must be 0 (none) or more" in capsys.readouterr().err
     assert run_cli("train", cfg_file, *arguments, "--trace-every", 8) == 0
     assert run_cli("profile", "serving", tmp_path / "run" / "traces" / "step-000008") == 0
 
