@@ -242,7 +242,7 @@ def test_another_configuration_is_an_error_before_anything_is_trained(climbed_on
     monkeypatch.setattr(rungs, "train", lambda *args, **kwargs: pytest.fail("trained"))
     base = climbed.ladder.base.with_overrides(["train.lr=1e-3"])
     other = plan_ladder(base, climbed.ladder.data_dir, RUNGS, HELD_OUT, tokens_per_parameter=RATIO)
-    with pytest.raises(ConfigError, match=r"96x1 holds a run with another configuration: train.lr \(was .*another `out`"):
+    with pytest.raises(ConfigError, match=r"96x1 holds a run with another configuration: train.lr .*another `out`"):
         climb(other, place)
 
 
