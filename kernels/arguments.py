@@ -13,6 +13,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.nn as nn
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 
 def check_kinds(**tensors: Tensor | None) -> None:
@@ -34,6 +35,34 @@ def check_device(**tensors: Tensor | None) -> None:
     if devices.count(devices[0]) < len(devices):
         found = ", ".join(f"{name} {t.device}" for name, t in tensors.items() if t is not None)
         raise ValueError(f"all tensors must be on one device; got {found}")
+
+
+def check_integers(what: str, ids: Any) -> None:
+    """For a model's inputs.
+
+    Raises:
+        ValueError: no tensor, or not of int64 (tokens may be int32, too; documents, which are only compared, anything
+            but floating point).
+    """
+    if not isinstance(ids, Tensor):
+        raise ValueError(
+            f"{what} of type {type(ids).__name__}: must be a tensor of int64, as torch.tensor makes of ints"
+        )
+    fits = not ids.is_floating_point() if what == "documents" else ids.dtype in (torch.int64, torch.int32)
+    if not fits or (what == "targets" and ids.dtype != torch.int64):
+        raise ValueError(f"{what} of {ids.dtype}: must be int64, as {what}.long() gives")
+
+
+def check_vocabulary(what: str, ids: Tensor, n: int, name: str, unless: int | None = None) -> None:
+    """Raises ValueError for ids outside [0, n), the vocabulary of the model `name`, where looking costs nothing."""
+    if not can_read(ids) or not ids.numel():
+        return
+    low, high = (bound.item() for bound in (ids if unless is None else ids.masked_fill(ids == unless, 0)).aminmax())
+    if low < 0 or high >= n:
+        raise ValueError(
+            f"{what} id {low if low < 0 else high} is outside the vocabulary of {n} ids ({name}): the text was encoded "
+            "with another tokenizer"
+        )
 
 
 def check_ids(ids: Tensor, n: int, name: str) -> None:
@@ -96,9 +125,11 @@ def transformed() -> bool:
 
 
 def has_values(x: Tensor) -> bool:
-    """Whether a tensor's values can be looked at: not on meta, in a fake tensor, in a graph that is being traced, or
-    under a transform of torch.func."""
+    """Whether a tensor's values can be looked at: not on meta, in a fake tensor, in a graph that is being traced (what
+    was seen would become a constant of it), or under a transform of torch.func."""
     if torch.compiler.is_compiling() or x.is_meta or type(x) not in (Tensor, nn.Parameter):
+        return False
+    if torch.jit.is_tracing() or get_proxy_mode() is not None:  # type: ignore[attr-defined]
         return False
     return not torch._C._functorch.is_functorch_wrapped_tensor(x)  # type: ignore[attr-defined]
 

@@ -66,8 +66,9 @@ def stream(
     batch, length = prompt_BS.shape
     max_len = min(length + max_new_tokens, model.cfg.max_seq_len)
     weight = model.embedding.weight
-    cache = KVCache(model.cfg, batch, max(max_len, length), weight.dtype, weight.device)
-    generator, ends = torch.Generator(weight.device).manual_seed(seed), Ends(eos_id, model.cfg.vocab_size)
+    device = prompt_BS.device if weight.is_meta else weight.device  # meta: accelerate brings the weights when called
+    cache = KVCache(model.cfg, batch, max(max_len, length), weight.dtype, device)
+    generator, ends = torch.Generator(device).manual_seed(seed), Ends(eos_id, model.cfg.vocab_size)
     logits_BV = last_of_text(model(prompt_BS, mask_BS=mask_BS, cache=cache).logits_BSV, mask_BS)
     step = DecodeStep(model, cache) if cache.even and DecodeStep.fits(model) else None
     for n in range(1, max_new_tokens + 1):
@@ -129,8 +130,13 @@ class DecodeStep:
 
     @staticmethod
     def fits(model: Transformer) -> bool:
-        """Whether every module is exactly ours, and no autocast is on: what is not has to be called."""
+        """Whether every module is exactly ours and as the configuration says, and no autocast is on: what is not has to
+        be called."""
         if autocasts(next(model.parameters()).device.type):
+            return False
+        if isinstance(model.embedding, Embedding) and model.embedding.max_norm is not None:
+            return False
+        if any(isinstance(m, RMSNorm) and m.eps != model.cfg.norm_eps for m in model.modules()):
             return False
         return all(type(m) in _KINDS and untouched(m, type(m)) for m in model.modules())
 

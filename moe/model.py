@@ -5,7 +5,7 @@ Shape suffixes: L layers, B batch, S sequence, T = B*S tokens, D model width, V 
 
 import math
 from collections.abc import Callable, Collection
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, Unpack, overload
 
 import torch
@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from moe.config import Config, RouterConfig
 from moe.experts import Experts, MoE, Routing, router_sums
-from moe.kernels.arguments import can_read
+from moe.kernels.arguments import check_integers, check_vocabulary
 from moe.kernels.loss import IGNORE_INDEX
 from moe.layers import (
     MLP,
@@ -107,22 +107,25 @@ class Output:
 _PARTS = ("logits_BSV", "hidden_BSD", "sums", "counts", "routing")
 
 
-def _flatten(out: Any) -> tuple[list[Any], RouterConfig]:
-    return [getattr(out, name) for name in _PARTS], out.router
+# The router's settings are taken apart, as strict export makes no constant of a dataclass.
+def _flatten(out: Any) -> tuple[list[Any], tuple[float, ...]]:
+    router = out.router
+    return [getattr(out, name) for name in _PARTS], (router.balance_loss, router.z_loss, router.bias_update_rate)
 
 
-def _flatten_with_keys(out: Any) -> tuple[list[tuple[Any, Any]], RouterConfig]:
-    return [(pytree.GetAttrKey(name), getattr(out, name)) for name in _PARTS], out.router
+def _flatten_with_keys(out: Any) -> tuple[list[tuple[Any, Any]], tuple[float, ...]]:
+    parts, settings = _flatten(out)
+    return [(pytree.GetAttrKey(name), part) for name, part in zip(_PARTS, parts, strict=True)], settings
 
 
 pytree.register_pytree_node(
     Output,
     _flatten,
-    lambda parts, router: Output(router, *parts),
+    lambda parts, settings: Output(RouterConfig(*settings), *parts),
     flatten_with_keys_fn=_flatten_with_keys,
     serialized_type_name="moe.Output",
-    to_dumpable_context=asdict,
-    from_dumpable_context=lambda content: RouterConfig(**content),
+    to_dumpable_context=list,
+    from_dumpable_context=tuple,
 )
 for _part in (Sums, Counts, Routing):
     pytree._register_namedtuple(_part, serialized_type_name=f"moe.{_part.__name__}")
@@ -267,8 +270,8 @@ class Transformer(nn.Module):
                 another batch size than the cache's, or (on CPU, where looking costs nothing) ids outside the
                 vocabulary.
         """
-        B, S = tokens_BS.shape[:2]
         self._check_input(tokens_BS, targets_BS, documents_BS, cache)
+        B, S = tokens_BS.shape[:2]
         text_BS = None if mask_BS is None else text_of(mask_BS, tokens_BS.shape[:2])
         x_BSD = tokens_BS if self.embedding is None else self.embedding(tokens_BS)
         moved = None if text_BS is None else text_first(text_BS, x_BSD.device)
@@ -340,12 +343,15 @@ class Transformer(nn.Module):
         """
         check_sampling(prompt_BS, temperature, top_k, top_p, mask_BS, max_new_tokens)
         (B, S), weight = prompt_BS.shape, self.embedding.weight
-        n = min(max_new_tokens, max(1, self.cfg.max_seq_len + 1 - S))
-        cache = KVCache(self.cfg, B, S + max(0, n - 1), weight.dtype, weight.device)
-        generator, ends = torch.Generator(weight.device).manual_seed(seed), Ends(eos_id, self.cfg.vocab_size)
+        device = (
+            prompt_BS.device if weight.is_meta else weight.device
+        )  # meta: accelerate brings the weights when called
+        room = max(S, min(S + max_new_tokens, self.cfg.max_seq_len))
+        cache = KVCache(self.cfg, B, room, weight.dtype, device)
+        generator, ends = torch.Generator(device).manual_seed(seed), Ends(eos_id, self.cfg.vocab_size)
         tokens_BS, new_BS = prompt_BS, prompt_BS
-        for _ in range(n):
-            if ends.all():
+        for _ in range(max_new_tokens):
+            if ends.all() or cache.length == self.cfg.max_seq_len:
                 break
             logits_BV = last_of_text(self(new_BS, mask_BS=mask_BS, cache=cache).logits_BSV, mask_BS)
             new_BS = ends.hold(sample(logits_BV, temperature, top_k, top_p, generator)).unsqueeze(1)
@@ -356,6 +362,10 @@ class Transformer(nn.Module):
     def _check_input(
         self, tokens: Tensor, targets: Tensor | None, documents: Tensor | None, cache: KVCache | None
     ) -> None:
+        if self.embedding is not None:
+            check_integers("tokens", tokens)
+            if tokens.ndim != 2:
+                raise ValueError(f"tokens {list(tokens.shape)} must be [B, S]: of one sequence give tokens[None]")
         batch, length = tokens.shape[0], tokens.shape[1] + (cache.length if cache is not None else 0)
         if length > self.cfg.max_seq_len:
             raise ValueError(
@@ -365,6 +375,7 @@ class Transformer(nn.Module):
         for name, other in (("targets", targets), ("documents", documents)):
             if other is None:
                 continue
+            check_integers(name, other)
             if other.shape != tokens.shape[:2]:
                 raise ValueError(
                     f"{name} {list(other.shape)} must have the shape of the tokens {list(tokens.shape[:2])}"
@@ -377,21 +388,9 @@ class Transformer(nn.Module):
             if batch != cache.batch:
                 raise ValueError(f"batch of {batch}, but the cache was made for {cache.batch}")
         if self.embedding is not None:
-            _check_ids("token", tokens, self.cfg)
+            check_vocabulary("token", tokens, self.cfg.vocab_size, self.cfg.name)
         if targets is not None and self.head is not None:
-            _check_ids("target", targets, self.cfg, unless=IGNORE_INDEX)
-
-
-def _check_ids(what: str, ids: Tensor, cfg: Config, unless: int | None = None) -> None:
-    """Raises ValueError for ids outside the vocabulary, where looking costs nothing."""
-    if not can_read(ids) or not ids.numel():
-        return
-    low, high = (bound.item() for bound in (ids if unless is None else ids.masked_fill(ids == unless, 0)).aminmax())
-    if low < 0 or high >= cfg.vocab_size:
-        raise ValueError(
-            f"{what} id {low if low < 0 else high} is outside the vocabulary of {cfg.vocab_size} ids ({cfg.name}): "
-            "the text was encoded with another tokenizer"
-        )
+            check_vocabulary("target", targets, self.cfg.vocab_size, self.cfg.name, unless=IGNORE_INDEX)
 
 
 def _tie_again(model: Transformer, _keys: Any) -> None:
@@ -419,6 +418,7 @@ def check_sampling(
     max_new_tokens: int = 0,
 ) -> None:
     """Raises ValueError for an empty prompt or a sampling setting out of range."""
+    check_integers("prompt", prompt_BS)
     for name, value, ok, rule in (
         ("prompt", list(prompt_BS.shape), prompt_BS.ndim == 2 and prompt_BS.shape[1] > 0, "must be [B, S] with S > 0"),
         ("max_new_tokens", max_new_tokens, max_new_tokens >= 0, "must be 0 or more"),

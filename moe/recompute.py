@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from moe.kernels import ops  # noqa: F401 - registers expert_mlp
+from moe.kernels.arguments import transformed
 from moe.layers import Attend
 
 MODES = ("none", "selective", "full")
@@ -47,8 +48,9 @@ KEPT = {
 
 
 def run_block(block: nn.Module, x_BSD: Tensor, rope: tuple[Tensor, Tensor], attend: Attend, mode: str) -> Any:
-    """The block of `x_BSD` with the checkpointing of `mode`; without gradients, as it is."""
-    if mode == "none" or not torch.is_grad_enabled():
+    """The block of `x_BSD` with the checkpointing of `mode`; without gradients, or with those of torch.func, whose
+    transforms know no checkpointing, as it is."""
+    if mode == "none" or not torch.is_grad_enabled() or transformed():
         return block(x_BSD, rope, attend)
     how: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     if mode == "selective":

@@ -101,6 +101,16 @@ def test_prompts_of_unequal_length_are_continued_as_each_alone(padded, fused):
         assert new[row].tolist() == alone.tolist()
 
 
+def test_padding_takes_no_room_from_what_is_generated():
+    model = Transformer(tiny_config(max_seq_len=12), seed=3)
+    tokens, mask = torch.randint(V, (2, 10)), torch.ones(2, 10, dtype=torch.bool)
+    mask[:, :5] = False
+    new = torch.stack(list(stream(model, tokens, 20, temperature=0, mask_BS=mask)), 1)
+    assert new.shape == (2, 8)
+    assert torch.equal(model.generate(tokens, 20, temperature=0, mask_BS=mask)[:, 10:], new)
+    assert torch.equal(model.generate(tokens[:, 5:], 20, temperature=0)[:, 5:], new)
+
+
 def test_a_mask_with_a_cache_that_holds_earlier_tokens(padded):
     texts, tokens, mask = padded
     model = model_of(max_seq_len=64)
@@ -166,6 +176,27 @@ def test_targets_outside_the_vocabulary_are_named():
     for bad in (V, -1):
         with pytest.raises(ValueError, match=f"target id {bad} is outside the vocabulary of 61 ids"):
             model(tokens, torch.tensor([[0, bad, IGNORE_INDEX]]))
+
+
+@pytest.mark.parametrize(
+    ("given", "complaint"),
+    [
+        ({"tokens_BS": torch.zeros(3)}, r"tokens of torch\.float32: must be int64, as tokens\.long\(\) gives"),
+        ({"tokens_BS": torch.zeros(1, 3, dtype=torch.uint8)}, r"tokens of torch\.uint8"),
+        ({"tokens_BS": torch.zeros(3, dtype=torch.int64)}, r"tokens \[3\] must be \[B, S\]"),
+        ({"tokens_BS": [[1, 2, 3]]}, "tokens of type list: must be a tensor of int64"),
+        ({"targets_BS": torch.zeros(1, 3, dtype=torch.int32)}, r"targets of torch\.int32"),
+        ({"documents_BS": torch.zeros(1, 3)}, r"documents of torch\.float32"),
+        ({"mask_BS": [[1, 1, 0]]}, "mask of type list: must be a tensor"),
+    ],
+)
+def test_inputs_of_other_kinds_are_named(given, complaint):
+    inputs: Any = {"tokens_BS": torch.zeros(1, 3, dtype=torch.int64), **given}
+    with pytest.raises(ValueError, match=complaint):
+        model_of()(**inputs)
+    if "tokens_BS" in given and given["tokens_BS"] is not None:
+        with pytest.raises(ValueError, match="prompt"):
+            model_of().generate(given["tokens_BS"], 2)
 
 
 def test_no_prompts_have_no_continuations():

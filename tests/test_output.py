@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.func import functional_call, grad, vmap
+from torch.func import functional_call, grad, jvp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
@@ -35,12 +36,15 @@ def test_an_output_goes_through_a_tree_and_back():
     assert torch.equal(again.routing[1].counts_E, out.routing[1].counts_E)
 
 
+@pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("with_targets", [False, True])
-def test_an_export_takes_any_batch_and_length_and_survives_a_file(with_targets):
+def test_an_export_takes_any_batch_and_length_and_survives_a_file(with_targets, strict):
     model, other = Transformer(tiny_config()), tokens(5, 11, seed=2)
     sizes = {0: torch.export.Dim("B"), 1: torch.export.Dim("S", max=40)}
     names = ["tokens_BS", "targets_BS"][: 1 + with_targets]
-    program = torch.export.export(model, (tokens(),) * len(names), dynamic_shapes=dict.fromkeys(names, sizes))
+    program = torch.export.export(
+        model, (tokens(),) * len(names), dynamic_shapes=dict.fromkeys(names, sizes), strict=strict
+    )
     file = io.BytesIO()
     torch.export.save(program, file)
     file.seek(0)
@@ -63,6 +67,27 @@ def test_an_export_takes_documents_and_a_mask():
     assert rel(got[given["mask_BS"]], want[given["mask_BS"]]) < 1e-6
 
 
+class Traced(torch.nn.Module):
+    """Logits alone: torch.jit knows no Output."""
+
+    def __init__(self, model: Transformer) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: torch.Tensor, documents: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return self.model(x, documents_BS=documents, mask_BS=mask).logits_BSV
+
+
+@pytest.mark.parametrize(
+    "trace", [lambda f, *x: torch.jit.trace(f, x, check_trace=False), lambda f, *x: make_fx(f)(*x)]
+)
+def test_a_trace_keeps_no_documents_and_no_mask(trace):
+    model = Traced(Transformer(tiny_config()))
+    traced = trace(model, tokens(), torch.zeros(3, 7, dtype=torch.int64), torch.ones(3, 7, dtype=torch.bool))
+    other = tokens(seed=2), torch.arange(7).expand(3, -1) // 3, torch.tensor([0, 1, 1, 0, 1, 1, 1]).expand(3, -1) > 0
+    assert rel(traced(*other)[other[2]], model(*other)[other[2]]) < 1e-6
+
+
 @pytest.mark.parametrize("with_documents", [False, True])
 @pytest.mark.parametrize("kind", ["meta", "fake"])
 def test_tensors_without_values_go_through(kind, with_documents):
@@ -83,14 +108,34 @@ def test_tensors_without_values_go_through(kind, with_documents):
             shapes(Transformer(tiny_config()), torch.zeros(3, 7, dtype=torch.int64))
 
 
-def test_gradients_by_torch_func_are_those_of_backward():
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+def test_gradients_by_torch_func_are_those_of_backward(mode):
     model, x = Transformer(tiny_config()).double(), tokens()
+    model.activation_checkpointing = mode
     weights = {name: p.detach() for name, p in model.named_parameters()}
     model(x, x).loss.backward()
     got = grad(lambda w: functional_call(model, w, (x, x)).loss)(weights)
     for name, p in model.named_parameters():
         assert p.grad is not None
         assert rel(got[name], p.grad) < 1e-12
+
+
+def test_directional_and_second_derivatives_by_torch_func():
+    model, x = Transformer(tiny_config()).double(), tokens()
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    along = {name: torch.randn_like(p) for name, p in weights.items()}
+
+    def loss(w: dict[str, torch.Tensor]) -> torch.Tensor:
+        return functional_call(model, w, (x, x)).loss
+
+    def dot(g: dict[str, torch.Tensor]) -> torch.Tensor:
+        return torch.stack([(g[name] * v).sum() for name, v in along.items()]).sum()
+
+    assert rel(jvp(loss, (weights,), (along,))[1], dot(grad(loss)(weights))) < 1e-12
+    forward = jvp(grad(loss), (weights,), (along,))[1]
+    backward = grad(lambda w: dot(grad(loss)(w)))(weights)
+    for name, product in forward.items():
+        assert rel(backward[name], product) < 1e-11, name
 
 
 def test_sequences_under_vmap_are_those_of_a_batch():

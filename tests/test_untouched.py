@@ -4,6 +4,7 @@ The paths: the output layer's fused loss, and generation's fused step (with its 
 patched model really does is what its modules do when they are called: logits of whole sequences, without a cache.
 """
 
+import functools
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -127,7 +128,34 @@ def another_class(model: nn.Module, module: nn.Module) -> Iterator[None]:
     yield
 
 
-PATCHES = [instance_forward, forward_hook, pre_hook, global_hook, parametrized, subclassed_weight, another_class]
+@contextmanager
+def class_forward(model: nn.Module, module: nn.Module) -> Iterator[None]:
+    """As kernel libraries do it: into the class, for all its modules."""
+    kind, own = type(module), "forward" in type(module).__dict__
+    old = kind.forward
+
+    @functools.wraps(old)
+    def forward(self: Any, *args: Any) -> Any:
+        return turned(old(self, *args))
+
+    kind.forward = forward
+    yield
+    if own:
+        kind.forward = old
+    else:
+        del kind.forward
+
+
+PATCHES = [
+    class_forward,
+    instance_forward,
+    forward_hook,
+    pre_hook,
+    global_hook,
+    parametrized,
+    subclassed_weight,
+    another_class,
+]
 
 
 def loss_of_logits(model: Transformer, tokens: Tensor, targets: Tensor) -> Tensor:
@@ -180,6 +208,28 @@ def test_a_patched_module_is_called(model: Transformer, patch: Callable[..., Any
         check(model, before)
         assert not DecodeStep.fits(model)
         assert place != "head" or not untouched(model.head, Head, called=True)
+
+
+def a_bias(place: str) -> Callable[[Transformer], None]:
+    def patch(model: Transformer) -> None:
+        linear: Any = model.get_submodule(place)
+        linear.bias = nn.Parameter(torch.randn(linear.out_features, dtype=torch.float64) * 3)
+
+    return patch
+
+
+def another_epsilon(model: Transformer) -> None:
+    for norm in (model.norm, model.blocks[0].mlp_norm):
+        norm.eps = 5.0  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("patch", [a_bias("head"), a_bias("blocks.1.attention.wo"), another_epsilon])
+def test_what_ours_are_given_counts(model: Transformer, patch: Callable[[Transformer], None]) -> None:
+    tokens = torch.randint(V, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before = loss_of_logits(model, tokens[:, :-1], tokens[:, 1:]), continued(model, tokens, 6)
+    patch(model)
+    check(model, before)
 
 
 def test_another_output_layer_learns() -> None:

@@ -14,9 +14,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from moe.config import AttentionConfig, RopeConfig
-from moe.kernels.arguments import can_read, has_values
+from moe.kernels.arguments import can_read, has_values, transformed
 from moe.layers.plain import Linear, at_least_fp32, cast
 
 # ----------------------------------------------------------------------------------------------------------- rotary
@@ -92,6 +93,9 @@ def causal(q_BSHC: Tensor, k_BSNC: Tensor, v_BSNC: Tensor) -> Tensor:
 def attention_of(q_BSHC: Tensor, k_BPNC: Tensor, v_BPNC: Tensor, **which: Any) -> Tensor:
     """Scaled dot-product attention of S queries to P keys -> [B, S, H, C]."""
     q, k, v = (x.transpose(1, 2) for x in (q_BSHC, k_BPNC, v_BPNC))
+    if transformed():  # torch's fused kernels have neither forward-mode nor second derivatives
+        with sdpa_kernel(SDPBackend.MATH):
+            return F.scaled_dot_product_attention(q, k, v, enable_gqa=True, **which).transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v, enable_gqa=True, **which).transpose(1, 2)
 
 
@@ -211,8 +215,10 @@ def text_of(mask_BS: Tensor, shape: torch.Size) -> Tensor:
     """A mask as bool [B, S]: True at text.
 
     Raises:
-        ValueError: of another shape, or floating point, such as one that is added to scores.
+        ValueError: no tensor, of another shape, or floating point, such as one that is added to scores.
     """
+    if not isinstance(mask_BS, Tensor):
+        raise ValueError(f"mask of type {type(mask_BS).__name__}: must be a tensor, bool or of integers")
     if mask_BS.shape != shape:
         raise ValueError(f"mask {list(mask_BS.shape)} must have the shape of the tokens {list(shape)}")
     if mask_BS.is_floating_point():

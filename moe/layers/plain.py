@@ -42,8 +42,9 @@ INDIFFERENT = "_indifferent_to_the_call"
 def untouched(module: nn.Module, kind: type[nn.Module], *, called: bool = False) -> bool:
     """Whether a module is exactly ours, so that a fused path may stand in for it: the one rule for all of them.
 
-    It is of the class `kind` itself; nothing in its instance takes the place of a method; no hook, of its own or of
-    all modules, waits for its call or its backward; its parameters are plain tensors. Anything else (an adapter, a
+    It is of the class `kind` itself, whose way of being called is the one that is written in it; nothing in its
+    instance takes the place of a method; no hook, of its own or of all modules, waits for its call or its backward; its
+    parameters and buffers are plain tensors, and it has no bias, as none of ours has. Anything else (an adapter, a
     quantised weight, a patched forward, a shard) must be called as the module that it is.
 
     Args:
@@ -53,12 +54,15 @@ def untouched(module: nn.Module, kind: type[nn.Module], *, called: bool = False)
     sharded = called and any(base.__name__ == "FSDPModule" for base in type(module).__mro__)
     if type(module) is not kind and not (sharded and kind in type(module).__mro__):
         return False
-    if _replaces_a_method(module, kind) or _global_hooks():
+    if _replaces_a_method(module, kind) or _global_hooks() or not _as_written(kind):
+        return False
+    if module._parameters.get("bias") is not None:
         return False
     for hooks in (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks):
         if any(not (called and _indifferent(hook)) for hook in hooks.values()):
             return False
-    return sharded or all(type(p) is nn.Parameter for p in module.parameters(recurse=False))
+    tensors = (*module._parameters.values(), *module._buffers.values())
+    return sharded or all(type(t) in (nn.Parameter, Tensor) for t in tensors if t is not None)
 
 
 # What every module has, `forward` among it.
@@ -70,6 +74,23 @@ def _replaces_a_method(module: nn.Module, kind: type[nn.Module]) -> bool:
     if torch.compiler.is_compiling():  # Dynamo of torch 2.11 looks names up in an instance, but cannot go through it
         return any([name in module.__dict__ for name in _METHODS])
     return any(callable(getattr(kind, name, None)) for name in module.__dict__)
+
+
+def _as_written(kind: type[nn.Module]) -> bool:
+    """Whether a class is called as its own lines say: nobody has put another `forward` or `__call__` into it since."""
+    if torch.compiler.is_compiling():  # Dynamo does not look at code
+        return True
+    for owner in kind.__mro__[: kind.__mro__.index(nn.Module)]:
+        forward = owner.__dict__.get("forward")
+        if forward is not None and not _written_in(owner, forward):
+            return False
+    return kind.__call__ is nn.Module.__call__
+
+
+def _written_in(owner: type, forward: Any) -> bool:
+    code = getattr(forward, "__code__", None)  # of what is called, whatever functools.wraps says of it
+    names = code is not None and (code.co_qualname, forward.__globals__.get("__name__"))
+    return names == (f"{owner.__qualname__}.forward", owner.__module__)
 
 
 def _indifferent(hook: Any) -> bool:

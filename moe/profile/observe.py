@@ -78,7 +78,7 @@ def called_with(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     found = {}
     for what, names in _CALLED_WITH.items():
         value = next((given[name] for name in names if name in given), None)
-        if isinstance(value, Tensor) and value.ndim == 2 and not value.is_floating_point():
+        if isinstance(value, Tensor) and value.ndim == 2 and (what == "mask" or not value.is_floating_point()):
             found[what] = value
     return found
 
