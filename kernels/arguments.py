@@ -30,7 +30,12 @@ def check_kinds(**tensors: Tensor | None) -> None:
 
 
 def check_device(**tensors: Tensor | None) -> None:
-    """Raises ValueError unless all are on one device."""
+    """Raises ValueError unless all are tensors, dense ones, on one device."""
+    for name, t in tensors.items():
+        if t is not None and not isinstance(t, Tensor):
+            raise ValueError(f"{name} must be a tensor; got {type(t).__name__}")
+        if t is not None and t.layout != torch.strided:
+            raise ValueError(f"{name} must be dense; got {t.layout}: give {name}.to_dense()")
     devices = [t.device for t in tensors.values() if t is not None]
     if devices.count(devices[0]) < len(devices):
         found = ", ".join(f"{name} {t.device}" for name, t in tensors.items() if t is not None)

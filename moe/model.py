@@ -421,6 +421,7 @@ def check_sampling(
     check_integers("prompt", prompt_BS)
     for name, value, ok, rule in (
         ("prompt", list(prompt_BS.shape), prompt_BS.ndim == 2 and prompt_BS.shape[1] > 0, "must be [B, S] with S > 0"),
+        ("prompt on device", prompt_BS.device, not prompt_BS.is_meta, "has no values to continue"),
         ("max_new_tokens", max_new_tokens, max_new_tokens >= 0, "must be 0 or more"),
         ("temperature", temperature, temperature >= 0, "must be 0 or more"),
         ("top_k", top_k, top_k >= 0, "must be 0 (all) or more"),

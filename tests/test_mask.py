@@ -101,6 +101,14 @@ def test_prompts_of_unequal_length_are_continued_as_each_alone(padded, fused):
         assert new[row].tolist() == alone.tolist()
 
 
+def test_padded_prompts_under_autocast(padded):
+    _, tokens, mask = padded
+    model = Transformer(tiny_config(max_seq_len=32), seed=3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        new = torch.stack(list(stream(model, tokens, 4, temperature=0, mask_BS=mask)), 1)
+        assert torch.equal(model.generate(tokens, 4, temperature=0, mask_BS=mask)[:, tokens.shape[1] :], new)
+
+
 def test_padding_takes_no_room_from_what_is_generated():
     model = Transformer(tiny_config(max_seq_len=12), seed=3)
     tokens, mask = torch.randint(V, (2, 10)), torch.ones(2, 10, dtype=torch.bool)
@@ -194,7 +202,7 @@ def test_inputs_of_other_kinds_are_named(given, complaint):
     inputs: Any = {"tokens_BS": torch.zeros(1, 3, dtype=torch.int64), **given}
     with pytest.raises(ValueError, match=complaint):
         model_of()(**inputs)
-    if "tokens_BS" in given and given["tokens_BS"] is not None:
+    if "tokens_BS" in given:
         with pytest.raises(ValueError, match="prompt"):
             model_of().generate(given["tokens_BS"], 2)
 

@@ -359,3 +359,13 @@ def test_the_fused_loss_is_that_of_a_sharded_head_too(how: str) -> None:
     """FSDP gathers the weight when the module is called, and it is called: alone in its shards, or with the root's."""
     done = subprocess.run([sys.executable, "-c", FSDP, how], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_generation_from_weights_that_accelerate_keeps_elsewhere(model: Transformer) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    tokens = torch.randint(V, (2, 9), generator=torch.Generator().manual_seed(0))
+    want = continued(model, tokens, 6)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert model.embedding.weight.is_meta
+    assert torch.equal(torch.stack(list(stream(model, tokens, 6, temperature=0)), 1), want)
+    assert torch.equal(model.generate(tokens, 6, temperature=0)[:, 9:], want)

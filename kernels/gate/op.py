@@ -43,7 +43,7 @@ def topk_gate(
     if logits_TE.ndim != 2:
         raise ValueError(f"topk_gate wants logits [T, E]; got {list(logits_TE.shape)}")
     n_tokens, n_experts = logits_TE.shape
-    if not isinstance(top_k, int) or not 1 <= top_k <= n_experts:
+    if not isinstance(top_k, int) or isinstance(top_k, bool) or not 1 <= top_k <= n_experts:
         raise ValueError(f"top_k = {top_k!r}: must be an integer in 1 .. {n_experts}, the number of experts")
     if bias_E is not None and bias_E.shape != (n_experts,):
         raise ValueError(f"bias_E must be [{n_experts}], one per expert; got {list(bias_E.shape)}")

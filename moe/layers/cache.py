@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moe.config import Config
 from moe.layers.attention import Attend, attention_of, causal, rope_tables
+from moe.layers.plain import cast
 
 
 class LayerCache(NamedTuple):
@@ -102,8 +103,8 @@ def _extend_evenly(cache: LayerCache, start: int, q_BSHC: Tensor, k_BSNC: Tensor
 def _extend(cache: LayerCache, at_BS: Tensor, end: int, q_BSHC: Tensor, k_BSNC: Tensor, v_BSNC: Tensor) -> Tensor:
     """Attention of the positions `at_BS` of sequences of different lengths, all of them before `end`."""
     rows_B1 = torch.arange(len(at_BS), device=at_BS.device).unsqueeze(1)
-    cache.k_BNPC[rows_B1, :, at_BS] = k_BSNC
-    cache.v_BNPC[rows_B1, :, at_BS] = v_BSNC
+    cache.k_BNPC[rows_B1, :, at_BS] = cast(k_BSNC, cache.k_BNPC.dtype)  # under autocast they are narrower
+    cache.v_BNPC[rows_B1, :, at_BS] = cast(v_BSNC, cache.v_BNPC.dtype)
     sees_B1SP = (torch.arange(end, device=at_BS.device) <= at_BS.unsqueeze(2)).unsqueeze(1)
     k_BPNC, v_BPNC = (x[:, :, :end].transpose(1, 2) for x in cache)
     return attention_of(q_BSHC, k_BPNC, v_BPNC, attn_mask=sees_B1SP)

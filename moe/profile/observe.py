@@ -152,6 +152,11 @@ class _Watch:
             own.spoken.clear()
         if layer == len(own.spoken):
             own.spoken.append(_routing(module, output))
+            if torch._C._functorch.is_batchedtensor(own.spoken[-1][0]):  # type: ignore[attr-defined]
+                own.spoken.clear()
+                raise NotObservable(
+                    "routing inside of torch.func.vmap has no values to count: call the model on the whole batch"
+                )
         if len(own.spoken) == self.n_layers:
             where = own.spoken[0][0].device  # the layers of a model may be on several
             ids, weights, logits = (

@@ -46,7 +46,7 @@ from tests.kernels.calls import (
 def test_top_k_is_one_to_the_number_of_experts(how: Callable[..., Any], impl: str | None) -> None:
     if how is on_meta and impl == "triton":
         pytest.skip("triton does not run on meta, and says so")
-    wrong: list[Any] = [E + 1, 0, -1, 2.0]
+    wrong: list[Any] = [E + 1, 0, -1, 2.0, True]
     for top_k in wrong:
         with pytest.raises(Exception, match=rf"top_k = {top_k}: must be an integer in 1 \.\. {E}"):
             how(lambda logits, k=top_k: ops.topk_gate(logits, k, impl=impl), normal(T, E))
@@ -58,6 +58,12 @@ def test_top_k_is_one_to_the_number_of_experts(how: Callable[..., Any], impl: st
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
+        ({"logits_TE": [[0.0] * E]}, "logits must be a tensor; got list"),
+        (
+            {"logits_TE": normal(T, E).to_sparse()},
+            r"logits must be dense; got torch\.sparse_coo: give logits\.to_dense",
+        ),
+        ({"given_TK": [[0, 1]] * T}, "given_TK must be a tensor; got list"),
         ({"logits_TE": normal(T)}, r"wants logits \[T, E\]; got \[5\]"),
         ({"logits_TE": torch.zeros(T, E, dtype=torch.int64)}, "logits must be floating point; got torch.int64"),
         ({"bias_E": torch.zeros(E + 1)}, r"bias_E must be \[4\], one per expert; got \[5\]"),

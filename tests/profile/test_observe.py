@@ -244,3 +244,10 @@ def test_tokens_of_int32(tmp_path: Path) -> None:
         (counts, of_tokens, tokens_T), other = found
         assert tokens_T is not None
         assert (counts, of_tokens, tokens_T.tolist()) == (*other[:2], TOKENS.flatten().tolist())
+
+
+def test_a_pass_under_vmap_says_why_it_is_not_seen() -> None:
+    model = Transformer(tiny_config())
+    tokens = torch.zeros(2, 5, dtype=torch.int64)
+    with pytest.raises(NotObservable, match="call the model on the whole batch"), routing(model):
+        torch.func.vmap(lambda x: model(x[None]).logits_BSV)(tokens)

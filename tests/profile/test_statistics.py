@@ -427,7 +427,7 @@ def test_padding_is_not_profiled(name: str, side: str, tmp_path: Path) -> None:
         if name == "ours":
             model(tokens, mask_BS=mask)
         else:
-            model(input_ids=tokens, attention_mask=mask)
+            model(input_ids=tokens, attention_mask=mask.float() if side == "left" else mask)
     with torch.no_grad(), record(model, tmp_path / "alone"), routing(model, 97) as alone:
         alone.source = "it"
         for text in texts:
