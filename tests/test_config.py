@@ -190,7 +190,7 @@ BAD_FILES = {
         "yarn",
     ],
     "[attention.rope]\nscaling = 'yarn'\nbeta_fast = 0.5": ["attention.rope.beta_fast = 0.5", "beta_slow = 1.0"],
-    "[attention.rope]\ntheta = 1e300": ["attention.rope.theta = 1e+300", "between 1e-30 and 1e30"],
+    "[attention.rope]\ntheta = 1e300": ["attention.rope.theta = 1e+300", "must be below 1e+30"],
     "[attention.rope]\nscaling = 'yarn'\nbeta_fast = 1e308": ["attention.rope.beta_fast = 1e+308", "between"],
 }
 

@@ -162,9 +162,9 @@ def test_how_text_was_seen_in_training_goes_along(tmp_path: Path) -> None:
     for i, place in enumerate(("there", "again")):
         assert run_cli("export", tmp_path / place, tmp_path / f"back{i}", "--format", "moe") == 0
         train = moe.load(tmp_path / f"back{i}").cfg.train
-        assert train.document_mask and train.seq_len == 32
+        assert (train.document_mask, train.seq_len) == (True, 32)
     assert "gpt4_moe" not in hf.config_to_hf(SMALL)
-    with pytest.raises(hf.HFError, match="gpt4_moe.seq_len = 'all': must be a whole number"):
+    with pytest.raises(hf.HFError, match=r"gpt4_moe\.seq_len = 'all': must be a whole number"):
         hf.config_from_hf({**hf.config_to_hf(SMALL), "gpt4_moe": {"seq_len": "all"}})
 
 

@@ -120,7 +120,7 @@ def test_what_cannot_be_compared(tmp_path: Path, capsys: pytest.CaptureFixture[s
     text = ["--text", tmp_path / "tale.txt"]
     for other, arguments, message in (
         ("deep", text, "n_layers = 3, but 2 in"),
-        ("short", text, "reads the text as other tokens than"),
+        ("short", [*text, "--seq-len", 256], "reads the text as other tokens than"),
         ("a", [], "no trace.json there"),
     ):
         assert run_cli("profile", "compare", tmp_path / "a", tmp_path / other, *arguments) == 1
