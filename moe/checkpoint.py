@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moe.config import Config, load_config
 from moe.errors import CheckpointError, ConfigError, TokenizerError
-from moe.io.files import atomic_directory
+from moe.io.files import LOCK_FILE, atomic_directory
 from moe.io.runs import locate
 from moe.io.tensorfiles import (
     INDEX_FILE,
@@ -147,7 +147,7 @@ def check_replaceable(directory: str | os.PathLike[str], files: Iterable[str], c
         return
     if not place.is_dir():
         raise CheckpointError(f"{place} is a file: choose the name of a directory")
-    names = {entry.name for entry in place.iterdir()}
+    names = {entry.name for entry in place.iterdir()} - {LOCK_FILE}
     weights = {n for n in names if n.startswith("model") and n.endswith(".safetensors") and (place / n).is_file()}
     if names and not (weights and config_file in names):
         raise CheckpointError(

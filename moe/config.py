@@ -21,12 +21,15 @@ from moe.io.toml import did_you_mean, from_table, parse_value, read_file, requir
 
 CONFIG_DIR = Path(__file__).parent / "configs"
 
+LARGEST = 1e30  # of a number that is no count: float32 holds it, and its product with a tensor's usual scale
+
 
 def _positive(section: str, owner: object, *names: str) -> None:
     for name in names:
         value = getattr(owner, name)
         require(value > 0, section + name, value, "must be greater than 0")
-        most, rule = (2**31, "must be below 2^31") if isinstance(value, int) else (math.inf, "must be finite")
+        most, rule = (2**31, "must be below 2^31") if isinstance(value, int) else (LARGEST, f"must be below {LARGEST}")
+        require(value < math.inf, section + name, value, "must be finite")
         require(value < most, section + name, value, rule)
 
 
@@ -34,6 +37,7 @@ def _not_negative(section: str, owner: object, rule: str, *names: str) -> None:
     for name in names:
         value = getattr(owner, name)
         require(0 <= value < math.inf, section + name, value, f"must be 0 or more{rule}")
+        require(isinstance(value, int) or value < LARGEST, section + name, value, f"must be below {LARGEST}")
 
 
 # --------------------------------------------------------------------------------------------------------- sections

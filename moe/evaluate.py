@@ -202,6 +202,11 @@ def _to(device: torch.device, array: np.ndarray) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
+def products(dtype: torch.dtype, device: torch.device) -> torch.autocast:
+    """Within it matrix products are taken in `dtype`, the weights being float32: what training and scoring run in."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
 @torch.no_grad()
 def evaluate(
     model: Transformer,
@@ -227,7 +232,7 @@ def evaluate(
     scores: dict[str, Score] = {}
     done = 0
     for source, part in batches(windows, batch):
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+        with products(dtype, device):
             mean = model(**model_inputs(model.cfg.train, part, device)).losses["lm"]
         targets = part.targets[part.targets != IGNORE_INDEX]
         score = Score(mean.item() * len(targets) / math.log(2), len(targets), int(lengths[targets].sum()))

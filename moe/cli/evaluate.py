@@ -68,7 +68,7 @@ def evaluate(
     found: dict[str, Any] = {"checkpoint": str(checkpoint), "name": cfg.name}
     length = seq_len or cfg.train.seq_len or cfg.max_seq_len
     if data is not None:
-        found["data"] = _score_data(model, data, length, batch)
+        found["data"] = _score_data(model, checkpoint, data, length, batch)
     if text:
         assert tokenizer is not None
         found["text"] = _score_text(model, tokenizer, text, length, batch)
@@ -83,11 +83,13 @@ def evaluate(
     return 0
 
 
-def _score_data(model: "Transformer", place: Path, seq_len: int, batch: int) -> dict[str, Any]:
+def _score_data(model: "Transformer", checkpoint: Path, place: Path, seq_len: int, batch: int) -> dict[str, Any]:
     from moe.data import TokenData, compressed, compression, held_out_text, open_data
+    from moe.train.start import check_tokenizer
 
     data = open_data(place)
     data.check_compatible(model.cfg.vocab_size)
+    check_tokenizer(checkpoint, data)
     compressors = {}
     if isinstance(data, TokenData):
         compressors = {source: compressed(part) for source, part in held_out_text(data).items()}

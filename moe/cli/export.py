@@ -37,13 +37,20 @@ def export(
         dtype: Of the weights; keep leaves them as they are.
         adapter: RUN/adapter.safetensors of a LoRA fine-tune, merged into the checkpoint that it was given.
     """
+    from moe.errors import CheckpointError
+    from moe.io.files import is_taken, locked
+
+    if not out.exists() or out.is_dir():
+        with locked(out):
+            if not is_taken(out):
+                return _export(checkpoint, out, format, dtype, adapter)
+    raise CheckpointError(f"{out} exists and is not empty: choose a new or an empty directory")
+
+
+def _export(checkpoint: Path, out: Path, format: str, dtype: str, adapter: Path | None) -> int:
     from moe import checkpoint as checkpoints
     from moe import hf, lora
-    from moe.errors import CheckpointError
-    from moe.io.files import is_taken
 
-    if is_taken(out):
-        raise CheckpointError(f"{out} exists and is not empty: choose a new or an empty directory")
     place = checkpoints.locate(checkpoint)
     foreign = (place / hf.CONFIG_FILE).is_file() and not (place / checkpoints.CONFIG_FILE).is_file()
     cfg = hf.config_from_hf(hf.read_config(place)) if foreign else checkpoints.load_config_of(place)

@@ -19,6 +19,8 @@ from moe.errors import ConfigError, TraceError
 if TYPE_CHECKING:
     from moe.profile.subject import Subject, Text
 
+SEQ_LEN = 256  # tokens of a sequence, where a model was trained at no less
+
 profile_app = tyro.extras.SubcommandApp()
 profile_app.command(step)
 
@@ -31,7 +33,7 @@ def routing(
     data: Path | None = None,
     text: tuple[str, ...] = (),
     tokens: int = 65536,
-    seq_len: int = 256,
+    seq_len: int | None = None,
     batch: int = 16,
     trace: Path | None = None,
     out: Path | None = None,
@@ -45,7 +47,7 @@ def routing(
         data: Prepared data (moe data prepare); each of its sources is looked at apart, too.
         text: Instead of data: text files, as PATH or NAME=PATH, for the checkpoint's own tokenizer.json.
         tokens: About how many held-out tokens.
-        seq_len: Tokens of a sequence.
+        seq_len: Tokens of a sequence. Default: 256, or what the model was trained at where that is less.
         batch: Sequences of a forward pass.
         trace: Record the routing here, for placement, serving, compare and replay.
         out: Write all figures to this JSON file.
@@ -57,12 +59,12 @@ def routing(
     from moe.profile import subject as subjects
     from moe.profile import tables
 
-    _check(data, text, tokens, seq_len, batch)
+    length = _check(data, text, tokens, seq_len, batch, checkpoint)
     check_pictures(pictures)
     if trace is not None and is_taken(trace):
         raise TraceError(f"--trace {trace}: exists and is not an empty directory; choose another")
     subject = _subject(checkpoint, device)
-    seen = _text(subject, data, text, tokens, seq_len)
+    seen = _text(subject, data, text, tokens, length)
     p = subjects.profile_routing(subject, seen.windows, batch, trace)
     pairs = profile.closest_pairs(subject.model)
     print_table(tables.by_layer(p))
@@ -97,7 +99,7 @@ def report(
     text: tuple[str, ...] = (),
     out: Path = Path("report.html"),
     tokens: int = 65536,
-    seq_len: int = 256,
+    seq_len: int | None = None,
     batch: int = 16,
     time_rounds: int = 5,
     device: str | None = None,
@@ -112,7 +114,7 @@ def report(
         text: Instead of data: text files, as PATH or NAME=PATH, for the checkpoint's own tokenizer.json.
         out: The file.
         tokens: About how many held-out tokens.
-        seq_len: Tokens of a sequence.
+        seq_len: Tokens of a sequence. Default: 256, or what the model was trained at where that is less.
         batch: Sequences of a forward pass.
         time_rounds: Passes to measure for the section on time (of our models); 0 leaves it out.
         device: cuda or cpu. Default: cuda where there is one.
@@ -125,10 +127,10 @@ def report(
     from moe.profile.similarity import expert_bytes
     from moe.train.metrics import load_over_training
 
-    _check(data, text, tokens, seq_len, batch)
+    length = _check(data, text, tokens, seq_len, batch, checkpoint)
     within("time-rounds", time_rounds, 0, 10**6)
     subject = _subject(checkpoint, device)
-    seen = _text(subject, data, text, tokens, seq_len)
+    seen = _text(subject, data, text, tokens, length)
     with tempfile.TemporaryDirectory() as place:
         p = subjects.profile_routing(subject, seen.windows, batch, Path(place, "trace"))
         ids_TLK = profile.Trace.open(Path(place, "trace")).ids_TLK(2**20)
@@ -249,7 +251,7 @@ def compare(
     data: Path | None = None,
     text: tuple[str, ...] = (),
     tokens: int = 65536,
-    seq_len: int = 256,
+    seq_len: int | None = None,
     batch: int = 16,
     device: str | None = None,
 ) -> int:
@@ -264,7 +266,7 @@ def compare(
         data: Prepared data (moe data prepare), for two checkpoints.
         text: Instead of data: text files, as PATH or NAME=PATH, for the checkpoints' own tokenizer.json.
         tokens: About how many held-out tokens.
-        seq_len: Tokens of a sequence.
+        seq_len: Tokens of a sequence. Default: 256, or what the model was trained at where that is less.
         batch: Sequences of a forward pass.
         device: cuda or cpu. Default: cuda where there is one.
     """
@@ -274,12 +276,12 @@ def compare(
     if data is None and not text:
         print_table(tables.changes(profile.compare(profile.Trace.open(one), profile.Trace.open(other))))
         return 0
-    _check(data, text, tokens, seq_len, batch)
+    length = _check(data, text, tokens, seq_len, batch, one, other)
     with tempfile.TemporaryDirectory() as place:
         readings = []
         for name, checkpoint in (("one", one), ("other", other)):  # one model in memory at a time
             subject = _subject(checkpoint, device)
-            seen = _text(subject, data, text, tokens, seq_len)
+            seen = _text(subject, data, text, tokens, length)
             readings.append(difference.read(subject, seen.windows, batch, Path(place, name)))
             del subject
         changes, routes = difference.compare_readings(*readings)
@@ -291,12 +293,26 @@ def compare(
 # ------------------------------------------------------------------------------------------------------------- parts
 
 
-def _check(data: Path | None, text: tuple[str, ...], tokens: int, seq_len: int, batch: int) -> None:
-    """What can be known to be wrong before a model is loaded."""
-    for flag, value in (("tokens", tokens), ("seq-len", seq_len), ("batch", batch)):
+def _check(
+    data: Path | None, text: tuple[str, ...], tokens: int, seq_len: int | None, batch: int, *checkpoints: Path
+) -> int:
+    """What can be known to be wrong before a model is loaded -> tokens of a sequence."""
+    for flag, value in (("tokens", tokens), ("seq-len", 1 if seq_len is None else seq_len), ("batch", batch)):
         within(flag, value, 1, 10**12)
     if (data is not None) == bool(text):
         raise ConfigError(f"{'both' if text else 'neither'} of --data and --text: give one of them")
+    return seq_len if seq_len is not None else min(SEQ_LEN, *map(_trained_at, checkpoints))
+
+
+def _trained_at(checkpoint: Path) -> int:
+    """The window that a checkpoint of this program was trained at, in tokens; of others nothing is known."""
+    from moe import checkpoint as checkpoints
+
+    place = checkpoints.locate(checkpoint)
+    if not (place / checkpoints.CONFIG_FILE).is_file():
+        return SEQ_LEN
+    cfg = checkpoints.load_config_of(place)
+    return cfg.train.seq_len or cfg.max_seq_len
 
 
 def _subject(checkpoint: Path, device: str | None) -> "Subject":

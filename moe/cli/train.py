@@ -73,8 +73,10 @@ def train(
 
 def print_forecast(cfg: "Config", data: Path | None, device: str | None) -> None:
     """What a run would take; without `data`, on the default data, which need not be prepared."""
+    from moe.device import pick_device
+    from moe.errors import TrainError
     from moe.train.console import clock
-    from moe.train.forecast import GIB, forecast
+    from moe.train.forecast import GIB, check_memory, forecast
 
     default, is_there = default_place(cfg)
     if data is None and is_there:
@@ -87,6 +89,11 @@ def print_forecast(cfg: "Config", data: Path | None, device: str | None) -> None
     share = f" of {f.available / GIB:.1f} GiB" if f.available else ""
     print(f"memory at the peak: {f.memory / GIB:,.2f} GiB{share}")
     if f.available and f.memory > f.available:
-        print("that is more than there is: halve train.micro_batch, or set train.activation_checkpointing=selective")
+        remedy = "that is more than there is: halve train.micro_batch, or set train.activation_checkpointing=selective"
+        try:
+            check_memory(cfg, pick_device(device))
+        except TrainError as error:  # which knows what the weights alone take
+            remedy = str(error)
+        print(remedy)
     tried = f"about {clock(f.likely)}, by two layers tried here now; " if f.likely else ""
     print(f"time: {tried}{clock(f.seconds)} if every product ran at this machine's best rate")

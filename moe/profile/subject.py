@@ -21,8 +21,9 @@ from moe import checkpoint as checkpoints
 from moe import hf
 from moe.config import TrainConfig
 from moe.data import Batch, document_ids, open_data, spaced_windows
+from moe.device import pick_dtype
 from moe.errors import NotObservable, SubjectError
-from moe.evaluate import Window, batches, model_inputs, some_windows
+from moe.evaluate import Window, batches, model_inputs, products, some_windows
 from moe.kernels.loss import IGNORE_INDEX
 from moe.model import Transformer
 from moe.profile.observe import routers
@@ -42,6 +43,7 @@ class Subject:
     family: str  # the class of the model
     vocab_size: int
     context: int  # tokens
+    dtype: torch.dtype = torch.float32  # of the products (autocast): as its training has them on this device
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,8 @@ def open_subject(path: str | os.PathLike[str], device: torch.device | str = "cpu
     """
     place = checkpoints.locate(path)
     if not (place / hf.CONFIG_FILE).is_file() or (place / checkpoints.CONFIG_FILE).is_file():
-        return _ours(place, checkpoints.load(place, device=device))
+        model = checkpoints.load(place, device=device)
+        return _ours(place, model, pick_dtype(model.cfg.train, model.embedding.weight.device))
     if hf.read_config(place).get("model_type") == "mixtral":
         return _ours(place, hf.load(place, device=device))
     model = _through_transformers(place).to(device).eval()
@@ -75,8 +78,8 @@ def open_subject(path: str | os.PathLike[str], device: torch.device | str = "cpu
     return Subject(place, model, type(model).__name__, config.vocab_size, config.max_position_embeddings)
 
 
-def _ours(place: Path, model: Transformer) -> Subject:
-    return Subject(place, model.eval(), "Transformer", model.cfg.vocab_size, model.cfg.max_seq_len)
+def _ours(place: Path, model: Transformer, dtype: torch.dtype = torch.float32) -> Subject:
+    return Subject(place, model.eval(), "Transformer", model.cfg.vocab_size, model.cfg.max_seq_len, dtype)
 
 
 def _through_transformers(place: Path) -> Any:
@@ -255,7 +258,8 @@ def _run(subject: Subject, batch: Batch, want: Literal["logits", "targets"]) -> 
         inputs = model_inputs(model.cfg.train, batch, device)
         if want == "logits":
             inputs["targets_BS"] = None
-        return model(**inputs).logits_BSV
+        with products(subject.dtype, device):
+            return model(**inputs).logits_BSV
     inputs = model_inputs(TrainConfig(), batch, device)
     keep = {"logits_to_keep": 1} if want == "targets" else {}
     mask = inputs["mask_BS"]

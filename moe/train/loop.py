@@ -156,8 +156,8 @@ def _is_it(
 ) -> bool:
     """Whether the complete run in `run_dir` is the one asked for; False where it is to be extended. Or an error."""
     saved = (run_dir / CONFIG_FILE).read_text(encoding="utf-8")
-    state.check_same_config(saved, cfg, run_dir)
     identity.check_same(summary, identity.record(data, start_from, lora), run_dir)
+    state.check_same_config(saved, cfg, run_dir)
     stream = start.open_stream(cfg, data)
     schedule = Schedule(cfg.train, stream.seq_len, stream.windows_per_epoch)
     asked = {"device": device and torch.device(device).type, "traces": trace_every > 0}
@@ -185,7 +185,7 @@ def _train_step(run: Run, traced: bool) -> None:
     for begin in range(0, count, run.micro_batch):
         rows = slice(begin, min(begin + run.micro_batch, count))
         part = Batch(*(None if x is None else x[rows] for x in batch))  # type: ignore[arg-type]
-        with torch.autocast(run.device.type, dtype=run.dtype, enabled=run.dtype != torch.float32):
+        with evaluate.products(run.dtype, run.device):
             inputs = evaluate.model_inputs(run.cfg.train, part, run.device)
             out: Output = run.forward(**inputs)
         assert out.sums is not None

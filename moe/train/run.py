@@ -110,8 +110,8 @@ def open_run(
     saved = state.load_training(found) if found is not None else None
     changes: dict[str, list[Any]] = {}
     if saved is not None:
-        changes = state.check_same_config(saved["config"], cfg, run_dir)
         identity.check_same(saved, now, run_dir)
+        changes = state.check_same_config(saved["config"], cfg, run_dir)
         stream.check_resume(saved["stream"])
         identity.check_ahead(saved, schedule, run_dir)
         used = {"device": device.type, "dtype": str(dtype).removeprefix("torch.")}

@@ -60,11 +60,18 @@ def check_start(cfg: Config, data: TokenData | ConversationData, start_from: Pat
     changed = [line for line in state.differences(before.to_toml(), cfg) if not line.startswith(OF_A_STAGE)]
     if changed:
         raise ConfigError(f"{start_from} has another shape: {', '.join(changed)}; set these as they were there")
-    tokenizer = checkpoint.load_tokenizer(start_from)
-    if tokenizer.fingerprint != data.tokenizer().fingerprint:
+    checkpoint.load_tokenizer(start_from)  # there must be one
+    check_tokenizer(start_from, data)
+
+
+def check_tokenizer(trained: Path, data: TokenData | ConversationData) -> None:
+    """Raises ConfigError where the checkpoint `trained` has another tokenizer than the data; it may have none."""
+    own = checkpoint.locate(trained) / checkpoint.TOKENIZER_FILE
+    if own.is_file() and checkpoint.load_tokenizer(trained).fingerprint != data.tokenizer().fingerprint:
+        command = "moe data instructions" if isinstance(data, ConversationData) else "moe data prepare"
         raise ConfigError(
-            f"{start_from} was trained with another tokenizer than {data.path} was prepared with: prepare the data "
-            f"with that one, `tokenizer={start_from / 'tokenizer.json'}`"
+            f"{trained} was trained with another tokenizer than {data.path} was prepared with, so its ids mean other "
+            f"text: prepare the data with that one, `{command} --tokenizer {own}`"
         )
 
 

@@ -145,3 +145,12 @@ def test_tasks_without_lm_eval_say_what_to_install(place, monkeypatch, capsys):
     out, err = capsys.readouterr()
     assert 'pip install "gpt4-moe[eval]"' in err
     assert out == ""
+
+
+def test_data_of_another_tokenizer_is_refused(place, tmp_path, capsys):
+    """Its ids are within the vocabulary, and mean other text."""
+    prepare([place / "verse"], tmp_path / "other", vocab_size=270)
+    assert run_cli("eval", place / "model", "--data", tmp_path / "other") == 2
+    said = capsys.readouterr().err
+    assert "trained with another tokenizer than" in said
+    assert f"`moe data prepare --tokenizer {place / 'model' / 'tokenizer.json'}`" in said

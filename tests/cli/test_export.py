@@ -14,6 +14,7 @@ from moe import hf
 from moe.config import DenseConfig, RouterConfig
 from moe.data.chat import ChatTemplate
 from moe.io import tensorfiles
+from moe.io.files import locked
 from moe.tokenizer import train_bpe
 from tests.conftest import run_cli
 from tests.hf.test_mixtral import SMALL, TOLERANCE, from_pretrained, logit_error, mixtral, relative, tokens
@@ -150,3 +151,24 @@ def test_what_is_no_model_is_named(tmp_path: Path, capsys) -> None:
     (tmp_path / "qwen" / "config.json").write_text('{"model_type": "qwen3_moe"}')
     assert "model_type = 'qwen3_moe'" in refused(capsys, tmp_path / "qwen", tmp_path / "out", "--format", "moe")
     assert not (tmp_path / "out").exists()
+
+
+def test_how_text_was_seen_in_training_goes_along(tmp_path: Path) -> None:
+    """The mask and the window of training, through transformers, too; else scores would change on the way."""
+    cfg = SMALL.with_overrides(["train.document_mask=true", "train.seq_len=32"])
+    moe.save(moe.Transformer(cfg), tmp_path / "run")
+    assert run_cli("export", tmp_path / "run", tmp_path / "there") == 0
+    from_pretrained(tmp_path / "there").save_pretrained(tmp_path / "again")
+    for i, place in enumerate(("there", "again")):
+        assert run_cli("export", tmp_path / place, tmp_path / f"back{i}", "--format", "moe") == 0
+        train = moe.load(tmp_path / f"back{i}").cfg.train
+        assert (train.document_mask, train.seq_len) == (True, 32)
+    assert "gpt4_moe" not in hf.config_to_hf(SMALL)
+    with pytest.raises(hf.HFError, match=r"gpt4_moe\.seq_len = 'all': must be a whole number"):
+        hf.config_from_hf({**hf.config_to_hf(SMALL), "gpt4_moe": {"seq_len": "all"}})
+
+
+def test_of_two_exports_to_one_place_one_is_refused(run: Path, tmp_path: Path, capsys) -> None:
+    with locked(tmp_path / "out"):
+        assert "in use by process" in refused(capsys, run, tmp_path / "out")
+    assert run_cli("export", run, tmp_path / "out") == 0

@@ -205,3 +205,17 @@ def test_steps_that_cannot_be_measured(arguments: list[Any], said: str, capsys: 
 def test_a_checkpoint_keeps_its_shape(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_cli("profile", "step", place / "model", "--set", "n_layers=1") == 2
     assert "is a checkpoint, whose shape is given" in capsys.readouterr().err
+
+
+def test_the_windows_are_those_of_training_unless_asked_otherwise(tmp_path: Path, place: Path) -> None:
+    """A model that was trained on short windows is not judged beyond them; a comparison takes what both know."""
+    cfg = moe.load(place / "model").cfg.with_overrides(["train.seq_len=16"])
+    moe.save(moe.Transformer(cfg), tmp_path / "short")
+    for more, longest in (([], 16), (["--seq-len", 32], 32)):
+        trace = tmp_path / f"trace{longest}"
+        arguments = ["--data", place / "data", "--tokens", 600, "--batch", 1, "--trace", trace, *more]
+        assert run_cli("profile", "routing", tmp_path / "short", *arguments) == 0
+        counts_PLE = profile.Trace.open(trace).counts_PLE()
+        assert counts_PLE[:, 0].sum(-1).max() == longest * cfg.experts.top_k
+    arguments = [tmp_path / "short", place / "model", "--data", place / "data", "--tokens", 600]
+    assert run_cli("profile", "compare", *arguments) == 0

@@ -1,6 +1,7 @@
 """Hugging Face directories and text files on the command line, against the models' own router logits."""
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 import moe
+from moe import evaluate
 from moe.data import prepare
 from moe.profile.subject import log_probabilities, open_subject, text_of_files
 from moe.tokenizer import Tokenizer, train_bpe
@@ -201,3 +203,20 @@ def test_ours_with_text(tmp_path: Path, texts: Path, tokenizer: Tokenizer) -> No
     arguments = ["--text", texts / "a.py", "--seq-len", 400, "--out", tmp_path / "f.json"]
     assert run_cli("profile", "routing", tmp_path / "ours", *arguments) == 0
     assert json.loads((tmp_path / "f.json").read_text())["tokens"] == len(tokenizer.encode(CODE)) - 1
+
+
+def test_products_are_taken_as_in_training(tmp_path: Path, texts: Path, tokenizer: Tokenizer) -> None:
+    """A model that bfloat16 trained is routed in bfloat16, as `moe eval` scores it."""
+    cfg = moe.load_config("replica-tiny").scaled(d_model=192, n_layers=2, vocab_size=300, max_seq_len=64)
+    cfg = cfg.with_overrides(["train.dtype=bf16"])
+    moe.save(moe.Transformer(cfg), tmp_path / "ours", tokenizer=tokenizer)
+    subject = open_subject(tmp_path / "ours")
+    windows = text_of_files(subject, [str(texts / "tale.txt")], 500, 64).windows
+    log_p = torch.cat(list(log_probabilities(subject, windows, 16).values()))
+    lengths = evaluate.byte_lengths(tokenizer)
+    scored = [
+        evaluate.total(evaluate.evaluate(subject.model, windows, lengths, batch=16, dtype=dtype)).bits  # type: ignore[arg-type]
+        for dtype in (torch.bfloat16, torch.float32)
+    ]
+    bits = -log_p.double().sum().item() / math.log(2)
+    assert abs(bits - scored[0]) < abs(bits - scored[1]) / 4

@@ -123,3 +123,12 @@ def test_what_training_would_refuse(cfg, data_dir):
         forecast(cfg.with_overrides(["vocab_size=200"]), data_dir)
     with pytest.raises(ConfigError, match="less than one window"):
         forecast(cfg.with_overrides(["train.tokens=7"]), data_dir)
+
+
+def test_a_dry_run_of_what_cannot_fit_does_not_advise_smaller_batches(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run_cli("train", "gpt4-8k", "--dry-run", "--device", "cpu") == 0
+    said = capsys.readouterr().out
+    assert "train a smaller model" in said
+    assert "halve train.micro_batch" not in said
+    assert not list(tmp_path.iterdir())

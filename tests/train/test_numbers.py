@@ -68,3 +68,12 @@ def test_the_command_says_it_in_one_line(cfg_file, data_dir, tmp_path, capsys):
     assert error.startswith("error: ")
     assert "train.lr (now 1e+30)" in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "setting", ["train.muon_lr", "train.lr", "train.weight_decay", "train.embedding_lr", "router.bias_update_rate"]
+)
+def test_rates_beyond_float32_are_refused_by_name(cfg, setting):
+    """An optimizer raised on one, and a router's bias became infinite without a word."""
+    with pytest.raises(ConfigError, match=rf"{setting} = 1e\+308: must be below 1e\+30"):
+        cfg.with_overrides([f"{setting}=1e308"])

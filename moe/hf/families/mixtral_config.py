@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from moe.config import AttentionConfig, Config, ExpertsConfig, RopeConfig, RouterConfig
+from moe.config import AttentionConfig, Config, ExpertsConfig, RopeConfig, RouterConfig, TrainConfig
 from moe.errors import ConfigError, HFError
 from moe.io.toml import shown
 
@@ -25,13 +25,16 @@ _DEFAULTS: dict[str, Any] = {
     "router_aux_loss_coef": 0.001,
 }
 _THETA = 1e6
+# A table of our own in config.json, which transformers keeps and does not read: how the model was trained to see text.
+_OURS, _SEEN = "gpt4_moe", ("document_mask", "seq_len")
 
 
 def config_to_hf(cfg: Config) -> dict[str, Any]:
     """The content of Mixtral's `config.json` for the same function from tokens to logits.
 
-    Mixtral's balance loss is `top_k` when even and ours is 1, hence the division. `router.z_loss` and `train` only
-    matter in training and have no place in it.
+    Mixtral's balance loss is `top_k` when even and ours is 1, hence the division. `router.z_loss` and most of `train`
+    only matter in training and have no place in it; the mask and the window that scores depend on stand apart, as
+    "gpt4_moe", where they are not the default.
 
     Raises:
         HFError: experts.activation is not "swiglu", there are dense layers, or router.bias_update_rate is not 0.
@@ -51,6 +54,7 @@ def config_to_hf(cfg: Config) -> dict[str, Any]:
             "has none; keep the checkpoint with moe.save, or train with router.balance_loss and bias_update_rate = 0"
         )
     attention, experts = cfg.attention, cfg.experts
+    seen = {key: getattr(cfg.train, key) for key in _SEEN if getattr(cfg.train, key) != getattr(TrainConfig(), key)}
     return {
         "architectures": ["MixtralForCausalLM"],
         "model_type": "mixtral",
@@ -75,6 +79,7 @@ def config_to_hf(cfg: Config) -> dict[str, Any]:
         "eos_token_id": None,
         "pad_token_id": None,
         **_rope_to_hf(attention.rope),
+        **({_OURS: seen} if seen else {}),
     }
 
 
@@ -124,9 +129,19 @@ def config_from_hf(hf: Mapping[str, Any]) -> Config:
             experts=ExpertsConfig(
                 n_experts=full.whole("num_local_experts"), top_k=top_k, d_ff=full.whole("intermediate_size")
             ),
+            train=_train_from_hf(full),
         )
     except ConfigError as error:
         raise HFError(f"config.json describes a model that cannot be: {error}") from error
+
+
+def _train_from_hf(full: "_Settings") -> TrainConfig:
+    given = dict.get(full, _OURS) or {}
+    if not isinstance(given, Mapping):
+        raise HFError(f"{_OURS} = {given!r}: must be a table")
+    ours = _Settings(given, f"{_OURS}.")
+    mask = ours.get("document_mask", bool, "true or false", False)
+    return TrainConfig(document_mask=mask, seq_len=ours.whole("seq_len", 0))
 
 
 class _Settings(dict[str, Any]):
