@@ -267,8 +267,8 @@ class Transformer(nn.Module):
                 another batch size than the cache's, or (on CPU, where looking costs nothing) ids outside the
                 vocabulary.
         """
-        B, S = tokens_BS.shape[:2]
         self._check_input(tokens_BS, targets_BS, documents_BS, cache)
+        B, S = tokens_BS.shape[:2]
         text_BS = None if mask_BS is None else text_of(mask_BS, tokens_BS.shape[:2])
         x_BSD = tokens_BS if self.embedding is None else self.embedding(tokens_BS)
         moved = None if text_BS is None else text_first(text_BS, x_BSD.device)
@@ -356,6 +356,9 @@ class Transformer(nn.Module):
     def _check_input(
         self, tokens: Tensor, targets: Tensor | None, documents: Tensor | None, cache: KVCache | None
     ) -> None:
+        if self.embedding is not None and (tokens.dim() != 2 or tokens.is_floating_point()):
+            given = f"{list(tokens.shape)} in {str(tokens.dtype).removeprefix('torch.')}"
+            raise ValueError(f"tokens {given}: must be int64 ids [batch, sequence]; one text is tokens.unsqueeze(0)")
         batch, length = tokens.shape[0], tokens.shape[1] + (cache.length if cache is not None else 0)
         if length > self.cfg.max_seq_len:
             raise ValueError(

@@ -98,7 +98,7 @@ class ChatTemplate:
 def check_messages(value: Any, where: str) -> list[dict[str, str]]:
     """The messages of a conversation that came from outside, reduced to role and content.
 
-    What would be lost by that, and is not nothing, is refused: calls of tools, and responses that are not to be learned.
+    What would be lost by that, is refused: calls of tools, and responses that are not to be learned.
 
     Args:
         value: expected to be a list of {"role": "system" | "user" | "assistant", "content": text}, with "system" in

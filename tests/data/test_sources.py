@@ -299,5 +299,5 @@ def test_import_is_light() -> None:
 
 def test_a_link_that_leads_to_itself_is_named(tmp_path: Path) -> None:
     (tmp_path / "loop.txt").symlink_to("loop.txt")
-    with pytest.raises(DataError, match="loop.txt does not exist"):
+    with pytest.raises(DataError, match=r"loop\.txt does not exist"):
         parse_source(tmp_path / "loop.txt")
