@@ -257,13 +257,13 @@ def load_config_of(directory: str | os.PathLike[str]) -> Config:
     place = locate(directory)
     if not place.is_dir():
         problem = "is not a directory" if place.exists() else "no such directory"
-        raise CheckpointError(f"{place}: {problem}; give the directory that moe.save wrote")
+        raise CheckpointError(f"{place}: {problem}; give a checkpoint, such as RUN/final")
     if not (place / CONFIG_FILE).is_file():
         foreign = (place / "config.json").is_file()
         remedy = (
             "it looks like a Hugging Face model, use moe.hf.load, or convert it with `moe export --format moe`"
             if foreign
-            else "give one that moe.save wrote"
+            else "give one that moe train or moe.save wrote"
         )
         raise CheckpointError(f"{place} has no {CONFIG_FILE}, so it is not a checkpoint of this program: {remedy}")
     try:

@@ -6,6 +6,7 @@ shortened; what `make aot` runs is run by kernels/test_ahead.py; benchmarks, whi
 """
 
 import contextlib
+import importlib
 import importlib.util
 import io
 import json
@@ -272,6 +273,22 @@ def test_page_is_in_the_site_and_its_generated_parts_are_current(page: str) -> N
     assert generated.filled(TEXTS[page]) == TEXTS[page], "run: python docs/generated.py"
     if page != "README.md":
         assert f"  - {PAGES[page].name}\n" in (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("module", "names"), re.findall(r"^::: (\S+)\n.*\n.*\[(.*)\]", TEXTS["docs/api.md"], re.MULTILINE)
+)
+def test_the_api_page_names_what_there_is(module: str, names: str) -> None:
+    found = importlib.import_module(module if module.startswith("moe.") else f"moe.{module}")
+    for name in names.split(", "):
+        value = getattr(found, name)
+        assert value.__module__ == found.__name__, f"{name} is made elsewhere, so the page would leave it out"
+        assert value.__doc__
+
+
+def test_the_changelog_has_no_gaps_in_its_lists() -> None:
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.search(r"^(?:- |  ).*\n\n+- ", text, re.MULTILINE) is None
 
 
 def test_the_site_builds_without_warnings(tmp_path: Path) -> None:

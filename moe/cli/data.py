@@ -116,9 +116,10 @@ def instructions(
     """Turn conversations into tokens for moe finetune.
 
     Args:
-        sources: JSONL or parquet files, or directories of them, as PATH or NAME=PATH. A row has messages, a list of
-            {"role": system|user|assistant, "content": text}, or prompt and response. Default: functions of Python's
-            standard library to be written from their docstrings, and the small talk of chatterbot-corpus if installed.
+        sources: JSONL, parquet, CSV or JSON files, or directories of JSONL and parquet, as PATH or NAME=PATH. A row has
+            messages, a list of {"role": system|user|assistant, "content": text}, or the fields of ShareGPT, Alpaca, or
+            prompt and response or completion. Default: functions of Python's standard library to be written from their
+            docstrings, and the small talk of chatterbot-corpus if installed.
         tokenizer: The checkpoint of the model to be fine-tuned, a tokenizer.json, or cl100k.
         out: Directory to write.
         overwrite: Replace other prepared conversations in the directory.

@@ -8,9 +8,12 @@ from tyro.conf import Positional
 
 from moe.cli.flags import Flag, Settings, assignments
 from moe.cli.show import draw_table
+from moe.cli.usage import in_flags
 
 if TYPE_CHECKING:
     from moe.ladder.rungs import Climbed, Ladder
+
+FLAGS = ("--tokens-per-parameter", "--rungs", "--held-out")  # what notices speak of
 
 
 def ladder(
@@ -104,7 +107,7 @@ def _print_plan(steps: "Ladder", device: str | None) -> None:
     seconds = sum(rung.flop for rung in replicas) / rate
     print(f"{clock(seconds)} in all if every product ran at this machine's best rate; small replicas are far from it")
     for line in notices:
-        print(f"notice: {line}")
+        print(f"notice: {in_flags(line, FLAGS)}")
 
 
 def _print_rungs(climbed: "Climbed") -> None:

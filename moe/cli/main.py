@@ -58,7 +58,7 @@ def _run(args: Sequence[str]) -> Any:
     if not sys.stdout.isatty() and not {"-h", "--help"}.isdisjoint(args):
         return usage.show_page(_parse, args)
     try:
-        with usage.one_line(_parse, path):
+        with usage.one_line(_parse, path, args):
             return _parse(args)
     except (MoeError, ImportError) as error:
         said = str(error)

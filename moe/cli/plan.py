@@ -378,6 +378,7 @@ def redesign(
         gpus: To serve on.
         per_user: Tokens/s that every user is to get.
     """
+    from moe.errors import ConfigError
     from moe.plan import load_shape
     from moe.plan.hardware import load_hardware
     from moe.plan.layout import load_layout
@@ -385,6 +386,11 @@ def redesign(
 
     shape, hw = load_shape(model), load_hardware(hardware)
     found = redesign(shape, hw, gpus=gpus, per_user=per_user, context=context, weights=weights)[:10]
+    if not found:
+        raise ConfigError(
+            f"`gpus` {gpus}: no layout of {shape.name} on so many {hw.name} fits and gives {per_user:g} tokens/s a "
+            "user: take another number of `gpus`, a lower `per_user` or other `hardware`"
+        )
     if gpus == 128 and shape.n_layers == 120:
         article = load_layout("gpt4-serve").replace(weights=weights, name="the article's tp8 pp16")
         found.append(evaluate(shape, article, hw, 256, context))

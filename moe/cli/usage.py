@@ -99,9 +99,15 @@ def _several(info: PrimitiveTypeInfo) -> Any:
         return None
     one = _KINDS[kinds[0]]
     return PrimitiveConstructorSpec(
-        "*", f"{one.metavar} ...", lambda words: tuple(one.instance_from_str([word]) for word in words),
+        "*", f"{one.metavar} ...", lambda words: tuple(one.instance_from_str([word]) for word in _any(words)),
         lambda x: isinstance(x, tuple), lambda x: [str(part) for part in x] or ["none"],
     )  # fmt: skip
+
+
+def _any(words: list[str]) -> list[str]:
+    if not words:
+        raise ValueError(": a value must follow it")
+    return words
 
 
 readable = ConstructorRegistry()
@@ -135,7 +141,8 @@ def command_of(app: SubcommandApp, words: Sequence[str]) -> tuple[str, ...]:
             return path
         if word not in names:
             called = f"{' '.join(('moe', *path))}"
-            wrong = f"there is no command {shortened(f'{called} {word}')!r}{did_you_mean(word, names)}"
+            near = did_you_mean(word, [*names, "--version", "--help"])
+            wrong = f"there is no command {shortened(f'{called} {word}')!r}{near}"
             missing = f"{called}: a command is missing"
             raise ConfigError(f"{wrong if word else missing}; there are: {', '.join(names)}")
         path = (*path, word)
@@ -165,10 +172,13 @@ def show_page(run: Callable[..., Any], args: Sequence[str]) -> int:
     return 0
 
 
-def complaint(event: Any, path: tuple[str, ...], flags: list[str]) -> str:
+def complaint(event: Any, path: tuple[str, ...], flags: list[str], words: Sequence[str] = ()) -> str:
     """What tyro found wrong with the words of a command, in one line; "" for what is not known here."""
     kind, command = type(event).__name__, " ".join(("moe", *path))
     unknown = list(getattr(event, "tokens", None) or getattr(event, "unrecognized_tokens", ()))
+    if kind == "MissingArgs" or (kind == "BadValue" and event.argument.is_positional()):
+        # what is missing was perhaps given to a mistyped flag
+        unknown = [w for w in words if w.startswith("--") and w.partition("=")[0] not in (*flags, "--help")]
     if unknown:
         flag = next((token for token in unknown if token.startswith("--")), unknown[0])
         name = flag.partition("=")[0]
@@ -188,7 +198,8 @@ def complaint(event: Any, path: tuple[str, ...], flags: list[str]) -> str:
     if kind == "BadValue":
         return f"{_called(event.argument)}: a value must follow it ({event.argument.lowered.metavar})"
     if kind == "InstantiationFailure" and event.argument is not None:
-        return f"{_called(event.argument)} = {' '.join(str(event.message).split())}"
+        said = " ".join(str(event.message).split())
+        return f"{_called(event.argument)}{'' if said.startswith(':') else ' = '}{said}"
     return ""
 
 
@@ -197,7 +208,7 @@ def _called(argument: Any) -> str:
 
 
 @contextlib.contextmanager
-def one_line(run: Callable[..., Any], path: tuple[str, ...]) -> Iterator[None]:
+def one_line(run: Callable[..., Any], path: tuple[str, ...], words: Sequence[str]) -> Iterator[None]:
     """Within it, what tyro would print as a box of many lines is a ConfigError."""
     try:
         # Not of tyro's public interface: where a release has it no more, its own boxes come back, and nothing else.
@@ -207,7 +218,7 @@ def one_line(run: Callable[..., Any], path: tuple[str, ...]) -> Iterator[None]:
         return
 
     def hook(event: Any) -> None:
-        said = complaint(event, path, flags_of(run, path))
+        said = complaint(event, path, flags_of(run, path), words)
         if said:
             raise ConfigError(said)
 

@@ -98,6 +98,8 @@ class ChatTemplate:
 def check_messages(value: Any, where: str) -> list[dict[str, str]]:
     """The messages of a conversation that came from outside, reduced to role and content.
 
+    What would be lost by that, is refused: calls of tools, and responses that are not to be learned.
+
     Args:
         value: expected to be a list of {"role": "system" | "user" | "assistant", "content": text}, with "system" in
             the first place only and at least one "assistant".
@@ -120,6 +122,14 @@ def check_messages(value: Any, where: str) -> list[dict[str, str]]:
         if not isinstance(content, str):
             kind = "missing" if content is None else f"a {type(content).__name__}"
             raise DataError(f"{field}.content is {kind}, expected text: leave out what is not text, such as tool calls")
+        for name in ("tool_calls", "function_call"):
+            if message.get(name):
+                raise DataError(f"{field}.{name} is no text, which alone is learned here: write it into the content")
+        if role == "assistant" and message.get("weight") not in (None, 1):
+            raise DataError(
+                f"{field}.weight is {message['weight']!r}, but every response is learned: leave the row out, or end it "
+                "before that response"
+            )
         if role == "system" and i > 0:
             raise DataError(f"{field}.role is 'system', which may only come first: move it, or make it 'user'")
         messages.append({"role": role, "content": content})

@@ -291,6 +291,9 @@ class ConversationData:
         with complete(path):
             return ConversationData(path, index)
 
+    def __repr__(self) -> str:
+        return f"ConversationData({self.path}, {self.vocab_size:,} ids, sources: {', '.join(self.sources)})"
+
     def __reduce__(self) -> Any:
         return reopened, (ConversationData, os.path.abspath(self.path), self.fingerprint)  # not the tokens
 

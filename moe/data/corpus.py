@@ -281,7 +281,7 @@ def make_corpus(sources: Sequence[Source | str | Path] | None, validation: Valid
     inside = {}
     for source in resolved:
         if isinstance(source.path, Path) and isinstance(held_out.path, Path):
-            tree, part = source.path.resolve(), held_out.path.resolve()
+            tree, part = Path(os.path.realpath(source.path)), Path(os.path.realpath(held_out.path))
             if tree == part:
                 raise DataError(
                     f"validation is {validation}, which is what source {source.name!r} trains on: name another"

@@ -174,6 +174,6 @@ def _spoken(turns: Any, where: str) -> list[Any]:
             if not isinstance(turn["from"], str) or turn["from"] not in _SPEAKERS:
                 expected = f"expected one of {', '.join(_SPEAKERS)}: rename it, or leave out what is not text"
                 raise DataError(f"{where}: conversations[{i}].from is {turn['from']!r}, {expected}")
-            turn = {"role": _SPEAKERS[turn["from"]], "content": turn.get("value")}
+            turn = {**turn, "role": _SPEAKERS[turn["from"]], "content": turn.get("value")}
         messages.append(turn)
     return messages

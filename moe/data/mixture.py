@@ -152,6 +152,9 @@ class Mixture:
             raise DataError(f"no source that takes part has a training token (tokens: {sizes}): give it more text")
         self._ends = np.cumsum([self.epochs[name] * self.windows[name] for name in self._names])
 
+    def __repr__(self) -> str:
+        return f"Mixture({self.data!r}, seq_len={self.seq_len}, seed={self.seed}, epochs={self.epochs})"
+
     @property
     def windows_per_epoch(self) -> int:
         """Windows in one pass of the mixture: the sum over sources of epochs x windows."""

@@ -340,6 +340,10 @@ class TokenData:
         with complete(path):
             return TokenData(path, index)
 
+    def __repr__(self) -> str:
+        sizes = ", ".join(f"{source} {self.n_tokens(source, 'train'):,}" for source in self.sources)
+        return f"TokenData({self.path}, {self.vocab_size:,} ids, training tokens: {sizes})"
+
     def __reduce__(self) -> Any:
         return reopened, (TokenData, os.path.abspath(self.path), self.fingerprint)  # not the tokens
 

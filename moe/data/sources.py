@@ -149,7 +149,7 @@ def parse_source(argument: str | Path, text_field: str = "text") -> Source:
     name, equals, path = place.partition("=")
     if not equals or Path(place).exists():
         path = place
-        resolved = Path(path).resolve()
+        resolved = Path(os.path.realpath(path))
         name = resolved.name if resolved.is_dir() else Path(plain_name(resolved.name)).stem
     _checked_name(name, argument)
     _check_exists(name, Path(path))

@@ -47,7 +47,10 @@ def from_table(kind: Any, table: dict[str, Any], section: str = "", base: Any = 
     for key, value in table.items():
         name = section + key
         if key not in hints:
-            raise ConfigError(f"unknown key {name!r}{did_you_mean(name, all_keys(root))}")
+            name, known = section + _inmost(key, value), all_keys(root)
+            if isinstance(value, dict) and name == section + key:
+                known = sorted({known_key.rpartition(".")[0] for known_key in known} - {""})
+            raise ConfigError(f"unknown key {name!r}{did_you_mean(name, known)}")
         inner = section_of(hints[key])
         if inner is not None:
             require(isinstance(value, dict), name, value, f"is a section: write [{name}]")
@@ -63,6 +66,14 @@ def from_table(kind: Any, table: dict[str, Any], section: str = "", base: Any = 
         if f.name not in values and f.default is f.default_factory is dataclasses.MISSING:
             raise ConfigError(f"{section}{f.name} is missing: the section [{section.rstrip('.')}] needs it")
     return kind(**values)
+
+
+def _inmost(key: str, value: Any) -> str:
+    """The one key that a table of one key, and so on inside, is about: "trian.steps" of trian = {steps = 1}."""
+    if isinstance(value, dict) and len(value) == 1:
+        (inner,) = value
+        return f"{key}.{_inmost(inner, value[inner])}"
+    return key
 
 
 def section_of(hint: Any) -> Any:
@@ -99,9 +110,10 @@ def _check_type(name: str, value: Any, hint: Any) -> Any:
         return float(value)
     if hint is float and type(value) is float:
         require(abs(value) != math.inf, name, value, "must be a finite number")
-    require(
-        type(value) is hint, name, value, f"must be {_TYPE_NAMES[hint]}, not {_TYPE_NAMES.get(type(value), 'this')}"
-    )
+    instead = f", not {_TYPE_NAMES.get(type(value), 'this')}"
+    if hint is int and type(value) is float:
+        instead = ", written without a point or an exponent"
+    require(type(value) is hint, name, value, f"must be {_TYPE_NAMES[hint]}{instead}")
     return value
 
 
@@ -129,10 +141,10 @@ def did_you_mean(key: str, valid: list[str]) -> str:
     """The end of a message about an unknown key: the nearest that there is, if one is near."""
     leaf = key.rpartition(".")[2]
     same_leaf = [v for v in valid if v.rpartition(".")[2] == leaf]
-    close = same_leaf or difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(key, same_leaf, n=1, cutoff=0) or difflib.get_close_matches(key, valid, n=1)
     if not close:
         leaves = {v.rpartition(".")[2]: v for v in valid}
-        close = [leaves[m] for m in difflib.get_close_matches(leaf, list(leaves), n=1, cutoff=0.5)]
+        close = [leaves[m] for m in difflib.get_close_matches(leaf, list(leaves), n=1)]
     return f"; did you mean {close[0]!r}?" if close else ""
 
 

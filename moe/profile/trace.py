@@ -179,7 +179,9 @@ class Trace:
             layers, experts, top_k, missing = (_whole(content.get(name, 0)) for name in names)
             return Trace(Path(path), layers, experts, top_k, shards, missing)
         except FileNotFoundError:
-            raise TraceError(f"{path}: no {INDEX_FILE} there; record one with moe.profile.record") from None
+            raise TraceError(
+                f"{path}: no {INDEX_FILE} there; record one with `moe profile routing --trace` or moe.profile.record"
+            ) from None
         except OSError as error:
             raise TraceError(f"{index}: cannot be read ({error.strerror})") from None
         except (ValueError, TypeError, KeyError) as error:

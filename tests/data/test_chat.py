@@ -129,6 +129,8 @@ def test_a_response_is_learned_after_the_very_prompt_of_a_chat(plain: Tokenizer,
         ([{"role": "user", "content": ["a"]}], r"messages\[0\].content is a list"),
         ([{"role": "user", "content": "a"}, {"role": "system", "content": "b"}], r"messages\[1\].role is 'system'"),
         ([{"role": "user", "content": "a"}], "nothing to learn"),
+        ([{"role": "assistant", "content": "a", "tool_calls": [{}]}], r"messages\[0\].tool_calls is no text"),
+        ([{"role": "assistant", "content": "a", "weight": 0}], r"messages\[0\].weight is 0, but every response"),
     ],
 )
 def test_what_is_no_conversation_is_refused_by_place_and_field(value: Any, complaint: str) -> None:

@@ -295,3 +295,9 @@ def test_import_is_light() -> None:
     program = f"import sys, moe.data; moe.data.default_sources(); assert not {heavy} & set(sys.modules)"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     subprocess.run([sys.executable, "-c", program], check=True, env=environment)
+
+
+def test_a_link_that_leads_to_itself_is_named(tmp_path: Path) -> None:
+    (tmp_path / "loop.txt").symlink_to("loop.txt")
+    with pytest.raises(DataError, match=r"loop\.txt does not exist"):
+        parse_source(tmp_path / "loop.txt")
