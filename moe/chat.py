@@ -39,7 +39,7 @@ class Session:
     ) -> None:
         if max_tokens < 1:
             raise ValueError(f"max_tokens = {max_tokens}: must be 1 or more")
-        check_sampling(torch.zeros(1, 1), temperature, top_k, top_p)
+        check_sampling(torch.zeros(1, 1, dtype=torch.int64), temperature, top_k, top_p)
         self.model, self.tokenizer, self.template = model, tokenizer, ChatTemplate(tokenizer)
         self.max_tokens, self.seed = max_tokens, seed
         self.sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}

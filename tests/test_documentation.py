@@ -71,7 +71,9 @@ def named(command: Command) -> str:
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    found = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    found.pop("GPT4_MOE_CPU_BF16", None)
+    return found
 
 
 def run(command: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -114,7 +116,13 @@ class Workshop:
             for earlier in needed(command):
                 self.run(earlier)
             out = io.StringIO()
-            with contextlib.chdir(self.root), contextlib.redirect_stdout(out):
+            with (
+                contextlib.chdir(self.root),
+                contextlib.redirect_stdout(out),
+                pytest.MonkeyPatch.context() as patch,
+            ):
+                # As a reader's machine is: bfloat16 forced onto one without it would take many times as long.
+                patch.delenv("GPT4_MOE_CPU_BF16", raising=False)
                 status = run_cli(*command.words[1:])
             assert status == 0, f"{shlex.join(command.words)}\n{out.getvalue()}"
             self.printed[command.words] = out.getvalue()

@@ -68,10 +68,10 @@ def check_tokenizer(trained: Path, data: TokenData | ConversationData) -> None:
     """Raises ConfigError where the checkpoint `trained` has another tokenizer than the data; it may have none."""
     own = checkpoint.locate(trained) / checkpoint.TOKENIZER_FILE
     if own.is_file() and checkpoint.load_tokenizer(trained).fingerprint != data.tokenizer().fingerprint:
-        command = "moe data instructions" if isinstance(data, ConversationData) else "moe data prepare"
+        kind = "instructions" if isinstance(data, ConversationData) else "prepare"
         raise ConfigError(
             f"{trained} was trained with another tokenizer than {data.path} was prepared with, so its ids mean other "
-            f"text: prepare the data with that one, `{command} --tokenizer {own}`"
+            f"text: prepare the data with that one, `moe data {kind} --tokenizer {own}`"
         )
 
 

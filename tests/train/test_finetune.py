@@ -50,6 +50,7 @@ def base(cfg: Config, data: ConversationData, tmp_path: Path) -> Path:
 def short(base: Path, data: ConversationData) -> Config:
     """Eight steps of 4 windows."""
     changes = ["steps=8", "seq_len=48", "batch_size=4", "micro_batch=2", "lr=1e-2", "log_every=1", "save_every=4"]
+    changes.append("dtype=fp32")
     return recipe(base, data, epochs=1, lora=True, overrides=[f"train.{c}" for c in [*changes, "eval_tokens=512"]])
 
 
@@ -93,6 +94,7 @@ def test_the_first_loss_is_that_of_the_responses_each_seen_alone(
 ) -> None:
     """The loop's first batch, packed and in micro-batches, against every conversation passed by itself."""
     monkeypatch.setenv("GPT4_MOE_CPU_BF16", has_bf16)
+    short = short.with_overrides(["train.dtype=auto"])
     train(short, data.path, tmp_path / "run", start_from=base, lora=LORA)
     batch = ConversationStream(data, 48, short.train.seed).batch(0, 4)
     assert batch.documents is not None
