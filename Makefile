@@ -21,13 +21,13 @@ RECIPE ?= runs/recipe
 $(VENV)/.installed-demo: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python >= 3.11 is needed; set PYTHON="; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check '$(TORCH)'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check '$(TORCH)' '$(NUMPY)' -e '.[demo]'
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check '$(TORCH)'
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check '$(TORCH)' '$(NUMPY)' -e '.[demo]'
 	touch $@
 
 # Everything, on top of it: what tests, recipe, pages and benchmarks need besides.
 $(VENV)/.installed: $(VENV)/.installed-demo
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check '$(TORCH)' '$(NUMPY)' -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check '$(TORCH)' '$(NUMPY)' -e '.[dev]'
 	touch $@
 
 demo: $(VENV)/.installed-demo
