@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe.config import Config, ExpertsConfig, RouterConfig, TrainConfig
+from moe.config import ExpertsConfig, RouterConfig, TrainConfig
 from moe.model import Transformer
 from moe.train.optimizer import build
 from moe.weights import generator_for, init_weights
@@ -18,16 +18,6 @@ from tests.conftest import ROOT, rel, tiny_config
 
 def tokens(B: int = 3, S: int = 16, V: int = 61, seed: int = 0) -> Tensor:
     return torch.randint(V, (B, S), generator=torch.Generator().manual_seed(seed))
-
-
-def lively(cfg: Config, dtype: torch.dtype = torch.float64) -> Transformer:
-    """A model whose every part matters to the output: larger weights than the first ones, norms that are not 1."""
-    model = Transformer(cfg).to(dtype)
-    g = torch.Generator().manual_seed(1)
-    for name, p in model.named_parameters():
-        noise = torch.randn(p.shape, generator=g, dtype=torch.float64).to(dtype)
-        p.data = 1 + 0.3 * noise if name.endswith("norm.weight") else noise / p.shape[-1] ** 0.5
-    return model
 
 
 def gradients(model: Transformer, loss: Tensor) -> dict[str, Tensor]:

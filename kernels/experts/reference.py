@@ -56,8 +56,7 @@ def expert_mlp(
     y_TD = x_TD.new_zeros(x_TD.shape, dtype=torch.promote_types(x_TD.dtype, torch.float32))
     for e in range(len(w_in_EGFD)):
         token, slot = (ids_TK == e).nonzero(as_tuple=True)
-        h = _pre_activations(x_TD[token], w_in_EGFD[e], None if b_in_EGF is None else b_in_EGF[e])
-        y = F.linear(activate(h, activation), w_out_EDF[e], None if b_out_ED is None else b_out_ED[e])
+        y = _mlp(e, x_TD[token], w_in_EGFD, w_out_EDF, activation, b_in_EGF, b_out_ED)
         y_TD = y_TD.index_add(0, token, (weights_TK[token, slot, None] * y).to(y_TD.dtype))
     return y_TD.to(x_TD.dtype)
 
@@ -75,12 +74,25 @@ def expert_mlp_everywhere(
     """As `expert_mlp`, every expert for every token: no shape depends on ids, as vmap and forward mode want it."""
     y_TD = torch.zeros_like(x_TD, dtype=torch.promote_types(x_TD.dtype, torch.float32))
     for e in range(len(w_in_EGFD)):
-        h = _pre_activations(x_TD, w_in_EGFD[e], None if b_in_EGF is None else b_in_EGF[e])
-        y = F.linear(activate(h, activation), w_out_EDF[e], None if b_out_ED is None else b_out_ED[e])
+        y = _mlp(e, x_TD, w_in_EGFD, w_out_EDF, activation, b_in_EGF, b_out_ED)
         here_TK = ids_TK == e
         part = (weights_TK * here_TK).sum(1, keepdim=True) * y
         y_TD = y_TD + torch.where(here_TK.any(1, keepdim=True), part, 0.0).to(y_TD.dtype)
     return y_TD.to(x_TD.dtype)
+
+
+def _mlp(
+    e: int,
+    x_RD: Tensor,
+    w_in_EGFD: Tensor,
+    w_out_EDF: Tensor,
+    activation: str,
+    b_in_EGF: Tensor | None,
+    b_out_ED: Tensor | None,
+) -> Tensor:
+    """Expert e of the rows it serves, [R, D]."""
+    h_RGF = _pre_activations(x_RD, w_in_EGFD[e], None if b_in_EGF is None else b_in_EGF[e])
+    return F.linear(activate(h_RGF, activation), w_out_EDF[e], None if b_out_ED is None else b_out_ED[e])
 
 
 def _pre_activations(x_RD: Tensor, w_GFD: Tensor, b_GF: Tensor | None) -> Tensor:
