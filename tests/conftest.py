@@ -62,6 +62,15 @@ def tiny_config(n_kv_heads: int = 1, **changes: object) -> Config:
     return Config(**{**values, **changes})  # type: ignore[arg-type]
 
 
+def tokens(B: int = 3, S: int = 16, V: int = 61, seed: int = 0) -> Tensor:
+    return torch.randint(V, (B, S), generator=torch.Generator().manual_seed(seed))
+
+
+def gradients(model: torch.nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    parameters = dict(model.named_parameters())
+    return dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
+
+
 @pytest.fixture
 def tiny() -> Config:
     return tiny_config()

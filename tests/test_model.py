@@ -10,16 +10,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from moe.config import Config, RopeConfig, RouterConfig
 from moe.layers import KVCache, document_runs
 from moe.model import Counts, Sums, Transformer, objective
-from tests.conftest import rel, tiny_config
-
-
-def tokens(B: int = 3, S: int = 16, V: int = 61, seed: int = 0) -> Tensor:
-    return torch.randint(V, (B, S), generator=torch.Generator().manual_seed(seed))
+from tests.conftest import gradients, rel, tiny_config, tokens
 
 
 def lively(cfg: Config, dtype: torch.dtype = torch.float64) -> Transformer:
@@ -30,11 +25,6 @@ def lively(cfg: Config, dtype: torch.dtype = torch.float64) -> Transformer:
         noise = torch.randn(p.shape, generator=g, dtype=torch.float64).to(dtype)
         p.data = 1 + 0.3 * noise if name.endswith("norm.weight") else noise / p.shape[-1] ** 0.5
     return model
-
-
-def gradients(model: Transformer, loss: Tensor) -> dict[str, Tensor]:
-    parameters = dict(model.named_parameters())
-    return dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
 
 
 # --------------------------------------------------------------------------------------------------------------- loss

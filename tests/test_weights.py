@@ -7,22 +7,12 @@ import sys
 
 import pytest
 import torch
-from torch import Tensor
 
 from moe.config import ExpertsConfig, RouterConfig, TrainConfig
 from moe.model import Transformer
 from moe.train.optimizer import build
 from moe.weights import generator_for, init_weights
-from tests.conftest import ROOT, rel, tiny_config
-
-
-def tokens(B: int = 3, S: int = 16, V: int = 61, seed: int = 0) -> Tensor:
-    return torch.randint(V, (B, S), generator=torch.Generator().manual_seed(seed))
-
-
-def gradients(model: Transformer, loss: Tensor) -> dict[str, Tensor]:
-    parameters = dict(model.named_parameters())
-    return dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
+from tests.conftest import ROOT, gradients, rel, tiny_config, tokens
 
 
 def test_tied_embeddings_are_one_parameter() -> None:
