@@ -57,6 +57,7 @@ class Launch:
     divisible: tuple[int, ...]  # positions of arguments that are multiples of 16
     warps: int
     stages: int
+    options: tuple[tuple[str, Any], ...] = ()  # all others of the compiler's
 
     @property
     def name(self) -> str:
@@ -103,22 +104,32 @@ class _Recorder:
 def _launch(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launch:
     warps, stages = kwargs.pop("num_warps", 4), kwargs.pop("num_stages", 3)
     values = {**dict(zip(kernel.arg_names, args, strict=False)), **kwargs}
-    constexprs = {p.name for p in kernel.params if p.is_constexpr}
     signature, constants, divisible = [], [], []
-    for position, name in enumerate(kernel.arg_names):
-        value = values[name]
-        kind = "constexpr" if name in constexprs else _kind(value)
+    for position, parameter in enumerate(kernel.params):
+        value = values.pop(parameter.name)
+        kind = "constexpr" if parameter.is_constexpr else _kind(value, not parameter.do_not_specialize)
         if kind == "constexpr":
-            constants.append((name, value))
-        elif kind.startswith("*") or (kind in ("i32", "i64") and value % 16 == 0):
+            constants.append((parameter.name, value))
+        elif not parameter.do_not_specialize_on_alignment and _is_divisible(value, not parameter.do_not_specialize):
             divisible.append(position)
-        signature.append((name, kind))
-    return Launch(kernel, tuple(signature), tuple(constants), tuple(divisible), warps, stages)
+        signature.append((parameter.name, kind))
+    options = {"debug": True} if kernel.debug else {}
+    options |= values
+    return Launch(
+        kernel, tuple(signature), tuple(constants), tuple(divisible), warps, stages, tuple(options.items())
+    )
 
 
-def _kind(value: Any) -> str:
+def _is_divisible(value: Any, specialize: bool) -> bool:
+    """Whether the compiler is told that an integer, or an address, is a multiple of 16."""
+    if isinstance(value, torch.Tensor):
+        return value.storage_offset() * value.element_size() % 16 == 0
+    return specialize and isinstance(value, int) and value % 16 == 0
+
+
+def _kind(value: Any, specialize: bool) -> str:
     """The type by which Triton specialises a runtime argument."""
-    if value is None or (isinstance(value, int) and value == 1):
+    if value is None or (specialize and isinstance(value, int) and value == 1):
         return "constexpr"
     if isinstance(value, torch.Tensor):
         return "*" + _TYPES[value.dtype]
@@ -169,7 +180,7 @@ def launches(arch: str) -> list[Launch]:
         _record(8192, 2880, 2880, torch.bfloat16, "swiglu_oai", _interleaved)
         logits = torch.empty(8192, 16, device="meta")
         for bias in (None, logits[0]):
-            weights, ids, _ = triton_gate.gate(logits, 2, bias)
+            weights, ids = triton_gate.gate(logits, 2, bias)
             triton_gate.gate(logits, 2, bias, ids)
             triton_gate.gate_backward(weights, weights, ids, 16)
         for vocabulary in (8192, 32768, 50257, 100352):  # rows in registers, and larger ones
@@ -229,7 +240,9 @@ def compile_launch(launch: Launch, arch: str) -> Report:
     )
     try:
         made = triton.compile(
-            source, target=TARGETS[arch], options={"num_warps": launch.warps, "num_stages": launch.stages}
+            source,
+            target=TARGETS[arch],
+            options={"num_warps": launch.warps, "num_stages": launch.stages, **dict(launch.options)},
         )
     except Exception as error:
         return Report(launch, 0, 0, 0, 0, 0, f"does not compile: {type(error).__name__}: {str(error)[:300]}")

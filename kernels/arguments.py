@@ -7,6 +7,7 @@ device, and an id outside ends in an assertion on the device, as in torch's own 
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -118,6 +119,16 @@ for _op in (checked_choice, checked_ids):
     _op.register_fake(_like)
     # Any leading dimensions do, so a batch of calls is one call.
     _op.register_vmap(lambda info, dims, ids, n, name, op=_op: (op(ids.movedim(dims[0], 0), n, name), 0))
+
+
+_HERE = nullcontext()
+
+
+def on_device_of(x: Tensor) -> AbstractContextManager[object]:
+    """For the inside of custom ops: a context whose current device is the tensor's, as Triton launches on that one."""
+    if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
+        return _HERE
+    return torch.cuda.device(x.device)
 
 
 def transformed() -> bool:

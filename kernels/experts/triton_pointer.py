@@ -19,12 +19,16 @@ from moe.kernels.tiles import Tile, Tiles
 
 
 class Experts(NamedTuple):
-    """The experts' weights, in any strides; biases are contiguous, or None."""
+    """The experts' weights, in any strides; biases are contiguous, or None.
+
+    `precision`: how float32 operands are multiplied, "ieee", "tf32" or "tf32x3"; None is as torch is set.
+    """
 
     w_in_EGFD: Tensor
     w_out_EDF: Tensor
     b_in_EGF: Tensor | None = None
     b_out_ED: Tensor | None = None
+    precision: str | None = None
 
 
 @triton.jit
@@ -283,7 +287,7 @@ def down_backward_epilogue(
     return part
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def down_backward_kernel(
     dy, w, h, weights, dh, act, dweights, order, tile_expert, tile_row, offsets, R, D, F,
     stride_dy, stride_we, stride_wd, stride_wf,
@@ -381,7 +385,7 @@ def up(
             routes.offsets, D, F, x_TD.stride(0), *w.stride(),
             K=top_k, G=G, ACT=ACTIVATION_CODES[activation], HAS_BIAS=experts.b_in_EGF is not None,
             STORE_H=store_h, STORE_ACT=store_act, PAIRS=pairs, EVEN_K=D % tile.depth == 0,
-            K_FIRST=w.stride(3) <= min(w.stride(1), w.stride(2)), PRECISION=_precision(), BM=sizes.rows,
+            K_FIRST=w.stride(3) <= min(w.stride(1), w.stride(2)), PRECISION=_precision(experts.precision), BM=sizes.rows,
             BN=tile.columns, BK=tile.depth, GROUP_M=tile.group, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return h_RJ, act_RF
@@ -390,14 +394,18 @@ def up(
 def down(act_RF: Tensor, experts: Experts, routes: Routes, sizes: Tiles) -> Tensor:
     """The experts' outputs, [R, D], not yet weighted."""
     w = experts.w_out_EDF
-    return _rows_by_weights(act_RF, w, w.stride(1), w.stride(2), False, experts.b_out_ED, routes, sizes, sizes.down)
+    return _rows_by_weights(
+        act_RF, w, w.stride(1), w.stride(2), False, experts.b_out_ED, routes, sizes, sizes.down, _precision(experts.precision)
+    )
 
 
 def dx(dh_RJ: Tensor, experts: Experts, routes: Routes, sizes: Tiles) -> Tensor:
     """The gradient of x before the rows of a token are summed, [R, D]."""
     w, pairs = _gate_layout(experts.w_in_EGFD)
     stride_j = w.stride(1) if pairs else w.stride(2)
-    return _rows_by_weights(dh_RJ, w, w.stride(3), stride_j, pairs, None, routes, sizes, sizes.dx)
+    return _rows_by_weights(
+        dh_RJ, w, w.stride(3), stride_j, pairs, None, routes, sizes, sizes.dx, _precision(experts.precision)
+    )
 
 
 def _rows_by_weights(
@@ -410,6 +418,7 @@ def _rows_by_weights(
     routes: Routes,
     sizes: Tiles,
     tile: Tile,
+    precision: str,
 ) -> Tensor:
     """a [R, depth] @ each expert's [depth, N] + bias -> [R, N]."""
     (R, depth), M = a.shape, len(routes.tile_row_M)
@@ -420,7 +429,7 @@ def _rows_by_weights(
             a, w, bias, y_RN, routes.tile_expert_M, routes.tile_row_M, routes.offsets, N, depth,
             a.stride(0), w.stride(0), stride_n, stride_k,
             PAIRS=pairs, HAS_BIAS=bias is not None, EVEN_K=depth % tile.depth == 0, K_FIRST=stride_k <= stride_n,
-            PRECISION=_precision(), BM=sizes.rows, BN=tile.columns, BK=tile.depth, GROUP_M=tile.group,
+            PRECISION=precision, BM=sizes.rows, BN=tile.columns, BK=tile.depth, GROUP_M=tile.group,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return y_RN
@@ -455,7 +464,7 @@ def down_backward(
             dy_TD, w, h_RJ, weights_TK, dh_RJ, act_RF, parts_NR, routes.order_R, routes.tile_expert_M,
             routes.tile_row_M, routes.offsets, R, D, F, dy_TD.stride(0), *w.stride(),
             K=weights_TK.shape[1], G=G, ACT=ACTIVATION_CODES[activation], EVEN_K=D % tile.depth == 0,
-            K_FIRST=w.stride(1) < w.stride(2), PRECISION=_precision(), BM=sizes.rows,
+            K_FIRST=w.stride(1) < w.stride(2), PRECISION=_precision(experts.precision), BM=sizes.rows,
             BN=tile.columns, BK=tile.depth, GROUP_M=tile.group, SPLIT=tile.split,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
@@ -463,20 +472,28 @@ def down_backward(
 
 
 def weight_gradient(
-    a: Tensor, b: Tensor, routes: Routes, top_k: int, n_experts: int, sizes: Tiles, gathered: str
+    a: Tensor,
+    b: Tensor,
+    routes: Routes,
+    top_k: int,
+    n_experts: int,
+    sizes: Tiles,
+    gathered: str,
+    precision: str | None = None,
 ) -> Tensor:
     """a.T @ b over each expert's rows -> [E, columns of a, columns of b]. `gathered`: which of the two `rows` made."""
     N, C, tile = a.shape[1], b.shape[1], sizes.dw
     dw = a.new_empty(n_experts, N, C)
     weight_gradient_kernel[(n_experts * triton.cdiv(N, tile.rows) * triton.cdiv(C, tile.columns),)](
         a, b, dw, routes.order_R, routes.offsets, N, C, a.stride(0), b.stride(0),
-        K=top_k, GATHER_A=gathered == "a", GATHER_B=gathered == "b", PRECISION=_precision(),
+        K=top_k, GATHER_A=gathered == "a", GATHER_B=gathered == "b", PRECISION=_precision(precision),
         BN=tile.rows, BC=tile.columns, BR=tile.depth, GROUP_M=tile.group,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return dw
 
 
-def _precision() -> str:
-    """Float32 products are exact unless the caller allows TF32, as in torch."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+def _precision(asked: str | None) -> str:
+    """Float32 products are exact unless the caller allows less, here or, where nothing is asked for, in torch."""
+    # What `allow_tf32` and `set_float32_matmul_precision` set can be read here, too; the other way round it raises.
+    return asked or ("tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee")

@@ -46,7 +46,7 @@ def bias_gradient_kernel(
     tl.store(db + e * N + n, acc.to(db.dtype.element_ty), mask=n < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["weights", "inverse"])
 def combine_kernel(y, weights, inverse, out, D, K: tl.constexpr, HAS_WEIGHTS: tl.constexpr, BD: tl.constexpr):
     """out[t] = sum over the slots of (weight *) y[row], in float32, in the order of the slots."""
     t = tl.program_id(0).to(tl.int64)

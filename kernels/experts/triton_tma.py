@@ -98,7 +98,7 @@ def down_kernel(
             y.store([r0, r1, r2, pn * BN + BN // 2], right.to(y.dtype).reshape(1, 1, BM, BN // 2))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def down_backward_kernel(
     dy, w, h, weights, dh, act, dweights, order, tile_expert, tile_row, n_tiles, offsets, R, D, F, n_programs,
     G: tl.constexpr, ACT: tl.constexpr, SPLIT: tl.constexpr,
@@ -244,9 +244,16 @@ def down_backward(
 
 
 def weight_gradient(
-    a: Tensor, b: Tensor, routes: Routes, top_k: int, n_experts: int, sizes: Tiles, gathered: str
+    a: Tensor,
+    b: Tensor,
+    routes: Routes,
+    top_k: int,
+    n_experts: int,
+    sizes: Tiles,
+    gathered: str,
+    precision: str | None = None,
 ) -> Tensor:
-    """As in triton_pointer.py; here both are in the order of the rows."""
+    """As in triton_pointer.py; here both are in the order of the rows, and of 16 bits, whose products are exact."""
     N, C, tile = a.shape[1], b.shape[1], sizes.dw
     dw, n = a.new_empty(n_experts, N, C), tiles.programs(a.device)
     weight_gradient_kernel[(n,)](
