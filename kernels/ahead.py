@@ -95,7 +95,7 @@ class _Recorder:
     """Stands in for a kernel: keeps the launches, runs nothing."""
 
     def __init__(self, kernel: Any, launches: list[Launch]) -> None:
-        self.kernel, self.launches = kernel, launches
+        self.kernel, self.launches = getattr(kernel, "jit", kernel), launches
 
     def __getitem__(self, grid: Any) -> Callable[..., None]:
         return lambda *args, **kwargs: self.launches.append(_launch(self.kernel, args, kwargs))
@@ -115,9 +115,7 @@ def _launch(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launc
         signature.append((parameter.name, kind))
     options = {"debug": True} if kernel.debug else {}
     options |= values
-    return Launch(
-        kernel, tuple(signature), tuple(constants), tuple(divisible), warps, stages, tuple(options.items())
-    )
+    return Launch(kernel, tuple(signature), tuple(constants), tuple(divisible), warps, stages, tuple(options.items()))
 
 
 def _is_divisible(value: Any, specialize: bool) -> bool:

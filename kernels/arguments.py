@@ -150,6 +150,12 @@ def has_values(x: Tensor) -> bool:
     return not torch._C._functorch.is_functorch_wrapped_tensor(x)  # type: ignore[attr-defined]
 
 
+def undispatched(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether an op may be called without torch's dispatcher: nobody traces, watches or stands in for these tensors."""
+    plain = all(t is None or type(t) in (Tensor, nn.Parameter) for t in others)
+    return plain and has_values(x) and torch._C._len_torch_dispatch_stack() == 0
+
+
 def can_read(x: Tensor) -> bool:
     """Whether that costs no wait for a device either."""
     return x.device.type == "cpu" and has_values(x)

@@ -42,7 +42,7 @@ def forward(
     K = ids_TK.shape[1]
     products, sizes = _choose(x_TD, experts, ids_TK.numel())
     with span("permute"):
-        routes, order = triton_routes.route(ids_TK, len(experts.w_in_EGFD), sizes.rows)
+        routes, order = triton_routes.route(ids_TK, experts.w_in_EGFD.shape[0], sizes.rows)
         x_rows = products.rows(x_TD, routes, K)
     with span("up"):
         h_RJ, act_RF = products.up(x_rows, experts, routes, K, activation, sizes, keep_h, True)
@@ -106,7 +106,7 @@ def copies_rows(x_TD: Tensor, experts: Experts, n_rows: int) -> bool:
 
 def _choose(x_TD: Tensor, experts: Experts, n_rows: int) -> tuple[ModuleType, Tiles]:
     tma = triton_tma.fits(x_TD, experts)
-    sizes = tiles.choose(x_TD.device, x_TD.dtype, n_rows, len(experts.w_in_EGFD), tma)
+    sizes = tiles.choose(x_TD.device, x_TD.dtype, n_rows, experts.w_in_EGFD.shape[0], tma)
     return (triton_tma if sizes.tma else triton_pointer), sizes
 
 

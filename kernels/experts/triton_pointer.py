@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe.kernels.experts.triton_routes import Routes
+from moe.kernels.experts.triton_routes import VIEWS, Routes
+from moe.kernels.launcher import cdiv, remembered
 from moe.kernels.tiles import Tile, Tiles
 
 
@@ -147,7 +148,8 @@ def _product(
     return acc
 
 
-@triton.jit
+@remembered
+@triton.jit(do_not_specialize_on_alignment=VIEWS)
 def up_kernel(
     x, w, bias, h, act, order, tile_expert, tile_row, offsets, D, F,
     stride_x, stride_we, stride_wg, stride_wf, stride_wd,
@@ -200,7 +202,8 @@ def up_kernel(
         tl.store(act + rows[:, None].to(tl.int64) * F + f[None, :], y.to(act.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@remembered
+@triton.jit(do_not_specialize_on_alignment=VIEWS)
 def down_kernel(
     a, w, bias, y, tile_expert, tile_row, offsets, N, depth,
     stride_a, stride_we, stride_wn, stride_wk,
@@ -287,7 +290,8 @@ def down_backward_epilogue(
     return part
 
 
-@triton.jit(do_not_specialize=["R"])
+@remembered
+@triton.jit(do_not_specialize=["R"], do_not_specialize_on_alignment=VIEWS)
 def down_backward_kernel(
     dy, w, h, weights, dh, act, dweights, order, tile_expert, tile_row, offsets, R, D, F,
     stride_dy, stride_we, stride_wd, stride_wf,
@@ -319,7 +323,8 @@ def down_backward_kernel(
     tl.store(dweights + pn.to(tl.int64) * R + flat, part, mask=live)
 
 
-@triton.jit
+@remembered
+@triton.jit(do_not_specialize_on_alignment=VIEWS)
 def weight_gradient_kernel(
     a, b, dw, order, offsets, N, C,
     stride_a, stride_b,
@@ -375,17 +380,17 @@ def up(
     store_act: bool,
 ) -> tuple[Tensor, Tensor]:
     """Pre-activations h_RJ and activations [R, F]; empty where not to be stored."""
-    (_, G, F, D), R = experts.w_in_EGFD.shape, len(routes.order_R)
+    (_, G, F, D), R = experts.w_in_EGFD.shape, routes.order_R.shape[0]
     w, pairs = _gate_layout(experts.w_in_EGFD)
-    tile, M = sizes.up, len(routes.tile_row_M)
+    tile, M = sizes.up, routes.tile_row_M.shape[0]
     h_RJ, act_RF = x_TD.new_empty(R if store_h else 0, G * F), x_TD.new_empty(R if store_act else 0, F)
     if M:
-        up_kernel[(M * triton.cdiv(F, tile.columns // G),)](
+        up_kernel[(M * cdiv(F, tile.columns // G),)](
             x_TD, w, experts.b_in_EGF, h_RJ, act_RF, routes.order_R, routes.tile_expert_M, routes.tile_row_M,
             routes.offsets, D, F, x_TD.stride(0), *w.stride(),
             K=top_k, G=G, ACT=ACTIVATION_CODES[activation], HAS_BIAS=experts.b_in_EGF is not None,
             STORE_H=store_h, STORE_ACT=store_act, PAIRS=pairs, EVEN_K=D % tile.depth == 0,
-            K_FIRST=w.stride(3) <= min(w.stride(1), w.stride(2)), PRECISION=_precision(experts.precision), BM=sizes.rows,
+            K_FIRST=w.stride(3) <= min(w.stride(1), w.stride(2)), PRECISION=_precision(experts.precision, x_TD), BM=sizes.rows,
             BN=tile.columns, BK=tile.depth, GROUP_M=tile.group, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return h_RJ, act_RF
@@ -395,7 +400,7 @@ def down(act_RF: Tensor, experts: Experts, routes: Routes, sizes: Tiles) -> Tens
     """The experts' outputs, [R, D], not yet weighted."""
     w = experts.w_out_EDF
     return _rows_by_weights(
-        act_RF, w, w.stride(1), w.stride(2), False, experts.b_out_ED, routes, sizes, sizes.down, _precision(experts.precision)
+        act_RF, w, w.stride(1), w.stride(2), False, experts.b_out_ED, routes, sizes, sizes.down, experts.precision
     )
 
 
@@ -403,9 +408,7 @@ def dx(dh_RJ: Tensor, experts: Experts, routes: Routes, sizes: Tiles) -> Tensor:
     """The gradient of x before the rows of a token are summed, [R, D]."""
     w, pairs = _gate_layout(experts.w_in_EGFD)
     stride_j = w.stride(1) if pairs else w.stride(2)
-    return _rows_by_weights(
-        dh_RJ, w, w.stride(3), stride_j, pairs, None, routes, sizes, sizes.dx, _precision(experts.precision)
-    )
+    return _rows_by_weights(dh_RJ, w, w.stride(3), stride_j, pairs, None, routes, sizes, sizes.dx, experts.precision)
 
 
 def _rows_by_weights(
@@ -418,18 +421,18 @@ def _rows_by_weights(
     routes: Routes,
     sizes: Tiles,
     tile: Tile,
-    precision: str,
+    precision: str | None,
 ) -> Tensor:
     """a [R, depth] @ each expert's [depth, N] + bias -> [R, N]."""
-    (R, depth), M = a.shape, len(routes.tile_row_M)
+    (R, depth), M = a.shape, routes.tile_row_M.shape[0]
     N = w[0].numel() // depth
     y_RN = a.new_empty(R, N)
     if M:
-        down_kernel[(M * triton.cdiv(N, tile.columns),)](
+        down_kernel[(M * cdiv(N, tile.columns),)](
             a, w, bias, y_RN, routes.tile_expert_M, routes.tile_row_M, routes.offsets, N, depth,
             a.stride(0), w.stride(0), stride_n, stride_k,
             PAIRS=pairs, HAS_BIAS=bias is not None, EVEN_K=depth % tile.depth == 0, K_FIRST=stride_k <= stride_n,
-            PRECISION=precision, BM=sizes.rows, BN=tile.columns, BK=tile.depth, GROUP_M=tile.group,
+            PRECISION=_precision(precision, a), BM=sizes.rows, BN=tile.columns, BK=tile.depth, GROUP_M=tile.group,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return y_RN
@@ -455,16 +458,16 @@ def down_backward(
     sizes: Tiles,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dh_RJ, routing weight * act(h) [R, F], and the routing weights' gradient, float32 [T, K]."""
-    w, (_, D, F), R = experts.w_out_EDF, experts.w_out_EDF.shape, len(routes.order_R)
-    tile, M, G = sizes.down_backward, len(routes.tile_row_M), experts.w_in_EGFD.shape[1]
+    w, (_, D, F), R = experts.w_out_EDF, experts.w_out_EDF.shape, routes.order_R.shape[0]
+    tile, M, G = sizes.down_backward, routes.tile_row_M.shape[0], experts.w_in_EGFD.shape[1]
     dh_RJ, act_RF = torch.empty_like(h_RJ), h_RJ.new_empty(R, F)
-    parts_NR = h_RJ.new_empty(triton.cdiv(F, tile.columns), R, dtype=torch.float32)
+    parts_NR = h_RJ.new_empty(cdiv(F, tile.columns), R, dtype=torch.float32)
     if M:
         down_backward_kernel[(M * len(parts_NR),)](
             dy_TD, w, h_RJ, weights_TK, dh_RJ, act_RF, parts_NR, routes.order_R, routes.tile_expert_M,
             routes.tile_row_M, routes.offsets, R, D, F, dy_TD.stride(0), *w.stride(),
             K=weights_TK.shape[1], G=G, ACT=ACTIVATION_CODES[activation], EVEN_K=D % tile.depth == 0,
-            K_FIRST=w.stride(1) < w.stride(2), PRECISION=_precision(experts.precision), BM=sizes.rows,
+            K_FIRST=w.stride(1) < w.stride(2), PRECISION=_precision(experts.precision, dy_TD), BM=sizes.rows,
             BN=tile.columns, BK=tile.depth, GROUP_M=tile.group, SPLIT=tile.split,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
@@ -484,16 +487,18 @@ def weight_gradient(
     """a.T @ b over each expert's rows -> [E, columns of a, columns of b]. `gathered`: which of the two `rows` made."""
     N, C, tile = a.shape[1], b.shape[1], sizes.dw
     dw = a.new_empty(n_experts, N, C)
-    weight_gradient_kernel[(n_experts * triton.cdiv(N, tile.rows) * triton.cdiv(C, tile.columns),)](
+    weight_gradient_kernel[(n_experts * cdiv(N, tile.rows) * cdiv(C, tile.columns),)](
         a, b, dw, routes.order_R, routes.offsets, N, C, a.stride(0), b.stride(0),
-        K=top_k, GATHER_A=gathered == "a", GATHER_B=gathered == "b", PRECISION=_precision(precision),
+        K=top_k, GATHER_A=gathered == "a", GATHER_B=gathered == "b", PRECISION=_precision(precision, a),
         BN=tile.rows, BC=tile.columns, BR=tile.depth, GROUP_M=tile.group,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return dw
 
 
-def _precision(asked: str | None) -> str:
+def _precision(asked: str | None, x: Tensor) -> str:
     """Float32 products are exact unless the caller allows less, here or, where nothing is asked for, in torch."""
+    if x.dtype != torch.float32:
+        return "ieee"
     # What `allow_tf32` and `set_float32_matmul_precision` set can be read here, too; the other way round it raises.
     return asked or ("tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee")

@@ -19,7 +19,10 @@ import triton.language as tl
 from torch import Tensor
 
 from moe.kernels.gate.triton_gate import block_tokens
+from moe.kernels.launcher import cdiv, power_of_2, remembered
 
+# Views that begin anywhere; kernels read one number of them at a time, or a tile's.
+VIEWS = ("order", "inverse", "offsets", "tile_expert", "tile_row", "n_tiles")
 # Up to so many blocks are sorted by one program. It takes them one after another, a few microseconds each, which the
 # host needs for every launch that this saves.
 _BLOCKS_OF_ONE_PROGRAM = 4
@@ -43,11 +46,13 @@ def _count(ids, t, T, E: tl.constexpr, P: tl.constexpr, K: tl.constexpr):
     """Rows per expert [P] of the tokens t; asserts that their ids are ones."""
     e = tl.arange(0, P)
     total = tl.zeros((P,), tl.int32)
+    known = t >= 0
     for j in tl.static_range(K):
         i = tl.load(ids + t.to(tl.int64) * K + j, mask=t < T, other=0)
-        tl.device_assert((i >= 0) & (i < E), "ids outside [0, the number of experts)")
+        known = known & (i >= 0) & (i < E)
         hot = (e[None, :] == i[:, None]) & (t < T)[:, None]
         total += tl.sum(hot.to(tl.int32), axis=0)
+    tl.device_assert(known, "ids outside [0, the number of experts)")
     return total
 
 
@@ -83,12 +88,11 @@ def _store_tiles(first, size, tile_expert, tile_row, m, M, E: tl.constexpr, P: t
     own = e[None, :] == expert[:, None]
     row = tl.sum(tl.where(own, (first - (ends - tiles) * BM)[None, :], 0), axis=1) + m * BM
     tl.store(tile_expert + m, tl.where(expert < E, expert, -1), mask=m < M)
-    tl.store(tile_row + m, row, mask=m < M)
+    tl.store(tile_row + m, tl.where(expert < E, row, 0), mask=m < M)
 
 
-@triton.jit(
-    do_not_specialize=["T", "M", "BM"], do_not_specialize_on_alignment=["ids", "inverse", "tile_row"], debug=True
-)
+@remembered
+@triton.jit(do_not_specialize=["T", "M", "BM"], do_not_specialize_on_alignment=["ids", *VIEWS], debug=True)
 def _route_kernel(
     ids, order, inverse, offsets, tile_expert, tile_row, n_tiles, T, M, BM,
     E: tl.constexpr, P: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, B: tl.constexpr,
@@ -109,6 +113,7 @@ def _route_kernel(
     tl.store(n_tiles, tl.sum((size + BM - 1) // BM, axis=0))
 
 
+@remembered
 @triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=["ids"], debug=True)
 def _count_kernel(ids, counts, T, E: tl.constexpr, P: tl.constexpr, K: tl.constexpr, BT: tl.constexpr):
     """Rows per expert of each block of tokens."""
@@ -117,6 +122,7 @@ def _count_kernel(ids, counts, T, E: tl.constexpr, P: tl.constexpr, K: tl.conste
     tl.store(counts + block * P + e, _count(ids, tl.program_id(0) * BT + tl.arange(0, BT), T, E, P, K))
 
 
+@remembered
 @triton.jit(do_not_specialize=["Z"])
 def _scan_kernel(counts, bases, offsets, Z, E: tl.constexpr, P: tl.constexpr, BZ: tl.constexpr):
     """One program. Per expert: how many rows the blocks before each block have, and its first row."""
@@ -133,7 +139,8 @@ def _scan_kernel(counts, bases, offsets, Z, E: tl.constexpr, P: tl.constexpr, BZ
     tl.store(offsets + E, tl.sum(total, axis=0))
 
 
-@triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=["ids", "inverse"])
+@remembered
+@triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=["ids", *VIEWS])
 def _place_kernel(
     ids, bases, offsets, order, inverse, T, E: tl.constexpr, P: tl.constexpr, K: tl.constexpr, BT: tl.constexpr
 ):
@@ -144,7 +151,8 @@ def _place_kernel(
     _place(ids, order, inverse, tl.program_id(0) * BT + tl.arange(0, BT), T, first, P, K, BT)
 
 
-@triton.jit(do_not_specialize=["M", "BM"], do_not_specialize_on_alignment=["tile_row"])
+@remembered
+@triton.jit(do_not_specialize=["M", "BM"], do_not_specialize_on_alignment=VIEWS)
 def _tile_kernel(offsets, tile_expert, tile_row, n_tiles, M, BM, E: tl.constexpr, P: tl.constexpr, B: tl.constexpr):
     """The expert and first row of every tile."""
     e = tl.arange(0, P)
@@ -175,9 +183,10 @@ def route(ids_TK: Tensor, n_experts: int, tile_rows: int) -> tuple[Routes, Tenso
     if not 0 < T <= _BLOCKS_OF_ONE_PROGRAM * BT:
         both_2R, offsets = place(ids_TK, n_experts)
         return cut(both_2R, offsets, tile_rows), both_2R
-    both_2R, offsets = _ints(ids_TK, 2, T * K), _ints(ids_TK, n_experts + 1)
+    both_2R = ids_TK.new_empty(2, T * K, dtype=torch.int32)
+    offsets = both_2R.new_empty(n_experts + 1)
     routes = _routes(both_2R, offsets, tile_rows)
-    M, P = len(routes.tile_row_M), triton.next_power_of_2(n_experts)
+    M, P = routes.tile_row_M.shape[0], power_of_2(n_experts)
     _route_kernel[(1,)](
         ids_TK.contiguous(), *routes, T, M, tile_rows,
         E=n_experts, P=P, K=K, BT=BT, B=_tile_block(P), sanitize_overflow=False,
@@ -191,13 +200,14 @@ def place(ids_TK: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
     if T * K > _MAX_ROWS:
         raise ValueError(f"ids {[T, K]}: {T * K:,} routed rows, at most {_MAX_ROWS:,}; give fewer tokens at a time")
     ids_TK = ids_TK.contiguous()
-    P, BT = triton.next_power_of_2(n_experts), block_tokens(n_experts)
-    Z = triton.cdiv(T, BT)
-    both_2R, offsets = _ints(ids_TK, 2, T * K), _ints(ids_TK, n_experts + 1)
+    P, BT = power_of_2(n_experts), block_tokens(n_experts)
+    Z = cdiv(T, BT)
+    both_2R = ids_TK.new_empty(2, T * K, dtype=torch.int32)
+    offsets = both_2R.new_empty(n_experts + 1)
     if T == 0:
         return both_2R, offsets.zero_()
     order_R, inverse_R = both_2R.unbind()
-    counts_ZP, bases_ZP = _ints(ids_TK, Z, P), _ints(ids_TK, Z, P)
+    counts_ZP, bases_ZP = both_2R.new_empty(2, Z, P).unbind()
     _count_kernel[(Z,)](ids_TK, counts_ZP, T, E=n_experts, P=P, K=K, BT=BT, sanitize_overflow=False)
     _scan_kernel[(1,)](counts_ZP, bases_ZP, offsets, Z, E=n_experts, P=P, BZ=max(16, 2048 // P))
     _place_kernel[(Z,)](ids_TK, bases_ZP, offsets, order_R, inverse_R, T, E=n_experts, P=P, K=K, BT=BT)
@@ -207,25 +217,19 @@ def place(ids_TK: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
 def cut(both_2R: Tensor, offsets: Tensor, tile_rows: int) -> Routes:
     """The routes of what `place` sorted."""
     routes = _routes(both_2R, offsets, tile_rows)
-    if M := len(routes.tile_row_M):
-        E = len(offsets) - 1
-        P = triton.next_power_of_2(E)
+    if M := routes.tile_row_M.shape[0]:
+        E = offsets.shape[0] - 1
+        P = power_of_2(E)
         B = _tile_block(P)
-        _tile_kernel[(triton.cdiv(M, B),)](*routes[2:], M, tile_rows, E=E, P=P, B=B)
+        _tile_kernel[(cdiv(M, B),)](*routes[2:], M, tile_rows, E=E, P=P, B=B)
     return routes
 
 
 def _routes(both_2R: Tensor, offsets: Tensor, tile_rows: int) -> Routes:
     """With tiles that nothing has filled in yet."""
-    R, E = both_2R.shape[1], len(offsets) - 1
+    R, E = both_2R.shape[1], offsets.shape[0] - 1
     M = R // tile_rows + min(E, R)  # the most that R rows can need
-    # Apart by multiples of 16 bytes: whether a pointer is one of those would be specialised on.
-    tiles = _ints(both_2R, 4 + M + -M % 4 + M).split_with_sizes((1, 3, M, -M % 4, M))
-    return Routes(*both_2R.unbind(), offsets, tiles[2], tiles[4], tiles[0])
-
-
-def _ints(like: Tensor, *shape: int) -> Tensor:
-    return like.new_empty(shape, dtype=torch.int32)
+    return Routes(*both_2R.unbind(), offsets, *both_2R.new_empty(2 * M + 1).split_with_sizes((M, M, 1)))
 
 
 def _tile_block(P: int) -> int:

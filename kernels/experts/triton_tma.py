@@ -21,8 +21,9 @@ from moe.kernels.experts.triton_pointer import (
     swizzle,
     walk,
 )
-from moe.kernels.experts.triton_routes import Routes
+from moe.kernels.experts.triton_routes import VIEWS, Routes
 from moe.kernels.experts.triton_rows import gather
+from moe.kernels.launcher import cdiv, remembered
 from moe.kernels.tiles import Tiles
 
 
@@ -36,7 +37,8 @@ def _ragged(first, size, row):
     return billion, first + size, billion - size + row
 
 
-@triton.jit
+@remembered
+@triton.jit(do_not_specialize_on_alignment=VIEWS)
 def up_kernel(
     x, w, h, act, tile_expert, tile_row, n_tiles, offsets, D, F, n_programs,
     G: tl.constexpr, ACT: tl.constexpr, STORE_H: tl.constexpr, STORE_ACT: tl.constexpr,
@@ -70,7 +72,8 @@ def up_kernel(
                 act.store([r0, r1, r2, f + BN // 2], right.reshape(1, 1, BM, BN // 2))
 
 
-@triton.jit
+@remembered
+@triton.jit(do_not_specialize_on_alignment=VIEWS)
 def down_kernel(
     a, w, y, tile_expert, tile_row, n_tiles, offsets, N, depth, n_programs,
     K_FIRST: tl.constexpr, SPLIT: tl.constexpr,
@@ -98,7 +101,8 @@ def down_kernel(
             y.store([r0, r1, r2, pn * BN + BN // 2], right.to(y.dtype).reshape(1, 1, BM, BN // 2))
 
 
-@triton.jit(do_not_specialize=["R"])
+@remembered
+@triton.jit(do_not_specialize=["R"], do_not_specialize_on_alignment=VIEWS)
 def down_backward_kernel(
     dy, w, h, weights, dh, act, dweights, order, tile_expert, tile_row, n_tiles, offsets, R, D, F, n_programs,
     G: tl.constexpr, ACT: tl.constexpr, SPLIT: tl.constexpr,
@@ -120,7 +124,8 @@ def down_backward_kernel(
         tl.store(dweights + pn.to(tl.int64) * R + flat, part, mask=live)
 
 
-@triton.jit
+@remembered
+@triton.jit(do_not_specialize_on_alignment=VIEWS)
 def weight_gradient_kernel(
     a, b, dw, offsets, N, C, n_programs,
     E: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, GROUP_M: tl.constexpr,
@@ -155,8 +160,8 @@ def fits(x_TD: Tensor, experts: Experts) -> bool:
         and experts.b_out_ED is None
         and w_in.is_contiguous()
         and w_out.is_contiguous()
-        and all(n % 8 == 0 and n > 0 for n in (*w_out.shape[1:], len(x_TD) * 8))
-        and all(t.data_ptr() % 16 == 0 for t in (w_in, w_out))
+        and w_out.shape[1] % 8 == w_out.shape[2] % 8 == 0 < x_TD.shape[0]
+        and (w_in.data_ptr() | w_out.data_ptr()) % 16 == 0
     )
 
 
@@ -231,7 +236,7 @@ def down_backward(
     w, (_, D, F), R, tile = experts.w_out_EDF, experts.w_out_EDF.shape, len(dy_RD), sizes.down_backward
     G, n = experts.w_in_EGFD.shape[1], tiles.programs(dy_RD.device)
     dh_RJ, act_RF = torch.empty_like(h_RJ), h_RJ.new_empty(R, F)
-    parts_NR = h_RJ.new_empty(triton.cdiv(F, tile.columns), R, dtype=torch.float32)
+    parts_NR = h_RJ.new_empty(cdiv(F, tile.columns), R, dtype=torch.float32)
     down_backward_kernel[(n,)](
         _box(dy_RD, sizes.rows, tile.depth), _box(w, 1, tile.depth, tile.columns),
         h_RJ, weights_TK, dh_RJ, act_RF, parts_NR, routes.order_R, routes.tile_expert_M, routes.tile_row_M,

@@ -8,12 +8,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe.kernels.launcher import cdiv, power_of_2, remembered
+
 
 def block_tokens(n_experts: int) -> int:
     """How many tokens one program takes: their one-hot matrix must fit its registers."""
-    return max(16, min(128, 4096 // triton.next_power_of_2(n_experts)))
+    return max(16, min(128, 4096 // power_of_2(n_experts)))
 
 
+@remembered
 @triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=["given"], debug=True)
 def _gate_kernel(
     logits, bias, given, weights, ids, T, stride_t,
@@ -59,6 +62,7 @@ def _gate_kernel(
     tl.store(ids + at, tl.broadcast_to(e[None, :], (BT, P)).to(tl.int64), mask=keep)
 
 
+@remembered
 @triton.jit(do_not_specialize=["T"])
 def _gate_backward_kernel(
     dweights, weights, ids, dlogits, T, E: tl.constexpr, P: tl.constexpr, K: tl.constexpr, BT: tl.constexpr
@@ -86,13 +90,13 @@ def gate(
 ) -> tuple[Tensor, Tensor]:
     """As reference.topk_gate, in one launch -> weights_TK float32, ids_TK int64."""
     T, E = logits_TE.shape
-    P, BT = triton.next_power_of_2(E), block_tokens(E)
+    P, BT = power_of_2(E), block_tokens(E)
     logits_TE = logits_TE if logits_TE.stride(1) == 1 else logits_TE.contiguous()
     bias_E, given_TK = (None if t is None else t.contiguous() for t in (bias_E, given_TK))
     weights_TK = logits_TE.new_empty(T, top_k, dtype=torch.float32)
     ids_TK = logits_TE.new_empty(T, top_k, dtype=torch.int64)
     if T:
-        _gate_kernel[(triton.cdiv(T, BT),)](
+        _gate_kernel[(cdiv(T, BT),)](
             logits_TE, bias_E, given_TK, weights_TK, ids_TK, T,
             logits_TE.stride(0), E=E, P=P, K=top_k, HAS_BIAS=bias_E is not None, GIVEN=given_TK is not None, BT=BT,
             sanitize_overflow=False,
@@ -106,8 +110,8 @@ def gate_backward(dweights_TK: Tensor, weights_TK: Tensor, ids_TK: Tensor, n_exp
     dlogits_TE = weights_TK.new_empty(T, n_experts)
     if T:
         BT = block_tokens(n_experts)
-        _gate_backward_kernel[(triton.cdiv(T, BT),)](
+        _gate_backward_kernel[(cdiv(T, BT),)](
             dweights_TK.contiguous(), weights_TK, ids_TK, dlogits_TE, T,
-            E=n_experts, P=triton.next_power_of_2(n_experts), K=K, BT=BT,
+            E=n_experts, P=power_of_2(n_experts), K=K, BT=BT,
         )  # fmt: skip
     return dlogits_TE

@@ -1,21 +1,22 @@
 """How kernels are launched: on which device, with which arithmetic. Kernels are stood in for by recorders here."""
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moe.kernels import ops
+from moe.kernels.arguments import on_device_of
 from moe.kernels.experts import op
 from moe.kernels.gate import op as gate_op
 from moe.kernels.loss import op as loss_op
 
 pytest.importorskip("triton")
-from moe.kernels.ahead import MODULES  # noqa: E402
-from moe.kernels.experts import triton_tma  # noqa: E402
+from moe.kernels.ahead import MODULES
+from moe.kernels.experts import triton_tma
 
 
 class Recorder:
@@ -59,37 +60,47 @@ def devices(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return current
 
 
-@pytest.mark.parametrize("index", [0, 1])
+def of(device: str) -> Any:
+    """All of a tensor that the guard looks at: there are no tensors of such devices here."""
+    return SimpleNamespace(device=torch.device(device))
+
+
+def test_the_guard(devices: list[int]) -> None:
+    for device, inside in (("cuda:1", 1), ("cuda:0", 0), ("cpu", 0), ("meta", 0)):
+        with on_device_of(of(device)):
+            assert devices == [inside]
+        assert devices == [0]
+
+
 @pytest.mark.parametrize("tma", [False, True])
 @pytest.mark.parametrize("biases", [False, True])
-def test_every_kernel_is_launched_on_its_tensors_device(
-    index: int, tma: bool, biases: bool, devices: list[int], monkeypatch: pytest.MonkeyPatch
+def test_every_kernel_is_launched_under_the_guard(
+    tma: bool, biases: bool, devices: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(triton_tma, "fits", lambda x, experts: tma)
     monkeypatch.setattr(triton_tma, "_box", lambda *_: None)
     monkeypatch.setattr(triton_tma, "create_ragged_descriptor", lambda *_: None)
+    for module in (op, gate_op, loss_op):
+        monkeypatch.setattr(module, "on_device_of", lambda x: on_device_of(of("cuda:1")))
     seen = record(monkeypatch, runs=False)
     E, K, D, width = 4, 2, 32, 64
-    with FakeTensorMode():
-        for T in (3, 1000):
 
-            def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-                return torch.empty(shape, dtype=dtype, device=f"cuda:{index}")
+    def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
 
-            x, w_in, w_out = empty(T, D), empty(E, 2, width, D), empty(E, D, width)
-            weights, ids = empty(T, K, dtype=torch.float32), empty(T, K, dtype=torch.int64)
-            b_in, b_out = (empty(E, 2, width), empty(E, D)) if biases else (None, None)
-            inputs = (x, w_in, w_out, weights, ids)
-            _, h, order, offsets = op._forward(*inputs, b_in, b_out, "swiglu", "triton", False, None)
-            op._expert_mlp_backward._init_fn(
-                x, *inputs, h, order, offsets, b_in, b_out, "swiglu", "triton", None
-            )
-            logits = empty(T, E, dtype=torch.float32)
-            gate_op._topk_gate._init_fn(logits, None, None, K)
-            gate_op._topk_gate_backward._init_fn(weights, weights, ids, E)
-            loss_op._linear_cross_entropy._init_fn(x, empty(100, D), ids[:, 0], True, "triton")
+    for T in (3, 1000):
+        x, w_in, w_out = empty(T, D), empty(E, 2, width, D), empty(E, D, width)
+        weights, ids = empty(T, K, dtype=torch.float32), empty(T, K, dtype=torch.int64)
+        b_in, b_out = (empty(E, 2, width), empty(E, D)) if biases else (None, None)
+        inputs = (x, w_in, w_out, weights, ids)
+        _, h, order, offsets = op._forward(*inputs, b_in, b_out, "swiglu", "triton", False, None)
+        op._expert_mlp_backward._init_fn(x, *inputs, h, order, offsets, b_in, b_out, "swiglu", "triton", None)
+        logits = empty(T, E, dtype=torch.float32)
+        gate_op._topk_gate._init_fn(logits, None, None, K)
+        gate_op._topk_gate_backward._init_fn(weights, weights, ids, E)
+        loss_op._linear_cross_entropy._init_fn(x, empty(100, D), ids[:, 0], True, "triton")
     assert devices == [0]  # as it was
-    assert {device for _, _, device in seen} == {index}
+    assert {device for _, _, device in seen} == {1}
     names = {name for name, _, _ in seen}
     products = {"up_kernel", "down_kernel", "down_backward_kernel", "weight_gradient_kernel"}
     routing = {"_route_kernel", "_count_kernel", "_scan_kernel", "_place_kernel", "_tile_kernel"}
@@ -137,9 +148,7 @@ def as_torch_is_set(value: str) -> None:
 @pytest.mark.usefixtures("_torch_as_it_was")
 @pytest.mark.parametrize("setting", ["ieee", "tf32"])
 @pytest.mark.parametrize("interface", [old_interface, new_interface, new_interface_of_products, as_torch_is_set])
-def test_float32_products_are_as_torch_is_set(
-    interface: Any, setting: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_float32_products_are_as_torch_is_set(interface: Any, setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
     interface(setting)
     seen = record(monkeypatch, runs=True)
     step(None)
@@ -159,7 +168,9 @@ def test_a_precision_that_does_not_exist_or_is_not_triton_s() -> None:
         step("bf16")
     x, weights, ids = torch.randn(3, 8), torch.rand(3, 1), torch.zeros(3, 1, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"precision = 'tf32'.*here it is reference"):
-        ops.expert_mlp(x, torch.randn(2, 1, 8, 8), torch.randn(2, 8, 8), weights, ids, "gelu", "reference", precision="tf32")
+        ops.expert_mlp(
+            x, torch.randn(2, 1, 8, 8), torch.randn(2, 8, 8), weights, ids, "gelu", "reference", precision="tf32"
+        )
 
 
 def test_nothing_is_kept_where_there_is_no_backward(monkeypatch: pytest.MonkeyPatch) -> None:
