@@ -39,14 +39,14 @@ class Launcher:
         self.jit = jit
         numbers = [i for i, p in enumerate(jit.params) if not (p.is_constexpr or p.do_not_specialize)]
         self._specialised = itemgetter(*numbers)
-        self._made: dict[tuple[Any, ...], tuple[CompiledKernel, tuple[Any, ...]]] = {}
+        self._made: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         return partial(self._launch, grid)
 
     def _launch(self, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
         """Arguments are all given by position, constants by name."""
-        active = driver.active
+        active: Any = driver.active
         device = active.get_current_device()
         looks = [
             (a.dtype, a.data_ptr() & 15) if isinstance(a, Tensor) else a if type(a) is int else _look(a)

@@ -1,5 +1,7 @@
-"""Triton's real JIT compiler and launcher on a GPU that is not there (fakecuda.c): what a launch costs the host, whether
-each launch and tensor map is one that the card takes, and how many kernels a sequence of calls compiles.
+"""Triton's real JIT compiler and launcher on a GPU that is not there (fakecuda.c).
+
+So one learns what a launch costs the host, whether each launch and tensor map is one that the card takes, and how many
+kernels a sequence of calls compiles.
 
 `install` comes before the import of moe.kernels, in a process of its own: it tells torch and Triton of the card.
 Tensors may be on "meta", of any size, or on the CPU. A launch or map that the card would refuse raises.

@@ -264,7 +264,7 @@ def _forward(
 
 
 @_expert_mlp.register_fake
-def _(x, w_in, w_out, weights, ids, b_in, b_out, activation, impl, recompute, precision):
+def _(x, w_in, w_out, weights, ids, b_in, b_out, activation, impl, recompute, precision=None):
     # new_empty(shape), here and below: results are contiguous whatever the layout of the inputs, and fakes must say so.
     y, n_rows = x.new_empty(x.shape), ids.numel()
     if impl == "reference":
@@ -312,7 +312,7 @@ def _expert_mlp_backward(
 
 
 @_expert_mlp_backward.register_fake
-def _(dy, x, w_in, w_out, weights, ids, h, order, ends, b_in, b_out, activation, impl, precision):
+def _(dy, x, w_in, w_out, weights, ids, h, order, ends, b_in, b_out, activation, impl, precision=None):
     biases = (x.new_empty(0 if b is None else b.shape) for b in (b_in, b_out))
     return *(t.new_empty(t.shape) for t in (x, w_in, w_out, weights)), *biases
 

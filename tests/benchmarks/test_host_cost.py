@@ -1,4 +1,4 @@
-"""Launches and tensor maps as Triton's own launcher makes them, on a stand-in for CUDA's driver. No time is asserted."""
+"""Launches and tensor maps as Triton's own launcher makes them, on a stand-in for CUDA's driver; no time is asserted."""
 
 import json
 import os
@@ -101,3 +101,69 @@ def test_what_a_card_refuses_raises() -> None:
     assert "launch with a grid y: 65536" in lines[0]
     assert "tensor map with a stride in bytes: 2199023255552" in lines[1]
     assert "OutOfResources" in lines[2]
+
+
+REMEMBERED = """
+import torch
+from benchmarks.standin.driver import install
+install("sm_90")
+import triton, triton.language as tl
+from triton.knobs import runtime
+from moe.kernels.launcher import remembered
+
+@remembered
+@triton.jit(do_not_specialize=["T"])
+def copy_kernel(x, y, bias, N, T, HALF: tl.constexpr, FLAG: tl.constexpr):
+    n = tl.arange(0, 16)
+    v = tl.load(x + n, mask=n < N)
+    if bias is not None:
+        v += tl.load(bias + n, mask=n < N)
+    if HALF:
+        v *= 0.5
+    tl.store(y + n, v.to(y.dtype.element_ty), mask=n < T)
+
+functions = []
+runtime.launch_enter_hook.add(lambda metadata: functions.append(metadata.get()["function"]))
+x = torch.empty(64)
+found = {}
+for round in range(2):
+    for a in (x, x[1:], x.bfloat16()):
+        for bias in (None, x, x[2:]):
+            for N in (1, 15, 16, 2**33):
+                for T in (1, 7, 16):
+                    for half in (False, True):
+                        copy_kernel[(1,)](a, x, bias, N, T, HALF=half, FLAG="flag")
+                        copy_kernel.jit[(1,)](a, x, bias, N, T, FLAG="flag", HALF=half)
+                        mine, triton_s = functions[-2:]
+                        assert mine == triton_s
+                        found[mine] = True
+# Dtype and alignment of x; no bias or its alignment; 1, a multiple of 16, another number, one of 64 bits and so a
+# multiple of 16; two values of HALF.
+assert len(found) == 3 * 3 * 4 * 2, len(found)
+runtime.launch_enter_hook.calls.clear()
+copy_kernel[(1,)](x, x, None, 16, 1, HALF=True, FLAG="flag")
+"""
+
+
+@pytest.mark.slow
+def test_a_launch_that_is_remembered_is_of_the_kernel_that_triton_would_launch() -> None:
+    run("-c", REMEMBERED)
+
+
+ASSERTED = """
+from moe.kernels import ahead
+import triton
+for launch in dict.fromkeys(launch for launch in ahead.launches("sm_90") if launch.name in ("routes.route", "routes.count")):
+    source = triton.compiler.ASTSource(
+        fn=launch.kernel, signature=dict(launch.signature), constexprs=dict(launch.constants), attrs={}
+    )
+    ptx = triton.compile(source, target=ahead.TARGETS["sm_90"], options=dict(launch.options)).asm["ptx"]
+    print(launch.name, ptx.count("call.uni") + ptx.count("call "), "__assertfail" in ptx)
+"""
+
+
+@pytest.mark.slow
+def test_kernels_that_read_ids_first_assert_that_they_are_ones() -> None:
+    """And nothing else: one call in all, where arithmetic that is watched for overflow would have dozens."""
+    found = {tuple(line.split()) for line in run("-c", ASSERTED).splitlines()}
+    assert found == {("routes.route", "1", "True"), ("routes.count", "1", "True")}

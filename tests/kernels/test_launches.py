@@ -115,11 +115,12 @@ def test_every_kernel_is_launched_under_the_guard(
 
 @pytest.fixture
 def _torch_as_it_was() -> Iterator[None]:
-    before = torch.backends.fp32_precision, torch.backends.cuda.matmul.fp32_precision
+    backends: Any = torch.backends
+    before = backends.fp32_precision, backends.cuda.matmul.fp32_precision
     old = torch.get_float32_matmul_precision()
     yield
     torch.set_float32_matmul_precision(old)
-    torch.backends.fp32_precision, torch.backends.cuda.matmul.fp32_precision = before
+    backends.fp32_precision, backends.cuda.matmul.fp32_precision = before
 
 
 def step(precision: str | None) -> None:
@@ -134,7 +135,8 @@ def old_interface(value: str) -> None:
 
 
 def new_interface(value: str) -> None:
-    torch.backends.fp32_precision = value  # type: ignore[assignment]
+    backends: Any = torch.backends
+    backends.fp32_precision = value
 
 
 def new_interface_of_products(value: str) -> None:

@@ -22,7 +22,7 @@ def logits(T: int, E: int, seed: int = 0) -> torch.Tensor:
 
 
 def check_place(ids: torch.Tensor, E: int, tile_rows: int) -> None:
-    """Against torch's stable sort, and tiles written out by hand; in one launch, where it may be one, to the same bits."""
+    """Against torch's stable sort, and tiles written out by hand; in one launch, where it may be one, the same bits."""
     routes = routing.cut(*routing.place(ids, E), tile_rows)
     fused, both = routing.route(ids, E, tile_rows)
     assert all(torch.equal(a, b) for a, b in zip(fused, routes, strict=True))
