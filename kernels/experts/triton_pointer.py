@@ -391,7 +391,8 @@ def up(
             K=top_k, G=G, ACT=ACTIVATION_CODES[activation], HAS_BIAS=experts.b_in_EGF is not None,
             STORE_H=store_h, STORE_ACT=store_act, PAIRS=pairs, EVEN_K=D % tile.depth == 0,
             K_FIRST=w.stride(3) <= min(w.stride(1), w.stride(2)), PRECISION=_precision(experts.precision, x_TD),
-            BM=sizes.rows, BN=tile.columns, BK=tile.depth, GROUP_M=tile.group, num_warps=tile.warps, num_stages=tile.stages,
+            BM=sizes.rows, BN=tile.columns, BK=tile.depth, GROUP_M=tile.group,
+            num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return h_RJ, act_RF
 
