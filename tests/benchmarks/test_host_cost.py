@@ -1,4 +1,4 @@
-"""Launches and tensor maps as Triton's own launcher makes them, on a stand-in for CUDA's driver. No time is a test's."""
+"""Launches and tensor maps as Triton's own launcher makes them, on a stand-in for CUDA's driver; no time is tested."""
 
 import json
 import os
