@@ -3,7 +3,7 @@
 The launches are recorded from the host code itself, on tensors without storage, so what is compiled is what would run:
 same arguments, same specialisation. Printed per kernel: registers, spills, shared memory, tensor-core instructions.
 
-Run: python -m moe.kernels.ahead [--arch sm_80 sm_90 gfx942] [--only NAME]. Exit code 1 when a limit is broken.
+Run: python -m moe.kernels.ahead [--arch sm_80 sm_90 gfx942] [--only NAME] [--jobs N]. Exit code 1 when a limit is broken.
 """
 
 import argparse
@@ -12,9 +12,12 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
+from itertools import starmap
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -25,18 +28,18 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from moe.kernels import tiles
+from moe.kernels import cards, tiles
+from moe.kernels.cards import CARDS, refusal
 from moe.kernels.experts import triton_mlp, triton_pointer, triton_routes, triton_rows, triton_tma
 from moe.kernels.gate import triton_gate
+from moe.kernels.isolated import side_by_side
 from moe.kernels.loss import triton_chunked
 
 TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
+    arch: GPUTarget("hip", arch, 64) if card.capability is None else GPUTarget("cuda", int(arch[3:]), 32)
+    for arch, card in CARDS.items()
+    if not refusal(card)
 }
-SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "gfx942": 65_536}  # bytes a block; the compiler does not check
-MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "gfx942": 304}
 MODULES = (triton_gate, triton_routes, triton_rows, triton_pointer, triton_tma, triton_chunked)
 _TYPES = {
     torch.bfloat16: "bf16",
@@ -139,9 +142,8 @@ def recording(arch: str) -> Iterator[list[Launch]]:
     ]
     patches += [
         patch.object(tiles, "INTERPRETED", False),
-        patch.object(tiles, "architecture", lambda device: arch),
-        patch.object(tiles, "tuned", lambda: {}),
-        patch.object(tiles, "_multiprocessors", lambda device: MULTIPROCESSORS[arch]),
+        patch.object(cards, "card", lambda device: CARDS[arch]),
+        patch.object(tiles, "tuned", lambda card: {}),
     ]
     for p in patches:
         p.start()
@@ -250,8 +252,8 @@ def compile_launch(launch: Launch, arch: str) -> Report:
 
 def _problem(report: Report, arch: str) -> str:
     """Which limit a kernel breaks, if any."""
-    if report.shared > SHARED_LIMIT[arch]:
-        return f"{report.shared:,} B of shared memory, {SHARED_LIMIT[arch]:,} at most"
+    if report.shared > CARDS[arch].shared:
+        return f"{report.shared:,} B of shared memory, {CARDS[arch].shared:,} at most"
     if arch.startswith("gfx"):
         return ""
     # A product's loop must not spill; in a kernel that goes over its data once, a few registers do not matter.
@@ -288,27 +290,44 @@ def _number(pattern: str, text: str) -> int:
     return int(found.group(1)) if found else 0
 
 
+def compiler() -> Callable[[str, int], tuple[str, bool]]:
+    """For the processes that compile: a launch's line of the table, by its number, and whether it breaks a limit."""
+    recorded = cache(launches)
+
+    def line(arch: str, number: int) -> tuple[str, bool]:
+        launch = recorded(arch)[number]
+        report = compile_launch(launch, arch)
+        return (
+            f"{launch.name:28} {launch.tile:15} {launch.warps:5} {launch.stages:6} {report.registers:4} "
+            f"{report.spills:6} {report.shared:8,} {report.wgmma:5} {report.mma:4}  {report.problem}"
+        ), bool(report.problem)
+
+    return line
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--only", default="", help="kernels whose name contains this")
+    parser.add_argument("--jobs", type=int, default=min(16, os.cpu_count() or 1), help="processes that compile")
     arguments = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise SystemExit("TRITON_INTERPRET is set: the interpreter compiles nothing; unset it")
     print(f"triton {triton.__version__}")
-    problems = 0
-    for arch in arguments.arch:
-        print(f"\n{arch:28} {'tile':15} warps stages regs spills   shared wgmma  mma")
-        for launch in launches(arch):
-            if arguments.only not in launch.name:
-                continue
-            report = compile_launch(launch, arch)
-            problems += bool(report.problem)
-            print(
-                f"{launch.name:28} {launch.tile:15} {launch.warps:5} {launch.stages:6} {report.registers:4} "
-                f"{report.spills:6} {report.shared:8,} {report.wgmma:5} {report.mma:4}  {report.problem}",
-                flush=True,
-            )
+    started, problems = time.perf_counter(), 0
+    names = {arch: [launch.name for launch in launches(arch)] for arch in arguments.arch}
+    jobs = [(arch, n) for arch in names for n, name in enumerate(names[arch]) if arguments.only in name]
+    alone = arguments.jobs == 1
+    results = starmap(compiler(), jobs) if alone else side_by_side(compiler, (), jobs, arguments.jobs)
+    above = ""
+    for (arch, number), result in zip(jobs, results, strict=True):
+        if arch != above:
+            print(f"\n{arch:28} {'tile':15} warps stages regs spills   shared wgmma  mma")
+            above = arch
+        line, problem = (f"{names[arch][number]:28} {result}", True) if isinstance(result, RuntimeError) else result
+        problems += problem
+        print(line, flush=True)
+    print(f"\n{len(jobs)} kernels in {time.perf_counter() - started:.0f} s")
     print(f"\n{problems} problem{'s' * (problems != 1)}" if problems else "\nall within the limits")
     sys.exit(1 if problems else 0)
 
