@@ -3,7 +3,7 @@
 The launches are recorded from the host code itself, on tensors without storage, so what is compiled is what would run:
 same arguments, same specialisation. Printed per kernel: registers, spills, shared memory, tensor-core instructions.
 
-Run: python -m moe.kernels.ahead [--arch sm_80 sm_90 gfx942] [--only NAME] [--jobs N]. Exit code 1 when a limit is broken.
+Run: python -m moe.kernels.ahead [--arch sm_80 sm_90] [--only NAME] [--jobs N]. Exit code 1 when a limit is broken.
 """
 
 import argparse

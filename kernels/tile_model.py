@@ -3,6 +3,7 @@
 The clocks order candidates of one product and say no more: caches, clocks and schedulers are not in them.
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
@@ -11,8 +12,9 @@ from moe.kernels.cards import Card
 from moe.kernels.tiles import Tile
 
 LATENCY = 700  # clocks from the request of a line of memory to its use, as microbenchmarks find it on A100 and H100
-L2_BYTES = 64  # that a multiprocessor gets a clock from the L2 cache (NVIDIA's white papers)
+L2_BYTES = 32  # that a multiprocessor gets a clock from the L2 cache: half the 64 of NVIDIA's white papers
 DRAM_BYTES = 14  # its share of what the memory gives: 3.35 TB/s of 132 at 1.8 GHz, 2.0 of 108 at 1.4
+STEP = 40  # clocks in which a block only waits for its warps, at every step
 # Dense 16-bit FLOP of one multiprocessor in a clock; of a card that is not here, what the smallest have.
 FLOP = {"sm_80": 2048, "sm_90": 4096, "sm_100": 8192, "gfx942": 2048, "gfx950": 4096}
 REGISTERS = 65_536  # of a multiprocessor
@@ -91,31 +93,34 @@ def clocks(card: Card, product: Product, tile: Tile, rows: int, tma: bool) -> fl
     math = 2 * rows * tile.columns * tile.depth / FLOP.get(card.arch, 1024)
     # Operands come from the L2 cache if other tiles read them too; weights that one tile of rows reads, from memory.
     a, b = 2 * rows * tile.depth / L2_BYTES, 2 * tile.columns * tile.depth / L2_BYTES
-    if product.M <= rows:
+    if rows >= product.M:
         b *= L2_BYTES / DRAM_BYTES
-    step = max(n_blocks * math, n_blocks * (a + b), LATENCY / max(1, tile.stages - 1))
+    step = max(n_blocks * math, n_blocks * (a + b), LATENCY / max(1, tile.stages - 1)) + STEP
     out = n_blocks * 2 * rows * tile.columns / L2_BYTES
     return -(-waves(card, product, tile, rows, n_blocks) // 1) * (-(-product.K // tile.depth) * step + LATENCY + out)
 
 
 def candidates(card: Card, product: Product, tile: Tile, rows: int, tma: bool, most: int = 12) -> Iterator[Tile]:
-    """The tiles that may be faster than `tile`: the `most` best of those that fit, and its own in other groups."""
+    """The tiles that may be faster than `tile`: the `most` best of those that fit, and its own in other groups.
+
+    Of tiles that differ in their stages alone, the one that is best, or has the most.
+    """
     splits = (1,)
     if product.name == "down_backward":
         splits = (1, 2, 4) if tma else (1, 2)
     elif tma and product.name in ("down", "dx"):
         splits = (1, 2)
-    found = [
-        replace(tile, columns=columns, depth=depth, warps=warps, stages=stages, split=split)
-        for columns in (32, 64, 128, 256)
-        for depth in (32, 64, 128)
-        for warps in (4, 8)
-        for stages in (2, 3, 4, 5)
-        for split in splits
-    ]
-    found = [t for t in found if t != tile and fits(card, product, t, rows, tma)]
-    found.sort(key=lambda t: (clocks(card, product, t, rows, tma), shared_bytes(card, product.name, t, rows, tma)))
-    yield from found[:most]
+
+    def slow(t: Tile) -> tuple[float, int]:
+        return clocks(card, product, t, rows, tma), -t.stages
+
+    found = []
+    for columns, depth, warps, split in itertools.product((32, 64, 128, 256), (16, 32, 64, 128), (4, 8), splits):
+        alike = [
+            replace(tile, columns=columns, depth=depth, warps=warps, stages=n, split=split) for n in (2, 3, 4, 5, 6)
+        ]
+        found += sorted((t for t in alike if t != tile and fits(card, product, t, rows, tma)), key=slow)[:1]
+    yield from sorted(found, key=slow)[:most]
     for group in (4, 16):
         yield replace(tile, group=group)
 

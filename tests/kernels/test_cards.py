@@ -12,6 +12,8 @@ from torch._subclasses import FakeTensorMode
 from moe.kernels import cards, ops, tile_model, tiles
 from moe.kernels.cards import CARDS, Card
 from moe.kernels.experts import op
+from moe.kernels.gate import op as gate
+from moe.kernels.loss import op as loss
 from moe.kernels.tiles import PRODUCTS
 
 H100 = Card("sm_90", 232_448, 132, "NVIDIA H100 80GB HBM3")
@@ -98,13 +100,19 @@ def test_the_card_is_that_of_the_tensor_not_of_the_current_device(machine: list[
         assert choice("cuda:0", dtype) == "reference"
         with pytest.raises(ValueError, match=r'impl = "triton": it needs compute capability 8\.0 .*Tesla T4 has 7\.5'):
             choice("cuda:0", dtype, "triton")
+
+
+def test_the_other_ops_ask_the_card_too(machine: list[SimpleNamespace], monkeypatch: pytest.MonkeyPatch) -> None:
+    machine.append(gpu("Tesla V100", 7, 0, shared_memory_per_block_optin=98_304))
+    monkeypatch.setattr(gate.reference, "topk_gate", lambda *_: "reference")
+    monkeypatch.setattr(loss, "_linear_cross_entropy", lambda *arguments: arguments[-1:])
     with FakeTensorMode():
-        logits = torch.empty(4, 8, device="cuda:0")
         x, targets = torch.empty(4, 8, device="cuda:0"), torch.zeros(4, dtype=torch.int64, device="cuda:0")
-        for call in (lambda impl: ops.topk_gate(logits, 2, impl=impl), lambda i: ops.linear_cross_entropy(x, x, targets, i)):
-            with pytest.raises(ValueError, match="compute capability 8.0"):
-                call("triton")
-            call(None)
+    assert ops.topk_gate(x, 2) == "reference"
+    assert ops.linear_cross_entropy(x, x, targets) == "torch"
+    for call in (lambda: ops.topk_gate(x, 2, impl="triton"), lambda: ops.linear_cross_entropy(x, x, targets, "triton")):
+        with pytest.raises(ValueError, match=r'impl = "triton": it needs compute capability 8\.0 .*V100 has 7\.0'):
+            call()
 
 
 def test_a_torch_that_does_not_tell_the_shared_memory(machine: list[SimpleNamespace]) -> None:
@@ -113,9 +121,7 @@ def test_a_torch_that_does_not_tell_the_shared_memory(machine: list[SimpleNamesp
 
 
 @pytest.mark.parametrize(("arch", "shared"), [("gfx942:sramecc+:xnack-", 65_536), ("gfx950:sramecc+", 163_840)])
-def test_cards_of_amd(
-    arch: str, shared: int, machine: list[SimpleNamespace], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cards_of_amd(arch: str, shared: int, machine: list[SimpleNamespace], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "hip", "7.0")
     machine += [gpu("MI", 9, 4, gcnArchName=arch), gpu("Radeon", 11, 0, gcnArchName="gfx1100")]
     assert cards.card(torch.device("cuda", 0)) == Card(arch.split(":")[0], shared, 40, "MI")
@@ -153,7 +159,7 @@ def test_tuned_tiles_are_those_of_the_card_they_were_measured_on(
         gpu("NVIDIA L4", 8, 9, shared_memory_per_block_optin=101_376),
         gpu("NVIDIA A100", 8, 0, shared_memory_per_block_optin=166_912),
     ]
-    first, second = (cards.card(torch.device("cuda", i)) for i in range(2))
+    second = cards.card(torch.device("cuda", 1))
     mine = tiles.TABLE["sm_80"]["few"]
     tiles.save(tiles.tuned_path(second), second, {"sm_80 many": mine})
     assert [p.name for p in (tmp_path / "gpt4-moe").iterdir()] == ["tiles-NVIDIA-A100.json"]

@@ -86,7 +86,7 @@ def test_without_a_gpu_it_says_what_needs_none(
     words: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(sys, "argv", ["tune", *"--d-model 64 --d-ff 64 --experts 2 --top-k 1".split(), *words.split()])
+    monkeypatch.setattr(sys, "argv", f"tune --d-model 64 --d-ff 64 --experts 2 --top-k 1 {words}".split())
     with pytest.raises(SystemExit) as stopped:
         tune.main()
     assert said in f"{stopped.value}{capsys.readouterr().err}"
@@ -100,7 +100,7 @@ def test_the_fastest_of_each_product_is_kept(capsys: Any) -> None:
     up, dx = found["up"][3].up, found["dx"][0].dx
 
     def time_one(product: str, sizes: Tiles) -> float:
-        if getattr(sizes, product) == found["down"][0].down:
+        if product == "down" and sizes.down == found["down"][0].down:
             raise RuntimeError("an illegal memory access")
         if product == "up" and sizes.up == up:
             return 5.0
@@ -124,7 +124,8 @@ def test_tuning_writes_what_it_found_after_every_size(
     monkeypatch.setattr(tune, "worth_timing", lambda arch, shape, found, jobs, until: found[::2])
     monkeypatch.setattr(tune, "Isolated", MadeUp)
     tiles.tuned.cache_clear()
-    monkeypatch.setattr(sys, "argv", "tune --d-model 512 --d-ff 512 --experts 8 --top-k 2 --tokens 16 8192 3".split())
+    words = "tune --d-model 512 --d-ff 512 --experts 8 --top-k 2 --tokens 16 8192 3"
+    monkeypatch.setattr(sys, "argv", words.split())
     with pytest.raises(KeyboardInterrupt):
         tune.main()
     table = tiles.load(path, CARDS["sm_80"])
@@ -151,7 +152,7 @@ class MadeUp:
     def close(self) -> None: ...
 
 
-# ------------------------------------------------------------------------------------- processes that may be brought down
+# ----------------------------------------------------------------------------------- processes that may be brought down
 
 
 def test_a_job_that_crashes_costs_only_itself() -> None:
