@@ -109,11 +109,11 @@ FLOAT32 = {
 _SM90_TMA = {
     "many": Tiles(
         128,
-        up=Tile(256, 64, 8, 3),
-        down=Tile(256, 64, 8, 3, split=2),
-        down_backward=Tile(128, 64, 8, 3, split=2),
-        dx=Tile(256, 64, 8, 3, split=2),
-        dw=Tile(256, 64, 8, 3, rows=128),
+        up=Tile(256, 64, 8, 4, group=16),
+        down=Tile(256, 64, 8, 4, group=16, split=2),
+        down_backward=Tile(256, 64, 8, 4, group=16, split=4),
+        dx=Tile(256, 64, 8, 4, group=16, split=2),
+        dw=Tile(256, 64, 8, 4, group=16, split=2, rows=128),
         tma=True,
     ),
 }
@@ -131,7 +131,7 @@ _INTERPRETER_TMA = Tiles(
     down=replace(_TINY, split=2),
     down_backward=replace(_TINY, split=4),
     dx=replace(_TINY, split=2),
-    dw=Tile(32, 16, warps=4, stages=2, group=2, rows=32),
+    dw=Tile(32, 16, warps=4, stages=2, group=2, split=2, rows=32),
     tma=True,
 )
 
