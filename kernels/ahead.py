@@ -2,8 +2,8 @@
 
 The launches are recorded from the host code itself, on tensors without storage, so what is compiled is what would run:
 same arguments, same specialisation. Printed per kernel: registers; spills, and how many of them are in the main loop;
-shared memory; how many blocks fit a multiprocessor; the widths in bytes in which the main loop reads global memory
-(none: through TMA); tensor-core instructions.
+shared memory, and what arithmetic expects of it; how many blocks fit a multiprocessor; the widths in bytes in which the
+main loop reads global memory (none: through TMA); tensor-core instructions, of warp groups and of warps.
 
 Run: python -m moe.kernels.ahead [--arch sm_80 sm_90] [--only NAME] [--jobs N]. Exit code 1 when a limit is broken.
 """
@@ -104,8 +104,8 @@ class Report:
         widths = "+".join(map(str, sorted(self.loop.loads)))
         return (
             f"{self.launch.name:28} {self.launch.tile:15} {self.launch.warps:5} {self.launch.stages:6} "
-            f"{self.registers:4} {self.spills:6} {self.loop.spills:4} {self.shared:8,} {about(self.launch):>8} {blocks:6} "
-            f"{widths:5} {self.wgmma:5} {self.mma:4}  {self.problem}"
+            f"{self.registers:4} {self.spills:6} {self.loop.spills:4} {self.shared:8,} {about(self.launch):>8} "
+            f"{blocks:6} {widths:5} {self.wgmma:5} {self.mma:4}  {self.problem}"
         )
 
 

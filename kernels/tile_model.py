@@ -51,7 +51,7 @@ def product(name: str, shape: Shape) -> Product:
 
 
 def shared_bytes(product: str, tile: Tile, rows: int, tma: bool, itemsize: int = 2) -> int:
-    """Shared memory of a block in bytes, which the compiler's own figure is within MARGIN of (tests/kernels/test_ahead.py).
+    """Shared memory of a block in bytes; the compiler's own figure is within MARGIN of it (test_ahead.py).
 
     Operands have a place for each step on its way; through TMA also the step that is multiplied, and what leaves, which
     then stays beside the operands of the next tile.
@@ -113,7 +113,7 @@ def candidates(card: Card, product: Product, tile: Tile, rows: int, tma: bool, m
     splits = (1,)
     if product.name == "down_backward":
         splits = (1, 2, 4) if tma else (1, 2)
-    elif tma and product.name in ("down", "dx"):
+    elif tma and product.name != "up":
         splits = (1, 2)
 
     def slow(t: Tile) -> tuple[float, int]:
@@ -126,8 +126,7 @@ def candidates(card: Card, product: Product, tile: Tile, rows: int, tma: bool, m
         ]
         found += sorted((t for t in alike if t != tile and fits(card, product, t, rows, tma)), key=slow)[:1]
     yield from sorted(found, key=slow)[:most]
-    for group in (4, 16):
-        yield replace(tile, group=group)
+    yield from (replace(tile, group=group) for group in (4, 8, 16) if group != tile.group)
 
 
 def fits(card: Card, product: Product, tile: Tile, rows: int, tma: bool) -> bool:
