@@ -82,17 +82,27 @@ _SM80 = {
         down=Tile(128, 64, 4, 3),
         down_backward=Tile(64, 64, 8, 3),
         dx=Tile(128, 64, 4, 3),
-        dw=Tile(128, 32, 8, 3, rows=128),
+        dw=Tile(128, 32, 8, 7, rows=128),
     ),
     "many": Tiles(
         128,
-        up=Tile(128, 64, 8, 3),
-        down=Tile(128, 64, 8, 3),
-        down_backward=Tile(64, 64, 8, 3, split=2),
-        dx=Tile(128, 64, 8, 3),
-        dw=Tile(128, 64, 8, 3, rows=128),
+        up=Tile(128, 32, 4, 4, group=16),
+        down=Tile(128, 32, 4, 4, group=16),
+        down_backward=Tile(128, 32, 4, 4, group=16, split=8),
+        dx=Tile(128, 32, 4, 4, group=16),
+        dw=Tile(128, 32, 4, 7, group=16, rows=128),
     ),
 }
+_WIDE = Tiles(
+    128,
+    up=Tile(128, 64, 8, 3, group=16),
+    down=Tile(128, 64, 8, 3, group=16),
+    down_backward=Tile(64, 64, 8, 3, group=16, split=2),
+    dx=Tile(128, 64, 8, 3, group=16),
+    dw=Tile(128, 64, 8, 5, group=16, rows=128),
+)
+_SM90 = {**_SM80, "many": _WIDE}
+_GFX942 = {**_SM80, "many": replace(_WIDE, dw=replace(_WIDE.dw, stages=3))}
 # float32 operands take twice the shared memory and run on other units: half the depth.
 FLOAT32 = {
     "few": Tiles(16, *[Tile(32, 64, 4, 2)] * 4, dw=Tile(64, 16, 4, 2, rows=32)),
@@ -111,7 +121,7 @@ _SM90_TMA = {
         128,
         up=Tile(256, 64, 8, 4, group=16),
         down=Tile(256, 64, 8, 4, group=16, split=2),
-        down_backward=Tile(256, 64, 8, 4, group=16, split=4),
+        down_backward=Tile(256, 64, 8, 4, group=16, split=8),
         dx=Tile(256, 64, 8, 4, group=16, split=2),
         dw=Tile(256, 64, 8, 4, group=16, split=2, rows=128),
         tma=True,
@@ -122,10 +132,10 @@ _SM100_TMA = {"many": replace(_SM90_TMA["many"], down_backward=Tile(128, 64, 8, 
 TABLE: dict[str, dict[str, Tiles]] = {
     "sm_80": _SM80,
     "sm_86": _SM80,
-    "sm_90": _SM80,
+    "sm_90": _SM90,
     "sm_90 tma": _SM90_TMA,
     "sm_100 tma": _SM100_TMA,
-    "gfx942": _SM80,
+    "gfx942": _GFX942,
 }
 _INTERPRETER = Tiles(16, *[_TINY] * 4, dw=Tile(32, 16, warps=4, stages=2, group=2, rows=32))
 _INTERPRETER_TMA = Tiles(

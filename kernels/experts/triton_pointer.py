@@ -339,11 +339,11 @@ def weight_gradient_kernel(
                 row_a = token
             if GATHER_B:
                 row_b = token
-        a_at = a + row_a[:, None].to(tl.int64) * stride_a + n[None, :]
+        a_at = a + row_a[None, :].to(tl.int64) * stride_a + n[:, None]
         b_at = b + row_b[:, None].to(tl.int64) * stride_b + c[None, :]
-        a_tile = tl.load(a_at, mask=live[:, None] & (n < N)[None, :], other=0.0)
+        a_tile = tl.load(a_at, mask=live[None, :] & (n < N)[:, None], other=0.0)
         b_tile = tl.load(b_at, mask=live[:, None] & (c < C)[None, :], other=0.0)
-        acc = tl.dot(a_tile.T, b_tile, acc, input_precision=PRECISION)
+        acc = tl.dot(a_tile, b_tile, acc, input_precision=PRECISION)
     inside = (n < N)[:, None] & (c < C)[None, :]
     if PAIRS:
         n = n % 2 * (N // 2) + n // 2

@@ -20,7 +20,7 @@ from moe.kernels.experts.triton_pointer import (
     VIEWS,
     Experts,
     activate,
-    down_backward_epilogue,
+    activate_backward,
     swizzle,
     walk,
 )
@@ -103,6 +103,33 @@ def down_kernel(
             y.store([r0, r1, r2, pn * BN + BN // 2], right.to(y.dtype).reshape(1, 1, BM, BN // 2))
 
 
+@triton.jit
+def _down_backward_epilogue(
+    da, h, dh, act, r0, r1, r2, weight, f, G: tl.constexpr, ACT: tl.constexpr, SPLIT: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """As in triton_pointer.py. Rows past the expert's end read as zeros, so do columns past F, and neither is stored."""
+    if SPLIT > 1:
+        BH: tl.constexpr = BN // 2
+        HALF: tl.constexpr = SPLIT // 2
+        left, right = tl.split(da.reshape(BM, 2, BH).permute(0, 2, 1))
+        part = _down_backward_epilogue(left, h, dh, act, r0, r1, r2, weight, f, G, ACT, HALF, BM, BH)
+        part += _down_backward_epilogue(right, h, dh, act, r0, r1, r2, weight, f + BH, G, ACT, HALF, BM, BH)
+    else:
+        gate = h.load([r0, r1, r2, 0, f]).reshape(BM, BN).to(tl.float32)
+        up = gate
+        if G == 2:
+            up = h.load([r0, r1, r2, 1, f]).reshape(BM, BN).to(tl.float32)
+        y, dgate, dup = activate_backward(gate, up, ACT)
+        part = tl.sum(da * y, axis=1)
+        act.store([r0, r1, r2, 0, f], (weight[:, None] * y).to(act.dtype).reshape(1, 1, BM, 1, BN))
+        da = da * weight[:, None]
+        dh.store([r0, r1, r2, 0, f], (da * dgate).to(dh.dtype).reshape(1, 1, BM, 1, BN))
+        if G == 2:
+            dh.store([r0, r1, r2, 1, f], (da * dup).to(dh.dtype).reshape(1, 1, BM, 1, BN))
+    return part
+
+
 @triton.jit(do_not_specialize=["R"], do_not_specialize_on_alignment=VIEWS)
 def down_backward_kernel(
     dy, w, h, weights, dh, act, dweights, order, tile_expert, tile_row, n_tiles, offsets, R, D, F, n_programs,
@@ -121,7 +148,8 @@ def down_backward_kernel(
         live = rows < first + size
         flat = tl.load(order + rows, mask=live, other=0)
         weight = tl.load(weights + flat, mask=live, other=0.0).to(tl.float32)
-        part = down_backward_epilogue(acc, h, dh, act, rows, live, weight, pn * BN, F, G, ACT, False, SPLIT, BM, BN)
+        r0, r1, r2 = _ragged(first, size, row - first)
+        part = _down_backward_epilogue(acc, h, dh, act, r0, r1, r2, weight, pn * BN, G, ACT, SPLIT, BM, BN)
         tl.store(dweights + pn.to(tl.int64) * R + flat, part, mask=live)
 
 
@@ -269,9 +297,12 @@ def down_backward(
     G, n = experts.w_in_EGFD.shape[1], tiles.programs(dy_RD.device)
     dh_RJ, act_RF = torch.empty_like(h_RJ), h_RJ.new_empty(R, F)
     parts_NR = h_RJ.new_empty(triton.cdiv(F, tile.columns), R, dtype=torch.float32)
+    piece = [sizes.rows, 1, tile.columns // tile.split]
     down_backward_kernel[(n,)](
         _box(dy_RD, sizes.rows, tile.depth), _box(w, 1, tile.depth, tile.columns),
-        h_RJ, weights_TK, dh_RJ, act_RF, parts_NR, routes.order_R, routes.tile_expert_M, routes.tile_row_M,
+        create_ragged_descriptor(h_RJ.view(R, G, F), piece), weights_TK,
+        create_ragged_descriptor(dh_RJ.view(R, G, F), piece), create_ragged_descriptor(act_RF.view(R, 1, F), piece),
+        parts_NR, routes.order_R, routes.tile_expert_M, routes.tile_row_M,
         routes.n_tiles, routes.offsets, R, D, F, n,
         G=G, ACT=ACTIVATION_CODES[activation], SPLIT=tile.split,
         BM=sizes.rows, BN=tile.columns, BK=tile.depth, GROUP_M=tile.group,

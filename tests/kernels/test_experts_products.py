@@ -135,4 +135,4 @@ def test_dh_of_weights_in_pairs_is_in_pairs() -> None:
         triton_pointer.weight_gradient(dh, dy, routes, 1, 3, sizes, "b", order)
         for dh, order in ((halves, False), (pairs, True))
     ]
-    assert torch.equal(*dw)
+    assert rel(dw[1], dw[0]) < 1e-3
