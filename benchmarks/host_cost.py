@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from duel import machine, write_record
-from standin.driver import CARDS, Standin, install
+from standin.driver import ARCHITECTURES, Standin, install
 
 E, K, D, F = 16, 2, 10752, 28672  # gpt4-8k
 SERVED = (*range(1, 130), 300, 777, 1000, 1024, 1500, 2047, 2048, 4097, 8191, 8192)
@@ -103,7 +103,7 @@ def _line(row: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", choices=CARDS, default="sm_90")
+    parser.add_argument("--arch", choices=ARCHITECTURES, default="sm_90")
     parser.add_argument("--tokens", type=int, nargs="*", default=[1, 8, 64, 8192])
     parser.add_argument("--rounds", type=int, default=200)
     parser.add_argument("--json", type=Path)

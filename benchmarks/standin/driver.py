@@ -22,26 +22,13 @@ from typing import Any, NamedTuple
 
 import torch
 
+from moe.kernels.cards import CARDS, Card, refusal
+
 HERE = Path(__file__).parent
 
 
-class Card(NamedTuple):
-    """`shared`: bytes of shared memory that one block may have."""
-
-    major: int
-    minor: int
-    multiprocessors: int
-    shared: int
-
-
-CARDS = {
-    "sm_80": Card(8, 0, 108, 166_912),
-    "sm_86": Card(8, 6, 84, 101_376),
-    "sm_89": Card(8, 9, 142, 101_376),
-    "sm_90": Card(9, 0, 132, 232_448),
-    "sm_100": Card(10, 0, 148, 232_448),
-    "sm_120": Card(12, 0, 188, 101_376),
-}
+# Those that there can be.
+ARCHITECTURES = [arch for arch, card in CARDS.items() if card.capability and not refusal(card)]
 
 
 class Counts(NamedTuple):
@@ -103,10 +90,15 @@ def install(arch: str = "sm_90") -> Standin:
     os.environ.pop("TRITON_INTERPRET", None)
     os.environ["GPT4_MOE_TILES"] = os.devnull + "/none"  # no file of tuned tiles
     library = _build()
-    library.standin_card(*card)
-    _tell_torch(arch, card)
+    library.standin_card(*capability(card), card.multiprocessors, card.shared)
+    _tell_torch(card)
     _tell_triton()
     return Standin(library)
+
+
+def capability(card: Card) -> tuple[int, int]:
+    assert card.capability is not None
+    return card.capability
 
 
 def _build() -> ctypes.CDLL:
@@ -123,17 +115,18 @@ def _build() -> ctypes.CDLL:
     return ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
 
 
-def _tell_torch(arch: str, card: Card) -> None:
+def _tell_torch(card: Card) -> None:
+    major, minor = capability(card)
     properties = SimpleNamespace(
-        major=card.major,
-        minor=card.minor,
+        major=major,
+        minor=minor,
         multi_processor_count=card.multiprocessors,
         shared_memory_per_block_optin=card.shared,
-        name=f"no GPU ({arch})",
+        name=f"no GPU ({card.arch})",
     )
     torch.cuda.current_device = lambda: 0
     torch.cuda.get_device_properties = lambda device=None: properties  # type: ignore[assignment]
-    torch.cuda.get_device_capability = lambda device=None: (card.major, card.minor)
+    torch.cuda.get_device_capability = lambda device=None: (major, minor)
     torch.cuda.get_device_name = lambda device=None: properties.name
 
 
