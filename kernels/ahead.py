@@ -313,7 +313,7 @@ def _problem(report: Report, arch: str) -> str:
     if loop.spills:
         return f"{loop.spills} spills in the main loop"
     # At the end of a tile 32 registers of 256 threads, out and in, are 64 kB: 1% of what its loop reads at width 8192.
-    if report.spills > 32:
+    if report.spills * report.launch.warps > 32 * 8:
         return f"{report.spills} spills"
     constants = dict(report.launch.constants)
     half = any("bf16" in kind or "fp16" in kind for _, kind in report.launch.signature)

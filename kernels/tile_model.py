@@ -66,7 +66,8 @@ def shared_bytes(card: Card, product: str, tile: Tile, rows: int, tma: bool, ite
         steps = tile.stages - 1
         if product == "dw":  # which reads the rows' places first: NVIDIA's pipeline gives that every other stage
             steps = steps - 1 if card.capability is None else steps // 2
-        return step * steps
+        # From Triton 3.9 on gfx950 copies past the registers, and its pipeline is one longer.
+        return step * (max(1, steps) + (card.arch == "gfx950"))
     # Of `up` gate and up leave one after the other; down_backward has a piece on its way in and one on its way out.
     out = rows * tile.columns * itemsize // (2 if product == "up" else tile.split)
     return step * tile.stages + out * (2 if product == "down_backward" else 1)
