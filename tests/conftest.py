@@ -3,6 +3,7 @@
 import math
 import os
 import random
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,6 +19,8 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 os.environ.pop("COLUMNS", None)  # a terminal's width, which pytest-xdist sets; the tests print as into a pipe
+# A shell's background job ignores Ctrl-C, which training, started in one, rightly leaves so: the tests press it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from moe.config import AttentionConfig, Config, ExpertsConfig, load_config
 from moe.data import is_held_out, prepare
