@@ -19,8 +19,6 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 os.environ.pop("COLUMNS", None)  # a terminal's width, which pytest-xdist sets; the tests print as into a pipe
-# A shell's background job ignores Ctrl-C, which training, started in one, rightly leaves so: the tests press it.
-signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from moe.config import AttentionConfig, Config, ExpertsConfig, load_config
 from moe.data import is_held_out, prepare
@@ -32,6 +30,8 @@ torch.set_num_threads(1)
 # A time limit per example would make results depend on how busy the machine is.
 settings.register_profile("tests", deadline=None, derandomize=True, max_examples=30)
 settings.load_profile("tests")
+# A shell's background job ignores Ctrl-C, which training, started in one, rightly leaves so: the tests press it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
