@@ -108,7 +108,7 @@ def _down_backward_epilogue(
     da, h, dh, act, r0, r1, r2, weight, f, G: tl.constexpr, ACT: tl.constexpr, SPLIT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """As in triton_pointer.py. Rows past the expert's end read as zeros, so do columns past F, and neither is stored."""
+    """As in triton_pointer.py. Rows past the expert's end and columns past F read as zeros, and are not stored."""
     if SPLIT > 1:
         BH: tl.constexpr = BN // 2
         HALF: tl.constexpr = SPLIT // 2
