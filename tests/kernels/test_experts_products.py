@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ def sizes_of(products: ModuleType) -> tiles.Tiles:
     return tiles._INTERPRETER_TMA if products is triton_tma else tiles._INTERPRETER
 
 
-def routed(counts: list[int], tile_rows: int) -> triton_routes.Routes:
+def routed(counts: list[int], tile_rows: int) -> Any:
     """Routes of one slot a token; expert e has counts[e] of them, and every token is where its row is."""
     ids = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)).view(-1, 1)
     return triton_routes.cut(*triton_routes.place(ids.to(DEVICE), len(counts)), tile_rows)
