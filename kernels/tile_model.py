@@ -68,9 +68,9 @@ def shared_bytes(card: Card, product: str, tile: Tile, rows: int, tma: bool, ite
             steps = steps - 1 if card.capability is None else steps // 2
         # From Triton 3.9 on gfx950 copies past the registers, and its pipeline is one longer.
         return step * (max(1, steps) + (card.arch == "gfx950"))
-    # Of `up` gate and up leave one after the other; down_backward has a piece on its way in and one on its way out.
+    # Of `up` gate and up leave one after the other; of down_backward both come in, and a piece is on its way out.
     out = rows * tile.columns * itemsize // (2 if product == "up" else tile.split)
-    return step * tile.stages + out * (2 if product == "down_backward" else 1)
+    return step * tile.stages + out * (3 if product == "down_backward" else 1)
 
 
 MARGIN, SCRATCH = 0.05, 2048
