@@ -63,6 +63,7 @@ class Launch:
     divisible: tuple[int, ...]  # positions of arguments that are multiples of 16
     warps: int
     stages: int
+    options: tuple[tuple[str, Any], ...] = ()  # all others of the compiler's
 
     @property
     def name(self) -> str:
@@ -129,7 +130,7 @@ class _Recorder:
     """Stands in for a kernel: keeps the launches, runs nothing."""
 
     def __init__(self, kernel: Any, launches: list[Launch]) -> None:
-        self.kernel, self.launches = kernel, launches
+        self.kernel, self.launches = getattr(kernel, "jit", kernel), launches
 
     def __getitem__(self, grid: Any) -> Callable[..., None]:
         return lambda *args, **kwargs: self.launches.append(_launch(self.kernel, args, kwargs))
@@ -140,31 +141,34 @@ def _launch(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launc
     values = {**dict(zip(kernel.arg_names, args, strict=False)), **kwargs}
     signature, constants, divisible = [], [], []
     for position, parameter in enumerate(kernel.params):
-        name, value = parameter.name, values[parameter.name]
-        special = not parameter.do_not_specialize
-        kind = "constexpr" if parameter.is_constexpr else _kind(value, special)
+        value = values.pop(parameter.name)
+        kind = "constexpr" if parameter.is_constexpr else _kind(value, not parameter.do_not_specialize)
         if kind == "constexpr":
-            constants.append((name, value))
-        elif special and not parameter.do_not_specialize_on_alignment and _divisible(kind, value):
+            constants.append((parameter.name, value))
+        elif not parameter.do_not_specialize_on_alignment and _is_divisible(value, not parameter.do_not_specialize):
             divisible.append(position)
-        signature.append((name, kind))
-    return Launch(kernel, tuple(signature), tuple(constants), tuple(divisible), warps, stages)
+        signature.append((parameter.name, kind))
+    options = {"debug": True} if kernel.debug else {}
+    options |= values
+    return Launch(kernel, tuple(signature), tuple(constants), tuple(divisible), warps, stages, tuple(options.items()))
 
 
-def _kind(value: Any, special: bool = True) -> str:
-    """The type by which Triton specialises a runtime argument; not `special`: a 1 is a number as any other."""
-    if value is None or (special and isinstance(value, int) and value == 1):
+def _is_divisible(value: Any, specialize: bool) -> bool:
+    """Whether the compiler is told that an integer, or an address, is a multiple of 16."""
+    if isinstance(value, torch.Tensor):
+        return value.storage_offset() * value.element_size() % 16 == 0
+    return specialize and isinstance(value, int) and value % 16 == 0
+
+
+def _kind(value: Any, specialize: bool) -> str:
+    """The type by which Triton specialises a runtime argument."""
+    if value is None or (specialize and isinstance(value, int) and value == 1):
         return "constexpr"
     if isinstance(value, torch.Tensor):
         return "*" + _TYPES[value.dtype]
     if isinstance(value, TensorDescriptor):
         return f"tensordesc<{_TYPES[value.base.dtype]}[{','.join(map(str, value.block_shape))}]>"
     return "i32" if abs(value) < 2**31 else "i64"
-
-
-def _divisible(kind: str, value: Any) -> bool:
-    """Whether an argument is a multiple of 16, as every pointer here is."""
-    return kind.startswith("*") or (kind in ("i32", "i64") and value % 16 == 0)
 
 
 @contextmanager
@@ -210,7 +214,7 @@ def launches(arch: str) -> list[Launch]:
         _record(8192, 2880, 2880, torch.bfloat16, "swiglu_oai", _interleaved)
         logits = torch.empty(8192, 16, device="meta")
         for bias in (None, logits[0]):
-            weights, ids, _ = triton_gate.gate(logits, 2, bias)
+            weights, ids = triton_gate.gate(logits, 2, bias)
             triton_gate.gate(logits, 2, bias, ids)
             triton_gate.gate_backward(weights, weights, ids, 16)
         for vocabulary in (8192, 32768, 50257, 100352):  # rows in registers, and larger ones
@@ -275,7 +279,9 @@ def compile_launch(launch: Launch, arch: str) -> Report:
     )
     try:
         made = triton.compile(
-            source, target=TARGETS[arch], options={"num_warps": launch.warps, "num_stages": launch.stages}
+            source,
+            target=TARGETS[arch],
+            options={"num_warps": launch.warps, "num_stages": launch.stages, **dict(launch.options)},
         )
     except Exception as error:
         return Report(launch, problem=f"does not compile: {type(error).__name__}: {str(error)[:300]}")
