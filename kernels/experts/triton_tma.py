@@ -17,15 +17,15 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from moe.kernels import tiles
 from moe.kernels.experts.triton_pointer import (
     ACTIVATION_CODES,
-    VIEWS,
     Experts,
     activate,
     activate_backward,
     swizzle,
     walk,
 )
-from moe.kernels.experts.triton_routes import Routes
+from moe.kernels.experts.triton_routes import VIEWS, Routes
 from moe.kernels.experts.triton_rows import gather
+from moe.kernels.launcher import cdiv, remembered
 from moe.kernels.tiles import Tiles
 
 
@@ -39,6 +39,7 @@ def _ragged(first, size, row):
     return billion, first + size, billion - size + row
 
 
+@remembered
 @triton.jit(do_not_specialize_on_alignment=VIEWS)
 def up_kernel(
     x, w, h, act, tile_expert, tile_row, n_tiles, offsets, D, F, n_programs,
@@ -75,6 +76,7 @@ def up_kernel(
                 act.store([r0, r1, r2, 0, f + BN // 2], right.reshape(1, 1, BM, 1, BN // 2))
 
 
+@remembered
 @triton.jit(do_not_specialize_on_alignment=VIEWS)
 def down_kernel(
     a, w, y, tile_expert, tile_row, n_tiles, offsets, N, depth, n_programs,
@@ -132,6 +134,7 @@ def _down_backward_epilogue(
     return part
 
 
+@remembered
 @triton.jit(do_not_specialize=["R"], do_not_specialize_on_alignment=VIEWS)
 def down_backward_kernel(
     dy, w, h, weights, dh, act, dweights, order, tile_expert, tile_row, n_tiles, offsets, R, D, F, n_programs,
@@ -156,6 +159,7 @@ def down_backward_kernel(
         tl.store(dweights + pn.to(tl.int64) * R + flat, part, mask=live)
 
 
+@remembered
 @triton.jit(do_not_specialize_on_alignment=VIEWS)
 def weight_gradient_kernel(
     a, b, dw, offsets, N, C, n_programs,
@@ -223,8 +227,8 @@ def fits(x_TD: Tensor, experts: Experts) -> bool:
         and experts.b_out_ED is None
         and w_in.is_contiguous()
         and w_out.is_contiguous()
-        and all(n % 8 == 0 and n > 0 for n in (*w_out.shape[1:], len(x_TD) * 8))
-        and all(t.data_ptr() % 16 == 0 for t in (w_in, w_out))
+        and w_out.shape[1] % 8 == w_out.shape[2] % 8 == 0 < x_TD.shape[0]
+        and (w_in.data_ptr() | w_out.data_ptr()) % 16 == 0
     )
 
 
@@ -299,7 +303,7 @@ def down_backward(
     w, (_, D, F), R, tile = experts.w_out_EDF, experts.w_out_EDF.shape, len(dy_RD), sizes.down_backward
     G, n = experts.w_in_EGFD.shape[1], tiles.programs(dy_RD.device)
     dh_RJ, act_RF = torch.empty_like(h_RJ), h_RJ.new_empty(R, F)
-    parts_NR = h_RJ.new_empty(triton.cdiv(F, tile.columns), R, dtype=torch.float32)
+    parts_NR = h_RJ.new_empty(cdiv(F, tile.columns), R, dtype=torch.float32)
     columns = tile.columns // tile.split
     piece = [sizes.rows, 1, columns]
     down_backward_kernel[(n,)](
@@ -324,8 +328,9 @@ def weight_gradient(
     sizes: Tiles,
     gathered: str,
     pairs: bool = False,
+    precision: str | None = None,
 ) -> Tensor:
-    """As in triton_pointer.py; here both are in the order of the rows, and never in pairs."""
+    """As in triton_pointer.py; here both are in the order of the rows, never in pairs, and of 16 bits."""
     N, C, tile = a.shape[1], b.shape[1], sizes.dw
     dw, n = a.new_empty(n_experts, N, C), tiles.programs(a.device)
     weight_gradient_kernel[(n,)](
