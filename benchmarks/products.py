@@ -1,11 +1,11 @@
 """How fast is every product of the expert MLP by itself, beside cuBLAS on the same product?
 
 Apart: the products up, down, down_backward, dw_out, dw_in, dx, and what goes around them: route, gather, combine, gate.
-Sides: the shipped kernel, the other path (tiles read through TMA, or through pointers) with its shipped tile, with
---neighbours N the first N tiles that `moe.kernels.tune` would try; a loop of torch.mm over the experts' rows, already
-sorted (cuBLAS; of up and down_backward the product alone, without activation, h and dh), and torch's grouped_mm. Rows
-say path, tile, registers, spills, shared memory, and the seconds of a cold compilation. Then the whole forward at
-T = 1, 8, 64: the host's time to enqueue it, and what a CUDA graph of it takes.
+Sides: the shipped kernel, the other path (tiles read through TMA, or through pointers) with its shipped tile; a loop of
+torch.mm over the experts' rows, already sorted (cuBLAS; of up and down_backward the product alone, without activation,
+h and dh), and torch's grouped_mm. Other tiles are `moe.kernels.tune`'s. Rows say path, tile, registers, spills, shared
+memory, and the seconds of a cold compilation. Then the whole forward at T = 1, 8, 64: the host's time to enqueue it,
+and what a CUDA graph of it takes.
 
 TFLOP/s count the 2 MNK of the product, GB/s what it must read or write once (bfloat16: 2 bytes; R = T*K rows):
 
@@ -21,7 +21,7 @@ TFLOP/s count the 2 MNK of the product, GB/s what it must read or write once (bf
     gate           0          logits -> weights, ids          T (4 E + 12 K) bytes
 
 Every input is random; every result is compared with the reference, in float32 on two experts, before it is timed.
-Run: python benchmarks/products.py [--shape gpt4-quarter ...] [--quick] [--neighbours N] [--json FILE] [--dry-run]
+Run: python benchmarks/products.py [--shape gpt4-quarter ...] [--quick] [--json FILE] [--dry-run]
 
 --once launches every shipped product once and times nothing, for
     ncu --clock-control none --profile-from-start off python benchmarks/products.py --once
@@ -70,6 +70,7 @@ from moe.kernels.tiles import Tiles
 
 LIMIT = {torch.bfloat16: 2e-2, torch.float16: 5e-3}  # relative norms of differences
 SECONDS, QUICK_SECONDS = 90, 35
+DEFAULT = ("gpt4-quarter", "nanochat")
 
 
 class Run(NamedTuple):
@@ -77,7 +78,6 @@ class Run(NamedTuple):
 
     device: str
     rounds: int
-    neighbours: int
     report: Report
     used: dict[Any, dict[str, Any]]  # what a kernel needs, by path, product and tiles
 
@@ -129,7 +129,7 @@ def compare(part: str, data: Data, what: dict[str, Any], run: "Run") -> None:
     calls: dict[str, Call] = {}
     about: dict[str, dict[str, Any]] = {}
     if part in PRODUCTS:
-        for v in variants(data, run.neighbours, part):
+        for v in variants(data):
             calls[v.side] = our_call(part, data, v)
             about[v.side] = {"path": v.path, "tile": tile_text(v.sizes, part), "key": (v.path, tile_of(part), v.sizes)}
         calls |= {CUBLAS: cublas_call(part, data), GROUPED: grouped_call(part, data)}
@@ -234,6 +234,17 @@ def once(data: Data) -> None:
         torch.cuda.profiler.stop()
 
 
+def launches() -> None:
+    """The host code of every kernel that is launched here, on tensors without memory: for compiling ahead of time."""
+    for name in DEFAULT:
+        data = prepare(SHAPES[name], SHAPES[name].tokens[0], "meta", torch.bfloat16)
+        for v in variants(data):
+            for product in PRODUCTS:
+                our_call(product, data, v)()
+        for part in AROUND:
+            around_calls(part, data)[OURS]()
+
+
 def measure(data: Data, what: dict[str, Any], run: Run) -> None:
     for part in (*PRODUCTS, *AROUND):
         compare(part, data, what, run)
@@ -248,8 +259,8 @@ def measure(data: Data, what: dict[str, Any], run: Run) -> None:
             run.report.note(failure(error), **what, side="the whole forward")
 
 
-def planned(shapes: dict[str, Shape], neighbours: int, quick: bool, limit_s: float, rates: tuple[float, float]) -> int:
-    """Rounds that fit: every product on 4 sides and its neighbours at two thirds of a large product's speed.
+def planned(shapes: dict[str, Shape], quick: bool, limit_s: float, rates: tuple[float, float]) -> int:
+    """Rounds that fit: every product on 4 sides, each at two thirds of a large product's speed.
 
     At gpt4-quarter and 600 TFLOP/s a round is about 0.25 s; compiling 15 kernels, random weights and comparisons in
     float32 take 20 s more.
@@ -258,10 +269,9 @@ def planned(shapes: dict[str, Shape], neighbours: int, quick: bool, limit_s: flo
     for shape in shapes.values():
         for part in (*PRODUCTS, *AROUND):
             flop, moved = product_work(part, shape, shape.tokens[0])
-            sides = 4 + neighbours if part in PRODUCTS else 2
+            sides = 4 if part in PRODUCTS else 2
             round_s += sides * (1.5 * max(flop / rates[0] / 1e12, moved / rates[1] / 1e9) + 1e-3)
-    fixed = 20.0 * len(shapes) + 6 * neighbours
-    rounds, seconds = planned_rounds(round_s, fixed, limit_s, wanted=5 if quick else 15)
+    rounds, seconds = planned_rounds(round_s, 20.0 * len(shapes), limit_s, wanted=5 if quick else 21)
     print(f"plan: {rounds} rounds, about {seconds:.0f} s of {limit_s:.0f}")
     return rounds
 
@@ -272,7 +282,6 @@ def main() -> None:
         "--shape", nargs="+", choices=SHAPES, help="default: gpt4-quarter, and without --quick nanochat"
     )
     parser.add_argument("--quick", action="store_true", help="fewer rounds, one shape")
-    parser.add_argument("--neighbours", type=int, default=0, metavar="N", help="other tiles to try of each product")
     parser.add_argument("--seconds", type=float, help=f"rounds are planned for it: {SECONDS}, {QUICK_SECONDS} if quick")
     parser.add_argument("--once", action="store_true", help="launch every shipped product once, for a profiler")
     parser.add_argument("--dry-run", action="store_true", help="a toy size on a CPU, in the interpreter")
@@ -281,7 +290,7 @@ def main() -> None:
     dry, quick = arguments.dry_run, arguments.quick
     stop_without_gpu(dry)
     device, dtype = ("cpu", torch.float16) if dry else ("cuda", torch.bfloat16)
-    names = arguments.shape or (["gpt4-quarter"] if quick or arguments.once else ["gpt4-quarter", "nanochat"])
+    names = arguments.shape or DEFAULT[: 1 if quick or arguments.once else None]
     shapes = {"toy": DRY["toy"]} if dry else {name: SHAPES[name] for name in names}
     if arguments.once:
         for shape in shapes.values():
@@ -290,9 +299,9 @@ def main() -> None:
     first = head(device)
     product, copy = ceilings(device)
     limit_s = arguments.seconds or (QUICK_SECONDS if quick else SECONDS)
-    rounds = 1 if dry else planned(shapes, arguments.neighbours, quick, limit_s, (product, copy))
+    rounds = 1 if dry else planned(shapes, quick, limit_s, (product, copy))
     report = Report(arguments.json, {**first, "product_tflops": product, "copy_gbs": copy}, line)
-    run = Run(device, rounds, arguments.neighbours, report, {})
+    run = Run(device, rounds, report, {})
     # Compiled in a folder of its own: seconds of compilation are those of a first run.
     with tempfile.TemporaryDirectory() as cold:
         if not dry:
