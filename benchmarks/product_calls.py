@@ -3,6 +3,7 @@
 Shape suffixes: T tokens, D model width, F expert hidden width, E experts, K experts per token, R = T*K rows, J = 2 F.
 """
 
+import importlib
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -23,7 +24,6 @@ from moe.kernels.tiles import Tiles
 
 Call = Callable[[], Any]
 OURS, CUBLAS, GROUPED, TORCH = "gpt4-moe", "cuBLAS", "torch grouped_mm", "torch"
-MODULES = (triton_gate, triton_routes, triton_rows, triton_pointer, triton_tma)
 
 
 class Data(NamedTuple):
@@ -97,16 +97,25 @@ def shipped(data: Data) -> Variant:
     return Variant(OURS, *triton_mlp._choose(data.x_TD, data.experts, len(data.order_R)))
 
 
-def variants(data: Data) -> Iterator[Variant]:
-    """The shipped kernels, and those of the other path with its shipped tiles."""
-    first = shipped(data)
+def variants(data: Data, product: str) -> Iterator[Variant]:
+    """The shipped kernels, those of the other path with its shipped tiles, and what waits to be tried in Gluon."""
+    device, first = data.x_TD.device, shipped(data)
     yield first
-    other = tiles.choose(
-        data.x_TD.device, data.x_TD.dtype, len(data.order_R), data.shape.n_experts, tma=not first.sizes.tma
-    )
+    other = tiles.choose(device, data.x_TD.dtype, len(data.order_R), data.shape.n_experts, tma=not first.sizes.tma)
     if other.tma != first.sizes.tma:
         name, module = ("TMA", triton_tma) if other.tma else ("pointers", triton_pointer)
         yield Variant(f"{OURS}, {name}", module, other)
+    gluon = _gluon() if product in ("up", "down", "dx") and first.sizes.tma else None
+    if gluon and gluon is not first.module and gluon.fits(first.sizes, device):
+        yield Variant(f"{OURS}, Gluon", gluon, first.sizes)
+
+
+def _gluon() -> Any:
+    """The products in Gluon, if this Triton has all that they import."""
+    try:
+        return importlib.import_module("moe.kernels.experts.triton_gluon")
+    except ImportError:
+        return None
 
 
 def our_call(product: str, data: Data, v: Variant) -> Call:
