@@ -263,7 +263,7 @@ def _overhead(case: Case, inputs: Inputs, bench: Bench, forward_ms: float) -> di
     rows_RD = inputs.x.repeat_interleave(inputs.ids.shape[1], 0)
 
     def call() -> None:
-        routes = router.cut(*router.place(inputs.ids, len(inputs.w_in)), 128)
+        routes, _ = router.route(inputs.ids, len(inputs.w_in), 128)
         triton_rows.gather(inputs.x, routes, inputs.ids.shape[1])
         triton_rows.combine(rows_RD, inputs.weights, routes, inputs.ids.shape)
 
