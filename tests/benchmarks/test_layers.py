@@ -9,6 +9,7 @@ import torch
 
 from benchmarks import hf_layer, measure, replica_1b, step
 from benchmarks.measure import Report
+from moe.profile.step import _memory as memory_of
 
 GIB = 2**30
 
@@ -92,6 +93,23 @@ def test_a_side_without_memory_is_said_to_be_and_the_others_go_on(monkeypatch: p
     assert [(note["side"], note["problem"][:14]) for note in report.record["notes"]] == [
         ("grouped_mm", "out of memory:")
     ]
+
+
+@pytest.mark.parametrize("tokens", [64, 1024])
+def test_the_peak_is_what_eager_takes(tokens: int, tmp_path: Path) -> None:
+    """As the allocator of a CPU counts it, with the weights and the gradients to compare with."""
+    pytest.importorskip("transformers")
+    settings = {"hidden_size": 128, "intermediate_size": 448, "num_local_experts": 8, "num_experts_per_tok": 2}
+    layer = hf_layer.Layer(settings, "cpu", torch.float32)
+    x, dy = torch.randn(1, tokens, 128, requires_grad=True), torch.randn(1, tokens, 128)
+    layer.step("eager", x, dy)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        layer.step("eager", x, dy)
+    profiler.export_chrome_trace(str(tmp_path / "trace.json"))
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    weights = sum(4 * p.numel() for p in layer.block.parameters())
+    taken = 2 * weights + max(memory_of(events, device_type=0).bytes)
+    assert taken < hf_layer.peak_bytes(settings, tokens, 4) - measure.FLUSHED < 1.4 * taken
 
 
 def test_sizes_that_do_not_fit_are_left_out_before_they_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
