@@ -238,9 +238,9 @@ def _record(tokens: int, d_model: int, d_ff: int, dtype: torch.dtype, activation
     x = empty(tokens, d_model)
     weights, ids = empty(tokens, K, dtype=torch.float32), empty(tokens, K, dtype=torch.int64)
     experts = layout(empty, E, 1 if activation == "gelu" else 2, d_ff, d_model)
-    _, h, *routes = triton_mlp.forward(x, experts, weights, ids, activation, True)
-    triton_mlp.backward(x, x, experts, weights, h, *routes, activation)
-    triton_mlp.backward(x, x, experts, weights, h[:0], *routes, activation)
+    _, h, order, offsets = triton_mlp.forward(x, experts, weights, ids, activation, True)
+    triton_mlp.backward(x, x, experts, weights, h, order, offsets, activation)
+    triton_mlp.backward(x, x, experts, weights, h[:0], order, offsets, activation)
     triton_mlp.forward(x, experts, weights, ids, activation, False)
 
 
