@@ -217,11 +217,15 @@ def host_rows(data: Data, device: str, rounds: int) -> Iterator[dict[str, Any]]:
             yield {"tokens": tokens, "what": f"enqueue {name}", "us": statistics.median(times) * 1e6}
         if device == "cpu":
             continue
-        yield {"tokens": tokens, "what": "run", "us": medians({"": call}, rounds, device)[""] * 1e6}
+        yield {"tokens": tokens, "what": f"run {name}", "us": medians({"": call}, rounds, device)[""] * 1e6}
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             call()
-        yield {"tokens": tokens, "what": "graph replay", "us": medians({"": graph.replay}, rounds, device)[""] * 1e6}
+        yield {
+            "tokens": tokens,
+            "what": f"graph replay {name}",
+            "us": medians({"": graph.replay}, rounds, device)[""] * 1e6,
+        }
 
 
 def once(data: Data) -> None:
