@@ -115,11 +115,10 @@ def _activation(module: Any) -> str:
         if (module.alpha, module.limit) == (1.702, 7.0):
             return "swiglu_oai"
         why = f"swiglu_alpha = {module.alpha}, swiglu_limit = {module.limit}, not 1.702 and 7"
+    elif module.has_gate and getattr(module._apply_gate, "__name__", "") != "_default_apply_gate":
+        why = "a gate function of its own"  # which may do more than act(gate) * up
     elif module.has_gate and function in ("silu", "siluactivation"):
-        # A model's own `_apply_gate` may do more than act(gate) * up.
-        if type(module)._apply_gate.__name__ == "_default_apply_gate":
-            return "swiglu"
-        why = "a gate function of its own"
+        return "swiglu"
     elif not module.has_gate and function in ("gelutanh", "newgeluactivation"):
         return "gelu"
     else:
