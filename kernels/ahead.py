@@ -23,10 +23,11 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moe.kernels import tiles
-from moe.kernels.experts import triton_mlp, triton_pointer, triton_routes, triton_rows, triton_tma
+from moe.kernels.experts import triton_gluon, triton_mlp, triton_pointer, triton_routes, triton_rows, triton_tma
 from moe.kernels.gate import triton_gate
 from moe.kernels.loss import triton_chunked
 
@@ -37,7 +38,7 @@ TARGETS = {
 }
 SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "gfx942": 65_536}  # bytes a block; the compiler does not check
 MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "gfx942": 304}
-MODULES = (triton_gate, triton_routes, triton_rows, triton_pointer, triton_tma, triton_chunked)
+MODULES = (triton_gate, triton_routes, triton_rows, triton_pointer, triton_tma, triton_gluon, triton_chunked)
 _TYPES = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
@@ -124,6 +125,9 @@ def _kind(value: Any) -> str:
         return "*" + _TYPES[value.dtype]
     if isinstance(value, TensorDescriptor):
         return f"tensordesc<{_TYPES[value.base.dtype]}[{','.join(map(str, value.block_shape))}]>"
+    if isinstance(value, triton_gluon.TensorDescriptor):
+        box = ",".join(map(str, value.block_shape))
+        return f"tensordesc<{_TYPES[value.base.dtype]}[{box}],{value.layout!r}>"
     return "i32" if abs(value) < 2**31 else "i64"
 
 
@@ -167,6 +171,9 @@ def launches(arch: str) -> list[Launch]:
                 _record(tokens, d_model, d_ff, dtype, activation, _strided if few else _contiguous)
                 _record(tokens, d_model, d_ff, dtype, activation, _contiguous)
         _record(8192, 2880, 2880, torch.bfloat16, "swiglu_oai", _interleaved)
+        if arch == "sm_90":
+            with patch.object(tiles, "GLUON", True):
+                _record(8192, 10752, 28672, torch.bfloat16, "swiglu", _contiguous)
         logits = torch.empty(8192, 16, device="meta")
         for bias in (None, logits[0]):
             weights, ids, _ = triton_gate.gate(logits, 2, bias)
@@ -221,7 +228,8 @@ def _interleaved(empty: Empty, E: int, G: int, F: int, D: int) -> triton_pointer
 
 def compile_launch(launch: Launch, arch: str) -> Report:
     """Compile for `arch`; a failure is a report with a `problem`."""
-    source = ASTSource(
+    kind = GluonASTSource if isinstance(launch.kernel, GluonJITFunction) else ASTSource
+    source = kind(
         fn=launch.kernel,
         signature=dict(launch.signature),
         constexprs=dict(launch.constants),
