@@ -149,19 +149,25 @@ def product_kernel(
         mbarrier.init(full.index(slot), count=1)  # the producer, with the bytes it expects
         mbarrier.init(empty.index(slot), count=2)  # the consumers
     fence_async_shared()
-    work = (tile_expert, tile_row, n_tiles, offsets, N, depth, n_programs)
-    out = (raw, act, a_ring, w_ring, buffers, full, empty) + work
-    sizes = (G, ACT, STORE_RAW, STORE_ACT, BM, BN, BK, GROUP_M, STAGES)
     # 12 warps (the producer's group counts whole) share 65,536 registers: 168 each, of which the producer gives away.
     gl.warp_specialize(
         [
-            (_consume, out + (0, K_FIRST) + sizes),
-            (_consume, out + (1, K_FIRST) + sizes),
-            (_produce, (a, w, a_ring, w_ring, full, empty) + work + (K_FIRST, G, BM, BN, BK, GROUP_M, STAGES)),
+            (_consume, (
+                raw, act, a_ring, w_ring, buffers, full, empty, tile_expert, tile_row, n_tiles, offsets, N, depth,
+                n_programs, 0, K_FIRST, G, ACT, STORE_RAW, STORE_ACT, BM, BN, BK, GROUP_M, STAGES,
+            )),
+            (_consume, (
+                raw, act, a_ring, w_ring, buffers, full, empty, tile_expert, tile_row, n_tiles, offsets, N, depth,
+                n_programs, 1, K_FIRST, G, ACT, STORE_RAW, STORE_ACT, BM, BN, BK, GROUP_M, STAGES,
+            )),
+            (_produce, (
+                a, w, a_ring, w_ring, full, empty, tile_expert, tile_row, n_tiles, offsets, N, depth, n_programs,
+                K_FIRST, G, BM, BN, BK, GROUP_M, STAGES,
+            )),
         ],
         [4, 1],
         [232, 40],
-    )
+    )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------- the launches
