@@ -143,6 +143,7 @@ def recording(arch: str) -> Iterator[list[Launch]]:
     ]
     patches += [
         patch.object(tiles, "INTERPRETED", False),
+        patch.object(tiles, "GLUON", False),
         patch.object(tiles, "architecture", lambda device: arch),
         patch.object(tiles, "tuned", lambda: {}),
         patch.object(tiles, "_multiprocessors", lambda device: MULTIPROCESSORS[arch]),

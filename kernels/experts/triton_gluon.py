@@ -137,12 +137,13 @@ def product_kernel(
     w is [E, G, N, depth] where K_FIRST (`up`: one box holds a gate half and an up half; `down`), else
     [E, 1, depth, N] (the gradient of x).
     """
-    a_ring = gl.allocate_shared_memory(a.dtype, [STAGES] + a.block_type.shape, a.layout)
-    w_ring = gl.allocate_shared_memory(w.dtype, [STAGES] + w.block_type.shape, w.layout)
-    if STORE_RAW:
-        buffers = gl.allocate_shared_memory(raw.dtype, [2] + raw.block_type.shape, raw.layout)
+    a_ring = gl.allocate_shared_memory(a.dtype, [STAGES, BM, BK], a.layout)
+    if K_FIRST:
+        w_ring = gl.allocate_shared_memory(w.dtype, [STAGES, 1, G, BN // G, BK], w.layout)
     else:
-        buffers = gl.allocate_shared_memory(act.dtype, [2] + act.block_type.shape, act.layout)
+        w_ring = gl.allocate_shared_memory(w.dtype, [STAGES, 1, 1, BK, BN], w.layout)
+    out: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=5)  # as _box has it
+    buffers = gl.allocate_shared_memory(a.dtype, [2, 1, 1, BM // 2, 1, BN // 2], out)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for slot in gl.static_range(STAGES):
@@ -174,13 +175,19 @@ def product_kernel(
 
 
 def fits(sizes: Tiles, device: torch.device) -> bool:
-    """Whether this variant has tiles of such sizes (64 rows a warp group, boxes 128 bytes wide), and the GPU wgmma."""
+    """Whether this variant has tiles of such sizes, and the GPU its instructions."""
+    ours = (sizes.up, sizes.down, sizes.dx)
     return (
-        sizes.rows == 128
-        and all(t.columns >= 128 and t.depth >= 64 for t in (sizes.up, sizes.down, sizes.dx))
+        sizes.rows == 128  # 64 rows of each warp group
+        and all(t.columns >= 128 and t.depth >= 64 and _shared_bytes(t) <= 232_448 for t in ours)
         and tiles.architecture(device) == "sm_90"
         and _is_hopper(device)
     )
+
+
+def _shared_bytes(tile: Tile) -> int:
+    """The ring, a buffer of half the columns for each half of the rows, and barriers and arguments (about 300)."""
+    return tile.stages * (128 + tile.columns) * tile.depth * 2 + 128 * tile.columns + 1024
 
 
 @cache

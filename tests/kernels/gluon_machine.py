@@ -202,6 +202,7 @@ class Machine:
             static_range=range,
             warp_specialize=self.warp_specialize,
             NVMMADistributedLayout=lambda *_: None,
+            NVMMASharedLayout=lambda **_: None,
             int64="barriers",
             float32=torch.float32,
         )

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,6 @@ TILE = tiles.Tile(128, 64, stages=3, group=2)
 SMALL = tiles.Tiles(32, TILE, TILE, TILE, TILE, dw=TILE, tma=True)
 
 
-
 def hopper(test: Any) -> Any:
     """Of a test that needs a Hopper GPU."""
     is_here = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
@@ -37,12 +37,12 @@ def hopper(test: Any) -> Any:
 
 def routes_of(counts: list[int], tile_rows: int) -> Any:
     """The routes of rows that are sorted already, `counts` of each expert."""
-    sizes = [(e, row) for e, n in enumerate(counts) for row in range(sum(counts[:e]), sum(counts[: e + 1]), tile_rows)]
-    R, tensor = sum(counts), lambda values: torch.tensor(values, dtype=torch.int32)
-    ends = [sum(counts[:e]) for e in range(len(counts) + 1)]
-    order = torch.arange(R, dtype=torch.int32)
-    found = tensor([*sizes, (-1, 0)])
-    return triton_routes.Routes(order, order, tensor(ends), found[:, 0].clone(), found[:, 1].clone(), tensor([len(sizes)]))
+    begins = [sum(counts[:e]) for e in range(len(counts) + 1)]
+    tiles_ = [(e, row) for e in range(len(counts)) for row in range(begins[e], begins[e + 1], tile_rows)]
+    experts, rows = torch.tensor([*tiles_, (-1, 0)], dtype=torch.int32).t().contiguous()
+    order = torch.arange(sum(counts), dtype=torch.int32)
+    offsets, n_tiles = (torch.tensor(values, dtype=torch.int32) for values in (begins, [len(tiles_)]))
+    return triton_routes.Routes(order, order, offsets, experts, rows, n_tiles)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -59,12 +59,12 @@ def by_expert(counts: list[int], rows: Tensor, w: Tensor) -> Tensor:
     [
         ([0, 1, 0], 64, 64),  # one tile of one row, in fewer steps than slots; two programs have none
         ([33, 0, 70, 31, 32, 1], 200, 136),  # widths that no tile divides, experts that end within a half
-        ([150], 712, 72),  # more steps than slots, a tile wider than the matrix
+        ([50], 520, 72),  # more steps than slots, a tile wider than the matrix
     ],
     ids=str,
 )
 @pytest.mark.parametrize("activation", ["swiglu", "gelu"])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_any_order_of_events_gives_the_products(
     monkeypatch: pytest.MonkeyPatch, counts: list[int], D: int, F: int, activation: str, seed: int
 ) -> None:
@@ -90,7 +90,10 @@ def test_any_order_of_events_gives_the_products(
 
 # Each takes one rule out of a kernel; the machine must notice, or it proves nothing.
 FAULTS = {
-    "a slot is free before its product is complete": ("warpgroup_mma_wait", lambda real: lambda n, deps: real(n and 3, deps)),
+    "a slot is free before its product is complete": (
+        "warpgroup_mma_wait",
+        lambda real: lambda n, deps: real(n and 3, deps),
+    ),
     "a buffer is written while a store reads it": ("store_wait", lambda real: lambda n: None),
     "TMA reads what was not fenced": ("fence", lambda real: lambda: None),
     "a slot is free when one half has read it": ("init", lambda real: lambda bar, count: real(bar, 1)),
@@ -115,12 +118,12 @@ def test_the_machine_notices(monkeypatch: pytest.MonkeyPatch, fault: str) -> Non
     monkeypatch.setattr(
         gluon_machine.Machine, method, lambda self, *given, **named: wrong(partial(real, self))(*given, **named)
     )
-    counts = [70, 33]
-    x, w_in = normal(103, 520), normal(2, 2, 136, 520, seed=1) / 520**0.5
+    counts = [40, 33]
+    x, w_in = normal(73, 520), normal(2, 2, 72, 520, seed=1) / 520**0.5
     want = by_expert(counts, x, w_in.flatten(1, 2).mT)
     kernel, noticed = triton_gluon.product_kernel, 0
     monkeypatch.setattr(tiles, "programs", lambda device: 1)
-    for seed in range(4):
+    for seed in range(3):
         monkeypatch.setattr(triton_gluon, "product_kernel", gluon_machine.Machine(kernel, seed))
         try:
             experts = triton_gluon.Experts(w_in, x.new_empty(0))
@@ -131,14 +134,40 @@ def test_the_machine_notices(monkeypatch: pytest.MonkeyPatch, fault: str) -> Non
     assert noticed
 
 
+def test_the_setting_chooses_it_where_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, w_in, w_out = (
+        torch.empty(s, dtype=torch.bfloat16, device="meta") for s in ((64, 64), (2, 2, 64, 64), (2, 64, 64))
+    )
+    experts = triton_gluon.Experts(w_in, w_out)
+    big = tiles.Tiles(128, *[tiles.Tile(256, 64, stages=4)] * 4, dw=TILE, tma=True)
+    shapes = {
+        "as shipped": big,
+        "few rows": replace(big, rows=64),
+        "narrow": replace(big, dx=replace(TILE, columns=64)),
+    }
+    shapes["no room"] = replace(big, down=replace(big.down, stages=5))
+    for on in (False, True):
+        monkeypatch.setattr(tiles, "GLUON", on)
+        for name, sizes in shapes.items():
+            for architecture in ("sm_90", "sm_100"):
+                monkeypatch.setattr(tiles, "choose", lambda *_, sizes=sizes: sizes)
+                monkeypatch.setattr(tiles, "architecture", lambda device, architecture=architecture: architecture)
+                wanted = on and name == "as shipped" and architecture == "sm_90"
+                found = triton_mlp._choose(x, experts, 4096)[0]
+                assert found is (triton_gluon if wanted else triton_mlp.triton_tma), (on, name, architecture)
+
+
 COMPILE = """
 import json, triton
-from moe.kernels import ahead
+from moe.kernels import ahead, tiles
 
+assert tiles.GLUON  # the setting, which is not of what is compiled
 kernels, compile = [], triton.compile
 triton.compile = lambda *args, **options: kernels.append(compile(*args, **options)) or kernels[-1]
 for launch in ahead.launches("sm_90"):
-    if launch.name == "gluon.product":
+    c = dict(launch.constants)
+    # test_ahead compiles the others.
+    if launch.name == "gluon.product" and (c["STORE_ACT"] and c["STORE_RAW"] or not c["K_FIRST"]):
         report = ahead.compile_launch(launch, "sm_90")
         ptx = kernels[-1].asm["ptx"]
         print(json.dumps({**vars(report), "launch": dict(launch.constants), "ptx": ptx}, default=str))
@@ -146,17 +175,20 @@ for launch in ahead.launches("sm_90"):
 
 
 def test_it_compiles_to_partitions_that_load_multiply_and_store_apart() -> None:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"GPT4_MOE_GLUON": "1"}
     command = [sys.executable, "-c", COMPILE]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]
-    kinds = {(k["launch"]["G"], k["launch"]["STORE_RAW"], k["launch"]["STORE_ACT"], k["launch"]["K_FIRST"]) for k in found}
-    assert kinds >= {(2, True, True, True), (2, True, False, True), (2, False, True, True), (1, True, False, False)}
+    assert {(k["launch"]["G"], k["launch"]["STORE_ACT"], k["launch"]["K_FIRST"]) for k in found} == {
+        (2, True, True),
+        (1, False, False),
+    }
     for kernel in found:
         ptx, c = kernel["ptx"], kernel["launch"]
         assert not kernel["problem"]
         assert kernel["spills"] == 0
+        assert kernel["registers"] <= 65_536 // 384
         assert kernel["shared"] <= 232_448
         # A warp group is 4 warps; those of the producer's group that it does not need sleep.
         assert ".reqntid 384" in ptx
@@ -169,8 +201,6 @@ def test_it_compiles_to_partitions_that_load_multiply_and_store_apart() -> None:
         # Two halves, each BK / 16 products of 64 rows a step.
         assert ptx.count("wgmma.mma_async") == 2 * c["BK"] // 16
         assert f"wgmma.mma_async.sync.aligned.m64n{c['BN']}k16" in ptx
-
-
 
 
 @pytest.fixture
