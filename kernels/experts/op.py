@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from moe.kernels import tiles
+from moe.kernels import cards, tiles
 from moe.kernels.arguments import (
     autocast,
     can_read,
@@ -132,6 +132,8 @@ def _choose(impl: str | None, x_TD: Tensor, w_in_EGFD: Tensor, activation: str, 
     if impl is None:
         if tiles.why_not_triton(x_TD) is None and x_TD.device.type != "cpu":
             return "triton"
+        if x_TD.device.type == "cuda" and cards.why_not(x_TD.device):
+            return "reference"  # of such cards the grouped product is not known to run either
         return "reference" if _why_not_grouped(x_TD, w_in_EGFD, activation, biases) else "grouped"
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl = {impl!r}: must be one of {', '.join(IMPLEMENTATIONS)}, or None for the fastest")

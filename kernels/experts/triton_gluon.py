@@ -12,7 +12,6 @@ timed on a GPU: the setting GPT4_MOE_GLUON=1 (tiles.py) chooses it.
 """
 
 from collections.abc import Sequence
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -28,7 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.tools.ragged_tma import create_ragged_descriptor
 
-from moe.kernels import tiles
+from moe.kernels import cards, tiles
 from moe.kernels.experts import triton_tma
 from moe.kernels.experts.triton_pointer import ACTIVATION_CODES, SWIGLU, Experts, activate, walk
 from moe.kernels.experts.triton_routes import Routes
@@ -175,25 +174,18 @@ def product_kernel(
 
 
 def fits(sizes: Tiles, device: torch.device) -> bool:
-    """Whether this variant has tiles of such sizes, and the GPU its instructions."""
-    ours = (sizes.up, sizes.down, sizes.dx)
+    """Whether this variant has tiles of such sizes, and the GPU its instructions: Hopper's, which later ones lack."""
+    card, ours = cards.card(device), (sizes.up, sizes.down, sizes.dx)
     return (
-        sizes.rows == 128  # 64 rows of each warp group
-        and all(t.columns >= 128 and t.depth >= 64 and _shared_bytes(t) <= 232_448 for t in ours)
-        and tiles.architecture(device) == "sm_90"
-        and _is_hopper(device)
+        card.arch == "sm_90"
+        and sizes.rows == 128  # 64 rows of each warp group
+        and all(t.columns >= 128 and t.depth >= 64 and _shared_bytes(t) <= card.shared for t in ours)
     )
 
 
 def _shared_bytes(tile: Tile) -> int:
     """The ring, a buffer of half the columns for each half of the rows, and barriers and arguments (about 300)."""
     return tile.stages * (128 + tile.columns) * tile.depth * 2 + 128 * tile.columns + 1024
-
-
-@cache
-def _is_hopper(device: torch.device) -> bool:
-    """Later GPUs do not have its instructions; meta tensors (ahead.py) have none to ask."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] == 9
 
 
 def up(

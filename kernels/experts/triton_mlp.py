@@ -65,6 +65,7 @@ def backward(
     (E, G, F, D), (T, K) = experts.w_in_EGFD.shape, weights_TK.shape
     weights_TK = weights_TK.contiguous()
     products, sizes = _choose(x_TD, experts, T * K)
+    pairs = triton_pointer.in_pairs(experts.w_in_EGFD)  # the order of the columns of dh
     with span("permute", "backward"):
         routes = triton_routes.cut(order, offsets, sizes.rows)
         x_rows, dy_rows = products.rows(x_TD, routes, K), products.rows(dy_TD, routes, K)
@@ -78,11 +79,13 @@ def backward(
         dw_out_EDF = products.weight_gradient(dy_rows, act_RF, routes, K, E, sizes, "a")
     del dy_rows, act_RF
     with span("up", "backward"):
-        dw_in_EGFD = products.weight_gradient(dh_RJ, x_rows, routes, K, E, sizes, "b").view(E, G, F, D)
+        dw_in_EJD = products.weight_gradient(dh_RJ, x_rows, routes, K, E, sizes, "b", pairs)
     del x_rows
     db_in_EGF = db_out_ED = None
     if experts.b_in_EGF is not None:
         db_in_EGF = bias_gradient(dh_RJ, None, experts.b_in_EGF, routes, K)
+        if pairs:
+            db_in_EGF = db_in_EGF.view(E, F, G).transpose(1, 2).contiguous()
     if experts.b_out_ED is not None:
         db_out_ED = bias_gradient(dy_TD.contiguous(), weights_TK, experts.b_out_ED, routes, K)
         # <dy, y> has a share of the bias, which `down_backward` does not see: one number per token and expert.
@@ -93,7 +96,9 @@ def backward(
     del dh_RJ
     with span("combine", "backward"):
         dx_TD = combine(dx_RD, None, routes, weights_TK.shape)
-    return Gradients(dx_TD, dw_in_EGFD, dw_out_EDF, dweights_TK.to(weights_TK.dtype), db_in_EGF, db_out_ED)
+    return Gradients(
+        dx_TD, dw_in_EJD.view(E, G, F, D), dw_out_EDF, dweights_TK.to(weights_TK.dtype), db_in_EGF, db_out_ED
+    )
 
 
 def copies_rows(x_TD: Tensor, experts: Experts, n_rows: int) -> bool:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe.kernels import ops, tiles
+from moe.kernels import cards, ops, tiles
 from moe.kernels.experts import reference
 from tests.conftest import rel
 from tests.kernels import gluon_machine
@@ -151,7 +151,7 @@ def test_the_setting_chooses_it_where_it_fits(monkeypatch: pytest.MonkeyPatch) -
         for name, sizes in shapes.items():
             for architecture in ("sm_90", "sm_100"):
                 monkeypatch.setattr(tiles, "choose", lambda *_, sizes=sizes: sizes)
-                monkeypatch.setattr(tiles, "architecture", lambda device, architecture=architecture: architecture)
+                monkeypatch.setattr(cards, "card", lambda device, arch=architecture: cards.CARDS[arch])
                 wanted = on and name == "as shipped" and architecture == "sm_90"
                 found = triton_mlp._choose(x, experts, 4096)[0]
                 assert found is (triton_gluon if wanted else triton_mlp.triton_tma), (on, name, architecture)
