@@ -175,12 +175,12 @@ def product_kernel(
 
 def fits(sizes: Tiles, device: torch.device) -> bool:
     """Whether this variant has tiles of such sizes, and the GPU its instructions: Hopper's, which later ones lack."""
-    card, ours = cards.card(device), (sizes.up, sizes.down, sizes.dx)
-    return (
-        card.arch == "sm_90"
-        and sizes.rows == 128  # 64 rows of each warp group
-        and all(t.columns >= 128 and t.depth >= 64 and _shared_bytes(t) <= card.shared for t in ours)
-    )
+    ours = (sizes.up, sizes.down, sizes.dx)
+    # 64 rows of each warp group, boxes as wide as the swizzle.
+    if sizes.rows != 128 or any(t.columns < 128 or t.depth < 64 for t in ours):
+        return False
+    card = cards.card(device)
+    return card.arch == "sm_90" and all(_shared_bytes(t) <= card.shared for t in ours)
 
 
 def _shared_bytes(tile: Tile) -> int:
