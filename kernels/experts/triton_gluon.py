@@ -242,7 +242,10 @@ def _product(
     k_first: bool = True,
     activation: int = SWIGLU.value,
 ) -> None:
-    """Launches: a [R, depth], w [E, G, N, depth] or [E, 1, depth, N], raw [R, G, N], act [R, 1, N]."""
+    """Launches: a [R, depth], w [E, G, N, depth] or [E, 1, depth, N], raw [R, G, N], act [R, 1, N].
+
+    `tile.warps` and `tile.split` have no say: the warps are the kernel's, and a tile leaves in halves.
+    """
     G, N, n = w.shape[1], w.shape[2 if k_first else 3], tiles.programs(a.device)
     box = (1, G, tile.columns // G, tile.depth) if k_first else (1, 1, tile.depth, tile.columns)
     out = [sizes.rows // 2, 1, tile.columns // 2]
