@@ -51,7 +51,7 @@ def product(name: str, shape: Shape) -> Product:
 
 
 def shared_bytes(product: str, tile: Tile, rows: int, tma: bool, itemsize: int = 2) -> int:
-    """Shared memory of a block in bytes; the compiler's own figure is within MARGIN of it (test_ahead.py).
+    """Shared memory of a block in bytes; the compiler's own is within MARGIN of it, and SCRATCH (test_ahead.py).
 
     Operands have a place for each step on its way; through TMA also the step that is multiplied, and what leaves, which
     then stays beside the operands of the next tile.
@@ -63,13 +63,14 @@ def shared_bytes(product: str, tile: Tile, rows: int, tma: bool, itemsize: int =
     rows = tile.rows if product == "dw" else rows
     step = (rows + tile.columns) * tile.depth * itemsize
     if not tma:
-        return step * (tile.stages - 1)
-    # Gate and up leave one after the other; down_backward writes past shared memory.
-    pieces = {"up": 2, "down_backward": 0}.get(product, tile.split)
-    return step * tile.stages + (rows * tile.columns * itemsize // pieces if pieces else 0)
+        # A gradient of weights reads the rows' places first, which takes every other stage.
+        return step * ((tile.stages - 1) // 2 if product == "dw" else tile.stages - 1)
+    # Of `up` gate and up leave one after the other; down_backward has a piece on its way in and one on its way out.
+    out = rows * tile.columns * itemsize // (2 if product == "up" else tile.split)
+    return step * tile.stages + out * (2 if product == "down_backward" else 1)
 
 
-MARGIN = 0.05
+MARGIN, SCRATCH = 0.05, 2048
 
 
 def accumulator(tile: Tile, rows: int) -> int:
@@ -108,22 +109,18 @@ def clocks(card: Card, product: Product, tile: Tile, rows: int, tma: bool) -> fl
 def candidates(card: Card, product: Product, tile: Tile, rows: int, tma: bool, most: int = 12) -> Iterator[Tile]:
     """The tiles that may be faster than `tile`: the `most` best of those that fit, and its own in other groups.
 
-    Of tiles that differ in their stages alone, the one that is best, or has the most.
+    Their epilogues take pieces as wide as its own. Of tiles that differ in their stages alone, it is the best, or the
+    one with the most.
     """
-    splits = (1,)
-    if product.name == "down_backward":
-        splits = (1, 2, 4) if tma else (1, 2)
-    elif tma and product.name != "up":
-        splits = (1, 2)
+    most_pieces = 8 if product.name == "down_backward" else 2 if tma and product.name != "up" else 1
 
     def slow(t: Tile) -> tuple[float, int]:
         return clocks(card, product, t, rows, tma), -t.stages
 
     found = []
-    for columns, depth, warps, split in itertools.product((32, 64, 128, 256), (16, 32, 64, 128), (4, 8), splits):
-        alike = [
-            replace(tile, columns=columns, depth=depth, warps=warps, stages=n, split=split) for n in (2, 3, 4, 5, 6)
-        ]
+    for columns, depth, warps in itertools.product((32, 64, 128, 256), (16, 32, 64, 128), (4, 8)):
+        split = max(1, min(most_pieces, tile.split * columns // tile.columns))
+        alike = [replace(tile, columns=columns, depth=depth, warps=warps, stages=n, split=split) for n in range(2, 8)]
         found += sorted((t for t in alike if t != tile and fits(card, product, t, rows, tma)), key=slow)[:1]
     yield from sorted(found, key=slow)[:most]
     yield from (replace(tile, group=group) for group in (4, 8, 16) if group != tile.group)
