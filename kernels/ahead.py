@@ -5,7 +5,7 @@ same arguments, same specialisation. Printed per kernel: registers; spills, and 
 shared memory, and what arithmetic expects of it; how many blocks fit a multiprocessor; the widths in bytes in which the
 main loop reads global memory (none: through TMA); tensor-core instructions, of warp groups and of warps.
 
-Run: python -m moe.kernels.ahead [--arch sm_80 sm_90] [--only NAME] [--jobs N]. Exit code 1 when a limit is broken.
+Run: python -m moe.kernels.ahead [--arch sm_80 sm_90] [--only NAME] [--once] [--jobs N]. Exit code 1: a limit is broken.
 """
 
 import argparse
@@ -64,6 +64,7 @@ class Launch:
     divisible: tuple[int, ...]  # positions of arguments that are multiples of 16
     warps: int
     stages: int
+    options: tuple[tuple[str, Any], ...] = ()  # all others of the compiler's
 
     @property
     def name(self) -> str:
@@ -105,24 +106,22 @@ class Report:
         widths = "+".join(map(str, sorted(self.loop.loads)))
         return (
             f"{self.launch.name:28} {self.launch.tile:15} {self.launch.warps:5} {self.launch.stages:6} "
-            f"{self.registers:4} {self.spills:6} {self.loop.spills:4} {self.shared:8,} {about(self.launch):>8} "
+            f"{self.registers:4} {self.spills:6} {self.loop.spills:4} {self.shared:8,} {about(self.launch, arch):>8} "
             f"{blocks:6} {widths:5} {self.wgmma:5} {self.mma:4}  {self.problem}"
         )
 
 
-def about(launch: Launch) -> str:
+def about(launch: Launch, arch: str) -> str:
     """A product's shared memory as tile_model.py reckons it: what `tune` goes by before anything is compiled."""
-    if not launch.is_product:
+    if not launch.is_product or launch.name.startswith("gluon."):
         return ""
     c, short = dict(launch.constants), launch.name.partition(".")[2]
     dw, itemsize = "BR" in c, 4 if "fp32" in launch.signature[0][1] else 2
     columns, depth = (c["BC"], c["BR"]) if dw else (c["BN"], c["BK"])
     tile = Tile(columns, depth, launch.warps, launch.stages, split=c.get("SPLIT", 1), rows=c["BN"])
-    # Of Gluon's products every one leaves as `up` does, in halves.
-    name = "dw" if dw else "up" if short == "product" else short
-    return (
-        f"{tile_model.shared_bytes(name, tile, c.get('BM', 0), launch.name.startswith(('tma', 'gluon')), itemsize):,}"
-    )
+    name = "dw" if dw else short
+    tma = launch.name.startswith("tma.")
+    return f"{tile_model.shared_bytes(CARDS[arch], name, tile, c.get('BM', 0), tma, itemsize):,}"
 
 
 # --------------------------------------------------------------------------------------------------------- recording
@@ -132,7 +131,7 @@ class _Recorder:
     """Stands in for a kernel: keeps the launches, runs nothing."""
 
     def __init__(self, kernel: Any, launches: list[Launch]) -> None:
-        self.kernel, self.launches = kernel, launches
+        self.kernel, self.launches = getattr(kernel, "jit", kernel), launches
 
     def __getitem__(self, grid: Any) -> Callable[..., None]:
         return lambda *args, **kwargs: self.launches.append(_launch(self.kernel, args, kwargs))
@@ -144,20 +143,28 @@ def _launch(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launc
     values = {**dict(zip(kernel.arg_names, args, strict=False)), **kwargs}
     signature, constants, divisible = [], [], []
     for position, parameter in enumerate(kernel.params):
-        name, value = parameter.name, values[parameter.name]
-        special = not parameter.do_not_specialize
-        kind = "constexpr" if parameter.is_constexpr else _kind(value, special)
+        value = values.pop(parameter.name)
+        kind = "constexpr" if parameter.is_constexpr else _kind(value, not parameter.do_not_specialize)
         if kind == "constexpr":
-            constants.append((name, value))
-        elif special and not parameter.do_not_specialize_on_alignment and _divisible(kind, value):
+            constants.append((parameter.name, value))
+        elif not parameter.do_not_specialize_on_alignment and _is_divisible(value, not parameter.do_not_specialize):
             divisible.append(position)
-        signature.append((name, kind))
-    return Launch(kernel, tuple(signature), tuple(constants), tuple(divisible), warps, stages)
+        signature.append((parameter.name, kind))
+    options = {"debug": True} if kernel.debug else {}
+    options |= values
+    return Launch(kernel, tuple(signature), tuple(constants), tuple(divisible), warps, stages, tuple(options.items()))
 
 
-def _kind(value: Any, special: bool = True) -> str:
-    """The type by which Triton specialises a runtime argument; not `special`: a 1 is a number as any other."""
-    if value is None or (special and isinstance(value, int) and value == 1):
+def _is_divisible(value: Any, specialize: bool) -> bool:
+    """Whether the compiler is told that an integer, or an address, is a multiple of 16."""
+    if isinstance(value, torch.Tensor):
+        return value.storage_offset() * value.element_size() % 16 == 0
+    return specialize and isinstance(value, int) and value % 16 == 0
+
+
+def _kind(value: Any, specialize: bool) -> str:
+    """The type by which Triton specialises a runtime argument."""
+    if value is None or (specialize and isinstance(value, int) and value == 1):
         return "constexpr"
     if isinstance(value, torch.Tensor):
         return "*" + _TYPES[value.dtype]
@@ -167,11 +174,6 @@ def _kind(value: Any, special: bool = True) -> str:
         box = ",".join(map(str, value.block_shape))
         return f"tensordesc<{_TYPES[value.base.dtype]}[{box}],{value.layout!r}>"
     return "i32" if abs(value) < 2**31 else "i64"
-
-
-def _divisible(kind: str, value: Any) -> bool:
-    """Whether an argument is a multiple of 16, as every pointer here is."""
-    return kind.startswith("*") or (kind in ("i32", "i64") and value % 16 == 0)
 
 
 @contextmanager
@@ -221,7 +223,7 @@ def launches(arch: str) -> list[Launch]:
                 _record(8192, 10752, 28672, torch.bfloat16, "swiglu", _contiguous)
         logits = torch.empty(8192, 16, device="meta")
         for bias in (None, logits[0]):
-            weights, ids, _ = triton_gate.gate(logits, 2, bias)
+            weights, ids = triton_gate.gate(logits, 2, bias)
             triton_gate.gate(logits, 2, bias, ids)
             triton_gate.gate_backward(weights, weights, ids, 16)
         for vocabulary in (8192, 32768, 50257, 100352):  # rows in registers, and larger ones
@@ -287,7 +289,9 @@ def compile_launch(launch: Launch, arch: str) -> Report:
     )
     try:
         made = triton.compile(
-            source, target=TARGETS[arch], options={"num_warps": launch.warps, "num_stages": launch.stages}
+            source,
+            target=TARGETS[arch],
+            options={"num_warps": launch.warps, "num_stages": launch.stages, **dict(launch.options)},
         )
     except Exception as error:
         return Report(launch, problem=f"does not compile: {type(error).__name__}: {str(error)[:300]}")
@@ -325,7 +329,7 @@ def _problem(report: Report, arch: str) -> str:
     if loop.spills:
         return f"{loop.spills} spills in the main loop"
     # At the end of a tile 32 registers of 256 threads, out and in, are 64 kB: 1% of what its loop reads at width 8192.
-    if report.spills > 32:
+    if report.spills * report.launch.warps > 32 * 8:
         return f"{report.spills} spills"
     constants = dict(report.launch.constants)
     half = any("bf16" in kind or "fp16" in kind for _, kind in report.launch.signature)
@@ -375,6 +379,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--only", default="", help="kernels whose name contains this")
+    parser.add_argument("--once", action="store_true", help="each kernel once, as training in bfloat16 launches it")
     parser.add_argument("--jobs", type=int, default=min(16, os.cpu_count() or 1), help="processes that compile")
     arguments = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -382,7 +387,12 @@ def main() -> None:
     print(f"triton {triton.__version__}")
     started, problems = time.perf_counter(), 0
     names = {arch: [launch.name for launch in launches(arch)] for arch in arguments.arch}
-    jobs = [(arch, n) for arch in names for n, name in enumerate(names[arch]) if arguments.only in name]
+    jobs = [
+        (arch, n)
+        for arch, found in names.items()
+        for n, name in enumerate(found)
+        if arguments.only in name and not (arguments.once and name in found[:n])
+    ]
     alone = arguments.jobs == 1
     results = starmap(compiler(), jobs) if alone else side_by_side(compiler, (), jobs, arguments.jobs)
     above = ""

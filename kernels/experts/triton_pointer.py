@@ -14,20 +14,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe.kernels.experts.triton_routes import Routes
+from moe.kernels.arguments import float32_precision
+from moe.kernels.experts.triton_routes import VIEWS, Routes
+from moe.kernels.launcher import cdiv, remembered
 from moe.kernels.tiles import Tile, Tiles
-
-# What `Routes` may hold as views, at any alignment: no reason to compile a product again.
-VIEWS = ("order", "tile_expert", "tile_row", "n_tiles", "offsets")
 
 
 class Experts(NamedTuple):
-    """The experts' weights, in any strides; biases are contiguous, or None."""
+    """The experts' weights, in any strides; biases are contiguous, or None; `precision` as of `ops.expert_mlp`."""
 
     w_in_EGFD: Tensor
     w_out_EDF: Tensor
     b_in_EGF: Tensor | None = None
     b_out_ED: Tensor | None = None
+    precision: str | None = None
 
 
 @triton.jit
@@ -142,6 +142,7 @@ def _product(
     return acc
 
 
+@remembered
 @triton.jit(do_not_specialize_on_alignment=VIEWS)
 def up_kernel(
     x, w, bias, h, act, order, tile_expert, tile_row, offsets, D, F,
@@ -202,6 +203,7 @@ def up_kernel(
         tl.store(act + rows[:, None].to(tl.int64) * F + f[None, :], y.to(act.dtype.element_ty), mask=inside)
 
 
+@remembered
 @triton.jit(do_not_specialize_on_alignment=VIEWS)
 def down_kernel(
     a, w, bias, y, tile_expert, tile_row, offsets, N, depth,
@@ -276,6 +278,7 @@ def down_backward_epilogue(
     return part
 
 
+@remembered
 @triton.jit(do_not_specialize=["R"], do_not_specialize_on_alignment=VIEWS)
 def down_backward_kernel(
     dy, w, h, weights, dh, act, dweights, order, tile_expert, tile_row, offsets, R, D, F,
@@ -308,6 +311,7 @@ def down_backward_kernel(
     tl.store(dweights + pn.to(tl.int64) * R + flat, part, mask=live)
 
 
+@remembered
 @triton.jit(do_not_specialize_on_alignment=VIEWS)
 def weight_gradient_kernel(
     a, b, dw, order, offsets, N, C,
@@ -370,17 +374,17 @@ def up(
     store_act: bool,
 ) -> tuple[Tensor, Tensor]:
     """Pre-activations h_RJ and activations [R, F]; empty where not to be stored."""
-    (_, G, F, D), R = experts.w_in_EGFD.shape, len(routes.order_R)
+    (_, G, F, D), R = experts.w_in_EGFD.shape, routes.order_R.shape[0]
     w, pairs = _gate_layout(experts.w_in_EGFD)
-    tile, M = sizes.up, len(routes.tile_row_M)
+    tile, M = sizes.up, routes.tile_row_M.shape[0]
     h_RJ, act_RF = x_TD.new_empty(R if store_h else 0, G * F), x_TD.new_empty(R if store_act else 0, F)
     if M:
-        up_kernel[(M * triton.cdiv(F, tile.columns // G),)](
+        up_kernel[(M * cdiv(F, tile.columns // G),)](
             x_TD, w, experts.b_in_EGF, h_RJ, act_RF, routes.order_R, routes.tile_expert_M, routes.tile_row_M,
             routes.offsets, D, F, x_TD.stride(0), *w.stride(),
             K=top_k, G=G, ACT=ACTIVATION_CODES[activation], HAS_BIAS=experts.b_in_EGF is not None,
-            STORE_H=store_h, STORE_ACT=store_act, PAIRS=pairs, EVEN_K=D % tile.depth == 0,
-            K_FIRST=w.stride(3) <= min(w.stride(1), w.stride(2)), PRECISION=_precision(), BM=sizes.rows,
+            STORE_H=store_h, STORE_ACT=store_act, PAIRS=pairs, EVEN_K=D % tile.depth == 0, BM=sizes.rows,
+            K_FIRST=w.stride(3) <= min(w.stride(1), w.stride(2)), PRECISION=float32_precision(experts.precision, x_TD),
             BN=tile.columns, BK=tile.depth, GROUP_M=tile.group, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return h_RJ, act_RF
@@ -389,13 +393,14 @@ def up(
 def down(act_RF: Tensor, experts: Experts, routes: Routes, sizes: Tiles) -> Tensor:
     """The experts' outputs, [R, D], not yet weighted."""
     w = experts.w_out_EDF
-    return _rows_by_weights(act_RF, w, w.stride(1), w.stride(2), experts.b_out_ED, routes, sizes, sizes.down)
+    return _rows_by_weights(act_RF, w, *w.stride()[1:], experts.b_out_ED, routes, sizes, sizes.down, experts.precision)
 
 
 def dx(dh_RJ: Tensor, experts: Experts, routes: Routes, sizes: Tiles) -> Tensor:
     """The gradient of x before the rows of a token are summed, [R, D]."""
     w, pairs = _gate_layout(experts.w_in_EGFD)
-    return _rows_by_weights(dh_RJ, w, w.stride(3), w.stride(1 if pairs else 2), None, routes, sizes, sizes.dx)
+    stride_j = w.stride(1 if pairs else 2)
+    return _rows_by_weights(dh_RJ, w, w.stride(3), stride_j, None, routes, sizes, sizes.dx, experts.precision)
 
 
 def _rows_by_weights(
@@ -407,18 +412,19 @@ def _rows_by_weights(
     routes: Routes,
     sizes: Tiles,
     tile: Tile,
+    precision: str | None,
 ) -> Tensor:
     """a [R, depth] @ each expert's [depth, N] + bias -> [R, N]."""
-    (R, depth), M = a.shape, len(routes.tile_row_M)
+    (R, depth), M = a.shape, routes.tile_row_M.shape[0]
     N = w[0].numel() // depth
     y_RN = a.new_empty(R, N)
     if M:
-        down_kernel[(M * triton.cdiv(N, tile.columns),)](
+        down_kernel[(M * cdiv(N, tile.columns),)](
             a, w, bias, y_RN, routes.tile_expert_M, routes.tile_row_M, routes.offsets, N, depth,
             a.stride(0), w.stride(0), stride_n, stride_k,
             HAS_BIAS=bias is not None, EVEN_K=depth % tile.depth == 0, K_FIRST=stride_k <= stride_n,
-            PRECISION=_precision(), BM=sizes.rows, BN=tile.columns, BK=tile.depth, GROUP_M=tile.group,
-            num_warps=tile.warps, num_stages=tile.stages,
+            PRECISION=float32_precision(precision, a), BM=sizes.rows, BN=tile.columns, BK=tile.depth,
+            GROUP_M=tile.group, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return y_RN
 
@@ -449,17 +455,18 @@ def down_backward(
     sizes: Tiles,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dh_RJ (see `in_pairs`), routing weight * act(h) [R, F], and the routing weights' gradient, float32 [T, K]."""
-    w, (_, D, F), R = experts.w_out_EDF, experts.w_out_EDF.shape, len(routes.order_R)
-    tile, M, G = sizes.down_backward, len(routes.tile_row_M), experts.w_in_EGFD.shape[1]
+    w, (_, D, F), R = experts.w_out_EDF, experts.w_out_EDF.shape, routes.order_R.shape[0]
+    tile, M, G = sizes.down_backward, routes.tile_row_M.shape[0], experts.w_in_EGFD.shape[1]
     dh_RJ, act_RF = torch.empty_like(h_RJ), h_RJ.new_empty(R, F)
-    parts_NR = h_RJ.new_empty(triton.cdiv(F, tile.columns), R, dtype=torch.float32)
+    parts_NR = h_RJ.new_empty(cdiv(F, tile.columns), R, dtype=torch.float32)
     if M:
         down_backward_kernel[(M * len(parts_NR),)](
             dy_TD, w, h_RJ, weights_TK, dh_RJ, act_RF, parts_NR, routes.order_R, routes.tile_expert_M,
             routes.tile_row_M, routes.offsets, R, D, F, dy_TD.stride(0), *w.stride(),
             K=weights_TK.shape[1], G=G, ACT=ACTIVATION_CODES[activation], PAIRS=in_pairs(experts.w_in_EGFD),
-            EVEN_K=D % tile.depth == 0, K_FIRST=w.stride(1) < w.stride(2), PRECISION=_precision(), SPLIT=tile.split,
-            BM=sizes.rows, BN=tile.columns, BK=tile.depth, GROUP_M=tile.group,
+            EVEN_K=D % tile.depth == 0, K_FIRST=w.stride(1) < w.stride(2),
+            PRECISION=float32_precision(experts.precision, dy_TD), SPLIT=tile.split, BM=sizes.rows,
+            BN=tile.columns, BK=tile.depth, GROUP_M=tile.group,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return dh_RJ, act_RF, parts_NR.sum(0).view_as(weights_TK)
@@ -474,6 +481,7 @@ def weight_gradient(
     sizes: Tiles,
     gathered: str,
     pairs: bool = False,
+    precision: str | None = None,
 ) -> Tensor:
     """a.T @ b over each expert's rows -> [E, columns of a, columns of b].
 
@@ -483,15 +491,10 @@ def weight_gradient(
     """
     N, C, tile = a.shape[1], b.shape[1], sizes.dw
     dw = a.new_empty(n_experts, N, C)
-    weight_gradient_kernel[(n_experts * triton.cdiv(N, tile.rows) * triton.cdiv(C, tile.columns),)](
+    weight_gradient_kernel[(n_experts * cdiv(N, tile.rows) * cdiv(C, tile.columns),)](
         a, b, dw, routes.order_R, routes.offsets, N, C, a.stride(0), b.stride(0),
-        K=top_k, GATHER_A=gathered == "a", GATHER_B=gathered == "b", PAIRS=pairs, PRECISION=_precision(),
-        BN=tile.rows, BC=tile.columns, BR=tile.depth, GROUP_M=tile.group,
+        K=top_k, GATHER_A=gathered == "a", GATHER_B=gathered == "b", PAIRS=pairs,
+        PRECISION=float32_precision(precision, a), BN=tile.rows, BC=tile.columns, BR=tile.depth, GROUP_M=tile.group,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return dw
-
-
-def _precision() -> str:
-    """Float32 products are exact unless the caller allows TF32, as in torch."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"

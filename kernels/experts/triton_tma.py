@@ -17,15 +17,15 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from moe.kernels import tiles
 from moe.kernels.experts.triton_pointer import (
     ACTIVATION_CODES,
-    VIEWS,
     Experts,
     activate,
     activate_backward,
     swizzle,
     walk,
 )
-from moe.kernels.experts.triton_routes import Routes
+from moe.kernels.experts.triton_routes import VIEWS, Routes
 from moe.kernels.experts.triton_rows import gather
+from moe.kernels.launcher import cdiv, remembered
 from moe.kernels.tiles import Tiles
 
 
@@ -39,6 +39,7 @@ def _ragged(first, size, row):
     return billion, first + size, billion - size + row
 
 
+@remembered
 @triton.jit(do_not_specialize_on_alignment=VIEWS)
 def up_kernel(
     x, w, h, act, tile_expert, tile_row, n_tiles, offsets, D, F, n_programs,
@@ -75,6 +76,7 @@ def up_kernel(
                 act.store([r0, r1, r2, 0, f + BN // 2], right.reshape(1, 1, BM, 1, BN // 2))
 
 
+@remembered
 @triton.jit(do_not_specialize_on_alignment=VIEWS)
 def down_kernel(
     a, w, y, tile_expert, tile_row, n_tiles, offsets, N, depth, n_programs,
@@ -108,7 +110,7 @@ def _down_backward_epilogue(
     da, h, dh, act, r0, r1, r2, weight, f, G: tl.constexpr, ACT: tl.constexpr, SPLIT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """As in triton_pointer.py. Rows past the expert's end read as zeros, so do columns past F, and neither is stored."""
+    """As in triton_pointer.py. Rows past the expert's end and columns past F read as zeros, and are not stored."""
     if SPLIT > 1:
         BH: tl.constexpr = BN // 2
         HALF: tl.constexpr = SPLIT // 2
@@ -116,11 +118,13 @@ def _down_backward_epilogue(
         part = _down_backward_epilogue(left, h, dh, act, r0, r1, r2, weight, f, G, ACT, HALF, BM, BH)
         part += _down_backward_epilogue(right, h, dh, act, r0, r1, r2, weight, f + BH, G, ACT, HALF, BM, BH)
     else:
-        gate = h.load([r0, r1, r2, 0, f]).reshape(BM, BN).to(tl.float32)
-        up = gate
+        # Gate and up in one load: each waits for the memory.
         if G == 2:
-            up = h.load([r0, r1, r2, 1, f]).reshape(BM, BN).to(tl.float32)
-        y, dgate, dup = activate_backward(gate, up, ACT)
+            gate, up = tl.split(h.load([r0, r1, r2, 0, f]).reshape(BM, 2, BN).permute(0, 2, 1))
+        else:
+            gate = h.load([r0, r1, r2, 0, f]).reshape(BM, BN)
+            up = gate
+        y, dgate, dup = activate_backward(gate.to(tl.float32), up.to(tl.float32), ACT)
         part = tl.sum(da * y, axis=1)
         act.store([r0, r1, r2, 0, f], (weight[:, None] * y).to(act.dtype).reshape(1, 1, BM, 1, BN))
         da = da * weight[:, None]
@@ -130,6 +134,7 @@ def _down_backward_epilogue(
     return part
 
 
+@remembered
 @triton.jit(do_not_specialize=["R"], do_not_specialize_on_alignment=VIEWS)
 def down_backward_kernel(
     dy, w, h, weights, dh, act, dweights, order, tile_expert, tile_row, n_tiles, offsets, R, D, F, n_programs,
@@ -150,9 +155,11 @@ def down_backward_kernel(
         weight = tl.load(weights + flat, mask=live, other=0.0).to(tl.float32)
         r0, r1, r2 = _ragged(first, size, row - first)
         part = _down_backward_epilogue(acc, h, dh, act, r0, r1, r2, weight, pn * BN, G, ACT, SPLIT, BM, BN)
+        flat = tl.load(order + rows, mask=live, other=0)  # again: no register is free to keep it
         tl.store(dweights + pn.to(tl.int64) * R + flat, part, mask=live)
 
 
+@remembered
 @triton.jit(do_not_specialize_on_alignment=VIEWS)
 def weight_gradient_kernel(
     a, b, dw, offsets, N, C, n_programs,
@@ -220,8 +227,8 @@ def fits(x_TD: Tensor, experts: Experts) -> bool:
         and experts.b_out_ED is None
         and w_in.is_contiguous()
         and w_out.is_contiguous()
-        and all(n % 8 == 0 and n > 0 for n in (*w_out.shape[1:], len(x_TD) * 8))
-        and all(t.data_ptr() % 16 == 0 for t in (w_in, w_out))
+        and w_out.shape[1] % 8 == w_out.shape[2] % 8 == 0 < x_TD.shape[0]
+        and (w_in.data_ptr() | w_out.data_ptr()) % 16 == 0
     )
 
 
@@ -296,11 +303,12 @@ def down_backward(
     w, (_, D, F), R, tile = experts.w_out_EDF, experts.w_out_EDF.shape, len(dy_RD), sizes.down_backward
     G, n = experts.w_in_EGFD.shape[1], tiles.programs(dy_RD.device)
     dh_RJ, act_RF = torch.empty_like(h_RJ), h_RJ.new_empty(R, F)
-    parts_NR = h_RJ.new_empty(triton.cdiv(F, tile.columns), R, dtype=torch.float32)
-    piece = [sizes.rows, 1, tile.columns // tile.split]
+    parts_NR = h_RJ.new_empty(cdiv(F, tile.columns), R, dtype=torch.float32)
+    columns = tile.columns // tile.split
+    piece = [sizes.rows, 1, columns]
     down_backward_kernel[(n,)](
         _box(dy_RD, sizes.rows, tile.depth), _box(w, 1, tile.depth, tile.columns),
-        create_ragged_descriptor(h_RJ.view(R, G, F), piece), weights_TK,
+        create_ragged_descriptor(h_RJ.view(R, G, F), [sizes.rows, G, columns]), weights_TK,
         create_ragged_descriptor(dh_RJ.view(R, G, F), piece), create_ragged_descriptor(act_RF.view(R, 1, F), piece),
         parts_NR, routes.order_R, routes.tile_expert_M, routes.tile_row_M,
         routes.n_tiles, routes.offsets, R, D, F, n,
@@ -320,8 +328,9 @@ def weight_gradient(
     sizes: Tiles,
     gathered: str,
     pairs: bool = False,
+    precision: str | None = None,
 ) -> Tensor:
-    """As in triton_pointer.py; here both are in the order of the rows, and never in pairs."""
+    """As in triton_pointer.py; here both are in the order of the rows, never in pairs, and of 16 bits."""
     N, C, tile = a.shape[1], b.shape[1], sizes.dw
     dw, n = a.new_empty(n_experts, N, C), tiles.programs(a.device)
     weight_gradient_kernel[(n,)](
