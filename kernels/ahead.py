@@ -28,7 +28,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
+from triton.experimental.gluon._runtime import GluonASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moe.kernels import cards, sass, tile_model, tiles
@@ -280,7 +280,7 @@ def _interleaved(empty: Empty, E: int, G: int, F: int, D: int) -> triton_pointer
 
 def compile_launch(launch: Launch, arch: str) -> Report:
     """Compile for `arch`; a failure is a report with a `problem`."""
-    kind = GluonASTSource if isinstance(launch.kernel, GluonJITFunction) else ASTSource
+    kind = GluonASTSource if launch.kernel.is_gluon() else ASTSource
     source = kind(
         fn=launch.kernel,
         signature=dict(launch.signature),
