@@ -169,7 +169,7 @@ def _kind(value: Any, specialize: bool) -> str:
     if isinstance(value, torch.Tensor):
         return "*" + _TYPES[value.dtype]
     if isinstance(value, TensorDescriptor):
-        return f"tensordesc<{_TYPES[value.base.dtype]}[{','.join(map(str, value.block_shape))}]>"
+        return f"tensordesc<{_TYPES[value.base.dtype]}[{', '.join(map(str, value.block_shape))}]>"
     if isinstance(value, triton_gluon.TensorDescriptor):
         box = ",".join(map(str, value.block_shape))
         return f"tensordesc<{_TYPES[value.base.dtype]}[{box}],{value.layout!r}>"
@@ -279,13 +279,20 @@ def _interleaved(empty: Empty, E: int, G: int, F: int, D: int) -> triton_pointer
 
 
 def compile_launch(launch: Launch, arch: str) -> Report:
-    """Compile for `arch`; a failure is a report with a `problem`."""
+    """Compile for `arch`; a failure is a report with a `problem`.
+
+    As the JIT would word it, so that a launch finds the kernel in Triton's cache.
+    """
     kind = GluonASTSource if launch.kernel.is_gluon() else ASTSource
     source = kind(
         fn=launch.kernel,
         signature=dict(launch.signature),
         constexprs=dict(launch.constants),
-        attrs={(position,): [["tt.divisibility", 16]] for position in launch.divisible},
+        attrs={
+            (position,): [["tt.divisibility", 16]] if position in launch.divisible else []
+            for position, (_, kind) in enumerate(launch.signature)
+            if not (kind.startswith("tensordesc") or launch.kernel.params[position].do_not_specialize)
+        },
     )
     try:
         made = triton.compile(

@@ -99,7 +99,7 @@ _WIDE = Tiles(
     128,
     up=Tile(128, 64, 8, 3, group=16),
     down=Tile(128, 64, 8, 3, group=16),
-    down_backward=Tile(64, 64, 8, 3, group=16, split=2),
+    down_backward=Tile(64, 64, 8, 3, group=16, split=4),
     dx=Tile(128, 64, 8, 3, group=16),
     dw=Tile(128, 64, 8, 5, group=16, rows=128),
 )
