@@ -28,11 +28,12 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moe.kernels import cards, sass, tile_model, tiles
 from moe.kernels.cards import CARDS, refusal
-from moe.kernels.experts import triton_mlp, triton_pointer, triton_routes, triton_rows, triton_tma
+from moe.kernels.experts import triton_gluon, triton_mlp, triton_pointer, triton_routes, triton_rows, triton_tma
 from moe.kernels.gate import triton_gate
 from moe.kernels.isolated import side_by_side
 from moe.kernels.loss import triton_chunked
@@ -43,7 +44,7 @@ TARGETS = {
     for arch, card in CARDS.items()
     if not refusal(card)
 }
-MODULES = (triton_gate, triton_routes, triton_rows, triton_pointer, triton_tma, triton_chunked)
+MODULES = (triton_gate, triton_routes, triton_rows, triton_pointer, triton_tma, triton_gluon, triton_chunked)
 _TYPES = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
@@ -112,7 +113,7 @@ class Report:
 
 def about(launch: Launch, arch: str) -> str:
     """A product's shared memory as tile_model.py reckons it: what `tune` goes by before anything is compiled."""
-    if not launch.is_product:
+    if not launch.is_product or launch.name.startswith("gluon."):
         return ""
     c, short = dict(launch.constants), launch.name.partition(".")[2]
     dw, itemsize = "BR" in c, 4 if "fp32" in launch.signature[0][1] else 2
@@ -137,7 +138,8 @@ class _Recorder:
 
 
 def _launch(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launch:
-    warps, stages = kwargs.pop("num_warps", 4), kwargs.pop("num_stages", 3)
+    # In Gluon stages are the kernel's own.
+    warps, stages = kwargs.pop("num_warps", 4), kwargs.pop("num_stages", kwargs.get("STAGES", 3))
     values = {**dict(zip(kernel.arg_names, args, strict=False)), **kwargs}
     signature, constants, divisible = [], [], []
     for position, parameter in enumerate(kernel.params):
@@ -168,6 +170,9 @@ def _kind(value: Any, specialize: bool) -> str:
         return "*" + _TYPES[value.dtype]
     if isinstance(value, TensorDescriptor):
         return f"tensordesc<{_TYPES[value.base.dtype]}[{', '.join(map(str, value.block_shape))}]>"
+    if isinstance(value, triton_gluon.TensorDescriptor):
+        box = ",".join(map(str, value.block_shape))
+        return f"tensordesc<{_TYPES[value.base.dtype]}[{box}],{value.layout!r}>"
     return "i32" if abs(value) < 2**31 else "i64"
 
 
@@ -183,6 +188,7 @@ def recording(arch: str) -> Iterator[list[Launch]]:
     ]
     patches += [
         patch.object(tiles, "INTERPRETED", False),
+        patch.object(tiles, "GLUON", False),
         patch.object(cards, "card", lambda device: CARDS[arch]),
         patch.object(tiles, "tuned", lambda card: {}),
     ]
@@ -212,6 +218,9 @@ def launches(arch: str) -> list[Launch]:
         for layout in (_strided, _pairs):
             _record(8192, 4096, 14336, torch.bfloat16, "swiglu", layout)
         _record(8192, 2880, 2880, torch.bfloat16, "swiglu_oai", _interleaved)
+        if arch == "sm_90":
+            with patch.object(tiles, "GLUON", True):
+                _record(8192, 10752, 28672, torch.bfloat16, "swiglu", _contiguous)
         logits = torch.empty(8192, 16, device="meta")
         for bias in (None, logits[0]):
             weights, ids = triton_gate.gate(logits, 2, bias)
@@ -274,7 +283,8 @@ def compile_launch(launch: Launch, arch: str) -> Report:
 
     As the JIT would word it, so that a launch finds the kernel in Triton's cache.
     """
-    source = ASTSource(
+    kind = GluonASTSource if launch.kernel.is_gluon() else ASTSource
+    source = kind(
         fn=launch.kernel,
         signature=dict(launch.signature),
         constexprs=dict(launch.constants),
