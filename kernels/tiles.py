@@ -133,11 +133,16 @@ _SM90_TMA = {
         tma=True,
     ),
 }
+# There the accumulator leaves the tensor cores' own memory: half of it at a time has room in the registers.
+_SM100_TMA = {
+    "many": replace(_SM90_TMA["many"], down_backward=Tile(128, 64, 8, 4, group=16, split=8)),
+}
 TABLE: dict[str, dict[str, Tiles]] = {
     "sm_80": _SM80,
     "sm_86": _SM80,
     "sm_90": _SM90,
     "sm_90 tma": _SM90_TMA,
+    "sm_100 tma": _SM100_TMA,
     "gfx942": _GFX942,
 }
 _INTERPRETER = Tiles(16, *[_TINY] * 4, dw=Tile(32, 16, warps=4, stages=2, group=2, rows=32))
@@ -172,7 +177,7 @@ def rows(card: Card, tma: bool) -> Iterator[str]:
     # Large tiles want tensor cores that read shared memory: wgmma of sm_90, tcgen05 of sm_100. RTX 50 has TMA, but
     # neither, and shared memory for less than half such a tile.
     if tma and card.capability[0] in (9, 10) and card.shared >= CARDS["sm_90"].shared:
-        yield "sm_90 tma"
+        yield f"sm_{card.capability[0]}0 tma"
     if card.shared < CARDS["sm_80"].shared:
         yield "sm_86"
     else:

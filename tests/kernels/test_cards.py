@@ -28,8 +28,8 @@ USABLE = {arch: card for arch, card in CARDS.items() if not cards.refusal(card)}
         ("sm_87", 166_912, "sm_80", "sm_80"),  # Orin
         ("sm_89", 101_376, "sm_86", "sm_86"),
         ("sm_90", 232_448, "sm_90 tma", "sm_90"),
-        ("sm_100", 232_448, "sm_90 tma", "sm_90"),
-        ("sm_103", 232_448, "sm_90 tma", "sm_90"),  # B300
+        ("sm_100", 232_448, "sm_100 tma", "sm_90"),
+        ("sm_103", 232_448, "sm_100 tma", "sm_90"),  # B300
         ("sm_120", 101_376, "sm_86", "sm_86"),
         ("sm_121", 101_376, "sm_86", "sm_86"),  # DGX Spark
         ("gfx90a", 65_536, "gfx942", "gfx942"),
