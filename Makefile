@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 RUN ?= runs/demo
 RECIPE ?= runs/recipe
 
-.PHONY: demo recipe test test-all matrix lint docs bench aot gpu clean
+.PHONY: demo recipe test test-all matrix lint docs bench aot gpu gpu-env-check clean
 
 # torch goes in first and alone: an open range in a dependency could pull gigabytes of CUDA packages.
 $(VENV)/.installed-demo: pyproject.toml
@@ -74,9 +74,15 @@ bench: $(VENV)/.installed
 aot: $(VENV)/.installed-demo
 	$(BIN)/python -m moe.kernels.ahead
 
-# On a machine with a CUDA GPU, with the python that has its torch: no .venv. FLAGS=--quick, FLAGS=--dry-run.
+# On a machine with a CUDA GPU, with the python that has its torch: no .venv. All of it, four commands of under nine minutes
+# each, or some: make gpu PART="tests peers". FLAGS=--quick, FLAGS=--dry-run; docs/gpu.md.
+PART ?=
 gpu:
-	$(PYTHON) benchmarks/gpu.py $(FLAGS)
+	$(PYTHON) benchmarks/gpu.py $(if $(PART),--only $(PART)) $(FLAGS)
+
+# The same, dry, with the versions of the machine that it was written for, in .venv-matrix/.
+gpu-env-check:
+	.ci/gpu-env-check $(if $(PART),--only $(PART)) $(FLAGS)
 
 clean:
 	rm -rf $(VENV) .venv-matrix runs data dist site .pytest_cache .ruff_cache
