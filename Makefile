@@ -8,8 +8,6 @@
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
-# torch 2.11 has Triton 3.6, in whose interpreter `range(0, n)` over an argument of a kernel fails from numpy 2.4 on.
-NUMPY := $(if $(findstring ==2.11,$(TORCH)),numpy<2.4,numpy)
 VENV := .venv
 BIN := $(VENV)/bin
 RUN ?= runs/demo
@@ -22,12 +20,12 @@ $(VENV)/.installed-demo: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python >= 3.11 is needed; set PYTHON="; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check '$(TORCH)'
-	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check '$(TORCH)' '$(NUMPY)' -e '.[demo]'
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check '$(TORCH)' -e '.[demo]'
 	touch $@
 
 # Everything, on top of it: what tests, recipe, pages and benchmarks need besides.
 $(VENV)/.installed: $(VENV)/.installed-demo
-	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check '$(TORCH)' '$(NUMPY)' -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check '$(TORCH)' -e '.[dev]'
 	touch $@
 
 demo: $(VENV)/.installed-demo

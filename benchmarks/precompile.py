@@ -122,7 +122,7 @@ class _NotLaunched:
     """Stands in for a kernel: what is launched is compiled, unless another process has taken it, and loaded."""
 
     def __init__(self, kernel: Any, rows: list[dict[str, Any]]) -> None:
-        self.kernel, self.rows = kernel, rows
+        self.kernel, self.rows = getattr(kernel, "jit", kernel), rows
 
     def __getitem__(self, grid: Any) -> Callable[..., None]:
         def compiled(*args: Any, **kwargs: Any) -> None:

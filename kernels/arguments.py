@@ -146,7 +146,12 @@ def can_read(x: Tensor) -> bool:
 
 def autocasts(device_type: str) -> bool:
     """Whether autocast is on; devices without one, such as meta, may be asked too."""
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return _has_autocast(device_type) and torch.is_autocast_enabled(device_type)
+
+
+@torch.compiler.assume_constant_result  # which torch.compile of torch 2.11 cannot look into
+def _has_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
 
 
 def autocast(device_type: str, *tensors: Tensor | None) -> Sequence[Any]:

@@ -16,6 +16,8 @@ from torch import Tensor
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 # On CPU tensors the kernels run only in Triton's interpreter, which has to be chosen before they are imported.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if INTERPRETED and HAS_TRITON:
+    from moe.kernels import interpreter  # noqa: F401
 
 
 def why_not_triton(x: Tensor) -> str | None:

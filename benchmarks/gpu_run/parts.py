@@ -93,7 +93,8 @@ def products(mode: Mode) -> list[Part]:
     elif (tool := shutil.which("ncu")) and not mode.quick:
         sections = tuple(word for section in SECTIONS for word in ("--section", section))
         output = ("--csv", "--page", "raw", "--force-overwrite", "--log-file", str(mode.out / "ncu.csv"))
-        command = (tool, "--clock-control", "none", "--kernel-name", PRODUCT_KERNELS, *sections, *output, *once)
+        chosen = ("--profile-from-start", "off", "--kernel-name", PRODUCT_KERNELS)
+        command = (tool, "--clock-control", "none", *chosen, *sections, *output, *once)
         found.append(Part("ncu", command, 140, writes="ncu.csv"))
     return found
 
