@@ -3,6 +3,7 @@
 import math
 import os
 import random
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -29,6 +30,8 @@ torch.set_num_threads(1)
 # A time limit per example would make results depend on how busy the machine is.
 settings.register_profile("tests", deadline=None, derandomize=True, max_examples=30)
 settings.load_profile("tests")
+# A shell's background job ignores Ctrl-C, which training, started in one, rightly leaves so: the tests press it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

@@ -398,6 +398,7 @@ def test_moe_eval_runs_a_local_task_offline(checkpoint, model, tokenizer, task, 
     assert found == pytest.approx(expected_accuracy(model, tokenizer, questions[:9]))
 
 
+@pytest.mark.slow  # lm-eval looks through all its tasks first
 def test_lm_eval_s_command_line_knows_the_model(checkpoint, task):
     file, _ = task
     command = [sys.executable, "-m", "moe.lm_eval", "run", "--model", "moe", "--tasks", str(file)]

@@ -69,7 +69,7 @@ def measure(name: str, micro_batch: int, seq_len: int, heap: str, *changes: str)
 CASES = [
     ("replica-nano", 16, 256),
     pytest.param(("replica-nano", 4, 256), marks=pytest.mark.slow),
-    ("replica-nano", 16, 256, "train.activation_checkpointing=full"),
+    pytest.param(("replica-nano", 16, 256, "train.activation_checkpointing=full"), marks=pytest.mark.slow),
     pytest.param(("replica-nano", 16, 256, "train.activation_checkpointing=selective"), marks=pytest.mark.slow),
     pytest.param(("replica-small", 4, 128, "train.batch_size=4"), marks=pytest.mark.slow),
 ]

@@ -94,7 +94,7 @@ def test_the_first_loss_is_that_of_the_responses_each_seen_alone(
 ) -> None:
     """The loop's first batch, packed and in micro-batches, against every conversation passed by itself."""
     monkeypatch.setenv("GPT4_MOE_CPU_BF16", has_bf16)
-    short = short.with_overrides(["train.dtype=auto"])
+    short = short.with_overrides(["train.dtype=auto", "train.steps=1"])
     train(short, data.path, tmp_path / "run", start_from=base, lora=LORA)
     batch = ConversationStream(data, 48, short.train.seed).batch(0, 4)
     assert batch.documents is not None

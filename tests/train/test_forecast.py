@@ -90,6 +90,7 @@ def test_an_earlier_peak_is_not_this_runs(cfg, data_dir, tmp_path):
     assert plan["memory_bytes"] < peak - 300 * 2**20
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_the_run_in_processes_of_their_own(cfg_file, data_dir, tmp_path):
     """Of so small a run nearly all is Python and torch, which load half of themselves when training begins."""
     arguments = ["train", cfg_file, "--data", data_dir, "--out", tmp_path / "run"]
