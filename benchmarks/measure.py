@@ -13,9 +13,8 @@ from typing import Any
 
 import torch
 from duel import clocks, machine, write_record
+from shapes import FLUSHED
 from torch import Tensor
-
-FLUSHED = 256 * 2**20  # bytes written before a timed call: more than any second-level cache holds
 
 
 def timed(call: Callable[[], Any], device: str) -> float:
@@ -48,7 +47,8 @@ def medians(
 ) -> dict[str, float]:
     """Median seconds of each call: two rounds that do not count, then `rounds`, the sides in turns.
 
-    On a CPU, where benchmarks of kernels only go through their motions, every round counts. A side that runs out of memory is left out, and said so in `problems`; without `problems` the error is raised.
+    On a CPU, where benchmarks of kernels only go through their motions, every round counts. A side that runs out of
+    memory is left out, and said so in `problems`; without `problems` the error is raised.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     uncounted = 0 if device == "cpu" else 2

@@ -5,7 +5,7 @@ Suffixes: T tokens, D model width, F expert hidden width, E experts, K experts p
 
 from typing import NamedTuple
 
-FLUSHED = 256 * 2**20  # measure.FLUSHED
+FLUSHED = 256 * 2**20  # bytes written before a timed call: more than any second-level cache holds
 SLACK = 512 * 2**20  # cuBLAS's workspaces, blocks rounded up, small tensors
 COMPARED = 2  # experts whose weight gradients are kept for comparison
 RING = 512 * 2**20  # bytes of results that a loop over experts writes in turn: past any second-level cache
@@ -42,7 +42,11 @@ SHAPES = {
 }
 FEW = ("gpt4 few", "mixtral few", "toy few")  # forward only: what decoding does
 IMBALANCED = ("gpt4-tp8", "toy")  # measured with every workload of routings.py, at its first size
-DRY = {"toy": Shape(32, 32, 16, 2, (8,)), "toy few": Shape(32, 32, 16, 2, (1,))}
+DRY = {
+    "toy": Shape(32, 32, 4, 2, (8,)),
+    "toy traced": Shape(32, 32, 16, 2, (4,)),
+    "toy few": Shape(32, 32, 4, 2, (1,)),
+}
 
 
 # -------------------------------------------------------------------------------------------------- bytes that are held
@@ -54,32 +58,32 @@ def ring_length(expert_bytes: int, n_experts: int) -> int:
 
 
 def side_bytes(shape: Shape, tokens: int, side: str, forward_only: bool, itemsize: int = 2, largest: int = 0) -> int:
-    """The most a side holds at once beyond its inputs, its results counted: from the code of each, bounded from above.
+    """The most a side holds at once beyond its inputs, its results counted: from the code of each.
 
     Args:
         side: "ours", "recompute", "grouped", "reference"; any other name is a peer under autograd.
         largest: rows of the busiest expert; 0: of a balanced routing.
 
-    A peer is bounded by what autograd keeps and makes of unfused operations in `itemsize`, and sums over K in float32.
+    A peer is taken to hold what autograd keeps and makes of unfused operations, transformers' above all: not a bound.
     """
     D, F, E, K, _ = shape
     R, b, W = tokens * K, itemsize, shape.weights(itemsize)
-    outputs = 2 * tokens * D * b + 8 * R  # y, dx, dweights
+    outputs = tokens * D * b * (1 if forward_only else 2) + 8 * R  # y, dx, dweights
     if side in ("ours", "recompute"):
-        # Rows of x (the copy that TMA reads), h, act, y of the rows; backward, the most is held with both dw there.
-        forward = R * b * (2 * D + 3 * F)
-        backward = max(W // 3 + R * b * (2 * D + 5 * F), W + R * b * (D + 4 * F))
+        # Rows of x (the copy that TMA reads), h, act, y of the rows; backward, rows of dy, dh and both dw too.
+        forward = R * b * (2 * D + (3 if side == "ours" else 1) * F)
+        backward = W + R * b * (2 * D + 5 * F)
     elif side == "grouped":
         forward = R * b * (2 * D + 3 * F) + 8 * R * D
         backward = W + R * b * (3 * D + 6 * F) + 8 * R * D
     elif side == "reference":
         n = largest or -(-R // E)
         # The sum over experts is out of place, in float32; of one expert everything between x and y, or dw, is there.
-        forward = 8 * tokens * D + n * b * (2 * D + 5 * F) + 8 * n * D
+        forward = max(8 * tokens * D + n * (2 * D * b + 4 * D), 4 * tokens * D + n * b * (D + 5 * F))
         backward = W + 4 * tokens * D + 2 * F * D * b + n * b * (3 * D + 11 * F) + 4 * n * D
     else:
-        forward = R * b * (3 * D + 5 * F) + 8 * R * D
-        backward = W + R * b * (4 * D + 12 * F) + 12 * R * D
+        forward = R * max(b * (D + 4 * F), 2 * D * b + 8 * D)
+        backward = W + R * b * (4 * D + 7 * F)
     return outputs + (forward if forward_only else max(forward, backward))
 
 
