@@ -28,7 +28,9 @@ ROOT = Path(__file__).parent.parent
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", choices=GROUPS, default=list(GROUPS), help="these; none: only --merge")
-    parser.add_argument("--quick", action="store_true", help="each of them under three minutes: fewer rounds and shapes")
+    parser.add_argument(
+        "--quick", action="store_true", help="each of them under three minutes: fewer rounds and shapes"
+    )
     parser.add_argument("--dry-run", action="store_true", help="toy sizes on a CPU, in the interpreter: no figures")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/gpu-DATE; runs/gpu-dry-run for a dry run")
     parser.add_argument("--merge", type=Path, nargs="+", default=[], metavar="DIR", help="take in these records too")

@@ -2,14 +2,13 @@
 
 The host code of the kernels runs on tensors without storage, and every launch goes through Triton's own launcher, short
 of the launch: so the cache holds just what the part will look for. What is not foreseen here is compiled there.
-Run: python benchmarks/precompile.py tests|products|peers|layers [--dry-run] [--json FILE]
+Run: python benchmarks/precompile.py tests|peers|layers [--dry-run] [--json FILE]
 
 --dry-run counts the launches, as for an H100, and compiles nothing.
 """
 
 import argparse
 import hashlib
-import importlib
 import inspect
 import json
 import os
@@ -27,8 +26,8 @@ from unittest.mock import patch
 os.environ.pop("TRITON_INTERPRET", None)  # it would make functions of the kernels
 
 import torch
-import triton
 from duel import write_record
+from triton.knobs import runtime
 
 from moe.kernels import ahead, tiles
 from moe.kernels.experts import triton_mlp
@@ -47,15 +46,22 @@ def meta(*shape: int, dtype: torch.dtype = BFLOAT16) -> torch.Tensor:
 
 
 def experts(
-    T: int, E: int, K: int, D: int, F: int, dtype: torch.dtype = BFLOAT16, activation: str = "swiglu", train: bool = True
+    T: int,
+    E: int,
+    K: int,
+    D: int,
+    F: int,
+    dtype: torch.dtype = BFLOAT16,
+    activation: str = "swiglu",
+    train: bool = True,
 ) -> None:
     """A forward and, to train, a backward of the expert MLP."""
     G = 1 if activation == "gelu" else 2
     weights = Experts(meta(E, G, F, D, dtype=dtype), meta(E, D, F, dtype=dtype))
     x, gate = meta(T, D, dtype=dtype), meta(T, K, dtype=torch.float32)
-    y, h, *routes = triton_mlp.forward(x, weights, gate, meta(T, K, dtype=torch.int64), activation, train)
+    y, h, order, offsets = triton_mlp.forward(x, weights, gate, meta(T, K, dtype=torch.int64), activation, train)
     if train:
-        triton_mlp.backward(y, x, weights, gate, h, *routes, activation)
+        triton_mlp.backward(y, x, weights, gate, h, order, offsets, activation)
 
 
 def loss(T: int, D: int, V: int, dtype: torch.dtype = BFLOAT16) -> None:
@@ -83,11 +89,6 @@ def tests() -> None:
             loss(T, 192, V, dtype)
 
 
-def products() -> None:
-    script: Any = importlib.import_module("products")
-    script.launches()
-
-
 def peers() -> None:
     import expert_mlp
     import linear_cross_entropy
@@ -113,7 +114,7 @@ def layers() -> None:
             loss(T, cfg.d_model, cfg.vocab_size)
 
 
-GROUPS: dict[str, Callable[[], None]] = {"tests": tests, "products": products, "peers": peers, "layers": layers}
+GROUPS: dict[str, Callable[[], None]] = {"tests": tests, "peers": peers, "layers": layers}
 
 # ---------------------------------------------------------------------------------------------------------- compiling
 
@@ -164,9 +165,11 @@ def compiling(claims: Path, device: torch.device) -> Iterator[list[dict[str, Any
                     stack.enter_context(patch.object(module, name, _NotLaunched(kernel, rows)))
         # Tiles are chosen by the device of a tensor; these have none.
         for name, function in list(vars(tiles).items()):
-            if inspect.isfunction(inspect.unwrap(function)) and [*inspect.signature(function).parameters][:1] == ["device"]:
+            if inspect.isfunction(inspect.unwrap(function)) and [*inspect.signature(function).parameters][:1] == [
+                "device"
+            ]:
                 stack.enter_context(patch.object(tiles, name, partial(_on, function, device)))
-        stack.enter_context(patch.object(triton.knobs.runtime, "jit_cache_hook", taken))
+        stack.enter_context(patch.object(runtime, "jit_cache_hook", taken))
         yield rows
 
 

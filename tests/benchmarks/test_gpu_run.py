@@ -16,7 +16,17 @@ from typing import Any
 import pytest
 
 from benchmarks.gpu_run import card, process, record, run, table
-from benchmarks.gpu_run.parts import ALONE, GROUPS, NEED_A_GPU, QUICK_SECONDS, SANITIZED, SECONDS, SECONDS_WORD, Mode, Part
+from benchmarks.gpu_run.parts import (
+    ALONE,
+    GROUPS,
+    NEED_A_GPU,
+    QUICK_SECONDS,
+    SANITIZED,
+    SECONDS,
+    SECONDS_WORD,
+    Mode,
+    Part,
+)
 
 ROOT = Path(__file__).parents[2]
 Entries = dict[str, dict[str, Any]]
@@ -49,7 +59,10 @@ def wait_for(what: Callable[[], Any], seconds: float = 10.0) -> Any:
 
 
 # A child that does not mind being asked to end, and says who it is.
-CHILD = "import signal, time, os; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(os.getpid(), flush=True); time.sleep(60)"
+CHILD = (
+    "import os, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
+    "print(os.getpid(), flush=True); time.sleep(60)"
+)
 PARENT = f"import subprocess, sys; subprocess.Popen([sys.executable, '-S', '-c', {CHILD!r}]);"
 
 
@@ -111,12 +124,12 @@ def test_rows_stay_of_a_part_that_is_stopped_and_a_damaged_file_harms_nobody(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(process, "GRACE_SECONDS", 0.3)
-    write = "from pathlib import Path; Path({!r}).write_text({!r});"
+    write = f"import os, time; os.chdir({str(tmp_path)!r}); open({{!r}}, 'w').write({{!r}}); time.sleep({{}})"
     parts = [
-        part("stopped", write.format(str(tmp_path / "a.json"), '{"rows": [1, 2]}') + "import time; time.sleep(60)", 2, "a.json"),
-        part("damaged", write.format(str(tmp_path / "b.json"), '{"rows": [1, 2'), 4, "b.json"),
+        part("stopped", write.format("a.json", '{"rows": [1, 2]}', 60), 2, "a.json"),
+        part("damaged", write.format("b.json", '{"rows": [1, 2', 0), 4, "b.json"),
         part("nothing", "pass", 4, "c.json"),
-    ]  # fmt: skip
+    ]
     well, entries = run_parts(parts, tmp_path, seconds=10.6)
     assert not well
     assert entries["stopped"]["status"].startswith("stopped after")
@@ -191,7 +204,9 @@ def merge(out: Path, *others: Path) -> subprocess.CompletedProcess[str]:
 
 def test_records_of_several_commands_become_one(tmp_path: Path) -> None:
     one = written(tmp_path / "one", tests=entry("2026-01-02 03:04:05"), step=entry("2026-01-02 03:04:06", seconds=7.0))
-    two = written(tmp_path / "two", step=entry("2026-01-03 00:00:00", seconds=8.0), products=entry("2026-01-03 00:00:01"))
+    two = written(
+        tmp_path / "two", step=entry("2026-01-03 00:00:00", seconds=8.0), products=entry("2026-01-03 00:00:01")
+    )
     out = tmp_path / "out"
     for first, second in ((one, two), (two, one)):
         assert merge(out, first, second).returncode == 0
@@ -230,17 +245,17 @@ def test_the_tables_show_rows_and_what_did_not_run() -> None:
 
 
 def test_the_counters_of_nsight_compute(tmp_path: Path) -> None:
+    throughput = "sm__throughput.avg.pct_of_peak_sustained_elapsed"
     lines = [
         "==PROF== Connected to process 12",
-        '"ID","Process ID","Kernel Name","Grid Size","gpu__time_duration.sum","sm__throughput.avg.pct_of_peak_sustained_elapsed","other"',
+        f'"ID","Process ID","Kernel Name","Grid Size","gpu__time_duration.sum","{throughput}","other"',
         '"","","","","ns","%",""',
         '"0","12","up_kernel","(132, 1, 1)","1,234,567.00","81.5","7"',
         '"1","12","down_kernel","(132, 1, 1)","n/a","80.5","7"',
-    ]  # fmt: skip
+    ]
     file = tmp_path / "ncu.csv"
     file.write_text("\n".join(lines))
     found = record.take(file)
-    throughput = "sm__throughput.avg.pct_of_peak_sustained_elapsed"
     assert found["units"] == {"gpu__time_duration.sum": "ns", throughput: "%"}
     assert [r.get("gpu__time_duration.sum") for r in found["rows"]] == [1234567.0, None]
     assert [r[throughput] for r in found["rows"]] == [81.5, 80.5]
@@ -255,8 +270,10 @@ def test_the_counters_of_nsight_compute(tmp_path: Path) -> None:
 
 SMI = """#!/bin/sh
 case "$*" in
-*-lms*) printf '97, 1980, 2619, 650.10, 61, 70000, 0x0000000000000004\\n0, 345, 2619, 80.00, 50, 70000, 0x0000000000000001\\n'
-        printf '99, 1500, 2619, [N/A], 65, 70000, 0x0000000000000044\\n'; exec sleep 60 ;;
+*-lms*) echo 97, 1980, 2619, 650.10, 61, 70000, 0x0000000000000004
+        echo 0, 345, 2619, 80.00, 50, 70000, 0x0000000000000001
+        echo 99, 1500, 2619, [N/A], 65, 70000, 0x0000000000000044
+        exec sleep 60 ;;
 *clocks_event_reasons*) exit 1 ;;
 *) echo 1 ;;
 esac
@@ -275,7 +292,8 @@ def test_clocks_and_what_held_them_back(tmp_path: Path, monkeypatch: pytest.Monk
     found = sampler.between(start, time.monotonic())
     assert found == {
         "samples": 3, "busy": 0.667, "sm_mhz": [1500, 1740, 1980], "memory_mhz": [2619] * 3, "watts": [650.1] * 3,
-        "celsius": [61, 63, 65], "memory_mib": [70000] * 3, "held_back": {"power cap": 1.0, "thermal, by hardware": 0.5},
+        "celsius": [61, 63, 65], "memory_mib": [70000] * 3,
+        "held_back": {"power cap": 1.0, "thermal, by hardware": 0.5},
     }  # fmt: skip
     assert sampler.between(start - 2, start - 1) is None
 
@@ -296,7 +314,8 @@ def names_of(text: str) -> set[str]:
 def absent_modules() -> list[str]:
     """What the project can use and the machine of a GPU run lacks: modules of packages that are installed here."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    used = names_of("\n".join([*project["dependencies"], *sum(project["optional-dependencies"].values(), [])]))
+    extras = [name for extra in project["optional-dependencies"].values() for name in extra]
+    used = names_of("\n".join([*project["dependencies"], *extras]))
     there = names_of((ROOT / ".ci/gpu-machine.txt").read_text())
     assert {"torch", "triton", "einops", "safetensors", "numpy", "tokenizers", "rich", "transformers"} <= there
     gone = used - there - {"gpt4-moe", "pyyaml", "regex"}  # the last two come with transformers

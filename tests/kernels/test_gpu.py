@@ -23,7 +23,8 @@ SHAPES = [  # T, E, K, D, F: some rows an expert; odd widths; many rows; many ex
     (1, 16, 2, 512, 1024),
     (300, 7, 7, 256, 512),
 ]
-GRAPH_TOKENS, GRAPH_SHAPE = (256, 2048), (16, 2, 512, 1024)  # 32 and 256 rows an expert
+GRAPH_TOKENS = (256, 2048)  # 32 and 256 rows an expert
+GRAPH_SHAPE = (16, 2, 512, 1024)
 WRAPPED_SHAPE = (512, 8, 2, 256, 512)
 HEADS = [(1, 257), (515, 8192), (4500, 50257), (4300, 100352)]  # T, V
 
@@ -66,7 +67,7 @@ def step(inputs: list[torch.Tensor], activation: str, impl: str | None, recomput
 @pytest.mark.parametrize("shape", SHAPES, ids=named)
 @pytest.mark.parametrize("activation", ["swiglu", "gelu"])
 def test_small_and_large_against_float64(shape: tuple[int, ...], dtype: torch.dtype, activation: str) -> None:
-    inputs = tensors(*shape, dtype, ops.ACTIVATIONS[activation])
+    inputs = tensors(*shape, dtype=dtype, gates=ops.ACTIVATIONS[activation])
     want = step([t.double() if t.is_floating_point() else t for t in inputs], activation, "reference")
     for name, a, b in zip(
         ("y", "dx", "dw_in", "dw_out", "dweights"), step(inputs, activation, "triton"), want, strict=True
@@ -98,7 +99,8 @@ def test_rows_beyond_the_reach_of_32_bits() -> None:
 
 @pytest.mark.parametrize("tokens", GRAPH_TOKENS)
 def test_a_cuda_graph_replays_with_new_routing(tokens: int) -> None:
-    inputs, other = (tensors(tokens, *GRAPH_SHAPE, torch.bfloat16) for _ in range(2))
+    inputs = tensors(tokens, *GRAPH_SHAPE, dtype=torch.bfloat16)
+    other = tensors(tokens, *GRAPH_SHAPE, dtype=torch.bfloat16)
     other[4] = (other[4] + 3) % 16
     if torch.cuda.get_device_capability() == (9, 0):
         assert copies_rows(inputs) == (tokens == 2048), "one of the two is to be about TMA"
@@ -117,7 +119,7 @@ def test_a_cuda_graph_replays_with_new_routing(tokens: int) -> None:
 
 @pytest.mark.parametrize("how", ["checkpointed", "compiled"])
 def test_wrapped_it_gives_the_same_bits(how: str) -> None:
-    inputs = tensors(*WRAPPED_SHAPE, torch.bfloat16)
+    inputs = tensors(*WRAPPED_SHAPE, dtype=torch.bfloat16)
     leaves = [t.detach().requires_grad_() for t in inputs[:4]]
     calls = []
 
@@ -142,7 +144,7 @@ def test_wrapped_it_gives_the_same_bits(how: str) -> None:
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
 def test_tensors_of_another_gpu_than_the_current_one() -> None:
-    inputs = [t.to("cuda:1") for t in tensors(*WRAPPED_SHAPE, torch.bfloat16)]
+    inputs = [t.to("cuda:1") for t in tensors(*WRAPPED_SHAPE, dtype=torch.bfloat16)]
     assert torch.cuda.current_device() == 0
     for a, b in zip(step(inputs, "swiglu", "triton"), step(inputs, "swiglu", "reference"), strict=True):
         assert a.device == inputs[0].device
