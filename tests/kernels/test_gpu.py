@@ -4,6 +4,8 @@ On any card: which kernels it takes is for kernels/tiles.py to say, and asserted
 The shapes stand here by name because benchmarks/precompile.py compiles them on all cores beforehand.
 """
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -123,13 +125,13 @@ def test_wrapped_it_gives_the_same_bits(how: str) -> None:
     leaves = [t.detach().requires_grad_() for t in inputs[:4]]
     calls = []
 
-    def counted(*given: torch.Tensor) -> torch.Tensor:
+    def counted(*given: Any) -> torch.Tensor:
         calls.append(given)
-        return ops.expert_mlp(*given, "swiglu", "triton")
+        return ops.expert_mlp(*given, activation="swiglu", impl="triton")
 
     @torch.compile(fullgraph=True)
-    def compiled(x, w_in, w_out, weights, ids):
-        return ops.expert_mlp(x, w_in, w_out, weights, ids, "swiglu", "triton")
+    def compiled(*given: Any) -> torch.Tensor:
+        return ops.expert_mlp(*given, activation="swiglu", impl="triton")
 
     if how == "checkpointed":
         y = checkpoint(counted, *leaves, inputs[4], use_reentrant=False)
