@@ -68,7 +68,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/generate.py
 	$(BIN)/python benchmarks/expert_cpu.py
 
-# Compiles every Triton kernel for A100, H100 and MI300, on a machine without a GPU too; fails on spills.
+# Compiles every Triton kernel for every kind of GPU that can run it, on a machine without one; fails on spills.
 aot: $(VENV)/.installed-demo
 	$(BIN)/python -m moe.kernels.ahead
 

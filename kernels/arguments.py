@@ -7,6 +7,7 @@ device, and an id outside ends in an assertion on the device, as in torch's own 
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -120,6 +121,16 @@ for _op in (checked_choice, checked_ids):
     _op.register_vmap(lambda info, dims, ids, n, name, op=_op: (op(ids.movedim(dims[0], 0), n, name), 0))
 
 
+_HERE = nullcontext()
+
+
+def on_device_of(x: Tensor) -> AbstractContextManager[object]:
+    """For the inside of custom ops: a context whose current device is the tensor's, as Triton launches on that one."""
+    if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
+        return _HERE
+    return torch.cuda.device(x.device)
+
+
 def transformed() -> bool:
     """Whether torch.func's transforms, or forward-mode differentiation, are at work.
 
@@ -137,6 +148,12 @@ def has_values(x: Tensor) -> bool:
     if torch.jit.is_tracing() or get_proxy_mode() is not None:  # type: ignore[attr-defined]
         return False
     return not torch._C._functorch.is_functorch_wrapped_tensor(x)  # type: ignore[attr-defined]
+
+
+def undispatched(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether an op may be called without torch's dispatcher: nobody traces, watches or stands in for these tensors."""
+    plain = all(t is None or type(t) in (Tensor, nn.Parameter) for t in others)
+    return plain and has_values(x) and torch._C._len_torch_dispatch_stack() == 0
 
 
 def can_read(x: Tensor) -> bool:

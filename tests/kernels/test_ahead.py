@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from moe.kernels import tile_model
+
 pytest.importorskip("triton")
 ROOT = Path(__file__).parent.parent.parent
 
@@ -21,16 +23,40 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("arch", [pytest.param("sm_80", marks=pytest.mark.slow), "sm_90"])
+ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942", "gfx950")
+
+
+@pytest.mark.parametrize(
+    "arch", [pytest.param(arch, marks=[] if arch == "sm_90" else pytest.mark.slow) for arch in ARCHS]
+)
 def test_everything_compiles_within_the_limits(arch: str) -> None:
-    done = run("--arch", arch)
+    done = run("--arch", arch, "--jobs", "1")
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.rstrip().endswith("all within the limits")
     rows = [line for line in done.stdout.splitlines() if line.startswith(("pointer.", "tma."))]
     for product in ("up", "down", "down_backward", "weight_gradient"):
         assert any(f"pointer.{product} " in row for row in rows)
-        # TMA is Hopper's; its products are the ones of training there.
-        assert any(f"tma.{product} " in row for row in rows) == (arch == "sm_90")
+        # TMA is of Hopper and of Blackwell's large cards; its products are the ones of training there.
+        assert any(f"tma.{product} " in row for row in rows) == (arch in ("sm_90", "sm_100"))
+    for row in rows:
+        # name, tile, warps, stages, registers, spills, in the loop, shared memory, and that by arithmetic
+        shared, about = (int(word.replace(",", "")) for word in row.split()[7:9])
+        assert abs(shared - about) <= tile_model.MARGIN * about + tile_model.SCRATCH, row
+
+
+def test_every_target_is_compiled_by_a_test() -> None:
+    from moe.kernels import ahead
+
+    assert set(ARCHS) == set(ahead.TARGETS)
+
+
+@pytest.mark.slow
+def test_processes_side_by_side_print_the_same_table() -> None:
+    alone, beside = (run("--arch", "sm_90", "sm_80", "--only", "rows.", "--jobs", n) for n in "12")
+    assert beside.returncode == 0, beside.stdout + beside.stderr
+    tables = [[line for line in done.stdout.splitlines() if " kernels in " not in line] for done in (alone, beside)]
+    assert tables[0] == tables[1]
+    assert sum(line.startswith("sm_") for line in tables[1]) == 2
 
 
 def test_the_interpreter_is_refused() -> None:

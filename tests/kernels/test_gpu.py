@@ -6,6 +6,10 @@ The shapes stand here by name because benchmarks/precompile.py compiles them on 
 
 from typing import Any
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,6 +20,7 @@ from moe.kernels.experts import op
 from tests.conftest import rel, tiny_config
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+ROOT = Path(__file__).parent.parent.parent
 LIMIT = {torch.bfloat16: 2e-2, torch.float16: 5e-3, torch.float32: 1e-5}
 SHAPES = [  # T, E, K, D, F: some rows an expert; odd widths; many rows; many experts; one token; all experts
     (64, 4, 2, 64, 128),
@@ -236,3 +241,46 @@ def test_cross_entropy_under_autocast_sums_in_float32_and_never_holds_all_logits
     want = head_step([x.detach().bfloat16(), w.detach().bfloat16(), targets], "torch")
     for a, b in zip((total, dx, dw), want, strict=True):
         assert rel(a, b) < 1e-2
+
+
+# ----------------------------------------------------------------------------------------------------- launches
+
+
+def launched(inputs: list[torch.Tensor], **settings: str) -> list[torch.Tensor]:
+    """y and all gradients for an upstream gradient of ones."""
+    leaves = x, w_in, w_out, weights = [t.detach().requires_grad_() for t in inputs[:4]]
+    impl = "reference" if x.dtype == torch.float64 else "triton"
+    y = ops.expert_mlp(x, w_in, w_out, weights, inputs[4], "swiglu", impl, **settings)
+    return [y.detach(), *torch.autograd.grad(y, leaves, torch.ones_like(y))]
+
+
+@pytest.mark.parametrize(
+    ("precision", "least", "most"), [("ieee", 0.0, 1e-5), ("tf32x3", 0.0, 1e-5), ("tf32", 2e-5, 2e-3)]
+)
+def test_float32_is_as_exact_as_was_asked(precision: str, least: float, most: float) -> None:
+    """Rounded to 10 bits, operands are off by up to 2^-11; what is left of them, taken along, leaves 2^-21."""
+    inputs = tensors(512, 8, 2, 512, 1024, torch.float32)
+    want = launched([t.double() if t.is_floating_point() else t for t in inputs])
+    for name, a, b in zip(
+        ("y", "dx", "dw_in", "dw_out", "dweights"), launched(inputs, precision=precision), want, strict=True
+    ):
+        assert least <= rel(a, b) < most, name
+
+
+@pytest.mark.parametrize("tokens", [1, 8192])
+@pytest.mark.parametrize("wrong", [-1, 16, 2**32])
+def test_an_id_outside_is_an_assertion_on_the_device(tokens: int, wrong: int) -> None:
+    """In a process of its own, which has no use for CUDA any more."""
+    script = f"""
+import torch
+from moe.kernels import ops
+empty = lambda *shape: torch.zeros(shape, device="cuda", dtype=torch.bfloat16)
+ids = torch.zeros({tokens}, 2, dtype=torch.int64, device="cuda")
+ids[-1, -1] = {wrong}
+weights = torch.ones({tokens}, 2, device="cuda")
+ops.expert_mlp(empty({tokens}, 64), empty(16, 2, 64, 64), empty(16, 64, 64), weights, ids)
+torch.cuda.synchronize()
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "device-side assert" in done.stderr
