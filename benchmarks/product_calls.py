@@ -3,9 +3,8 @@
 Shape suffixes: T tokens, D model width, F expert hidden width, E experts, K experts per token, R = T*K rows, J = 2 F.
 """
 
+import importlib
 from collections.abc import Callable, Iterator
-from dataclasses import replace
-from itertools import islice
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -16,7 +15,7 @@ from routings import ROUTINGS
 from shapes import Shape, ring_length
 from torch import Tensor
 
-from moe.kernels import tiles, tune
+from moe.kernels import tiles
 from moe.kernels.experts import reference, triton_mlp, triton_pointer, triton_routes, triton_rows, triton_tma
 from moe.kernels.experts.triton_pointer import Experts
 from moe.kernels.gate import reference as gate_reference
@@ -25,7 +24,6 @@ from moe.kernels.tiles import Tiles
 
 Call = Callable[[], Any]
 OURS, CUBLAS, GROUPED, TORCH = "gpt4-moe", "cuBLAS", "torch grouped_mm", "torch"
-MODULES = (triton_gate, triton_routes, triton_rows, triton_pointer, triton_tma)
 
 
 class Data(NamedTuple):
@@ -62,7 +60,7 @@ class Variant(NamedTuple):
 
 
 def prepare(shape: Shape, tokens: int, device: str, dtype: torch.dtype) -> Data:
-    g = torch.Generator(device).manual_seed(0)
+    g = None if device == "meta" else torch.Generator(device).manual_seed(0)
 
     def normal(*size: int, std: float = 1.0) -> Tensor:
         return torch.empty(size, device=device, dtype=dtype).normal_(0, std, generator=g)
@@ -99,18 +97,25 @@ def shipped(data: Data) -> Variant:
     return Variant(OURS, *triton_mlp._choose(data.x_TD, data.experts, len(data.order_R)))
 
 
-def variants(data: Data, neighbours: int, product: str) -> Iterator[Variant]:
-    """The shipped kernel, the other path, and neighbours of the shipped tile."""
-    first = shipped(data)
+def variants(data: Data, product: str) -> Iterator[Variant]:
+    """The shipped kernels, those of the other path with its shipped tiles, and what waits to be tried in Gluon."""
+    device, first = data.x_TD.device, shipped(data)
     yield first
-    sizes, E = first.sizes, data.shape.n_experts
-    other = tiles.choose(data.x_TD.device, data.x_TD.dtype, len(data.order_R), E, not sizes.tma)
-    if other.tma != sizes.tma:
+    other = tiles.choose(device, data.x_TD.dtype, len(data.order_R), data.shape.n_experts, tma=not first.sizes.tma)
+    if other.tma != first.sizes.tma:
         name, module = ("TMA", triton_tma) if other.tma else ("pointers", triton_pointer)
         yield Variant(f"{OURS}, {name}", module, other)
-    name = tile_of(product)
-    for n, tile in enumerate(islice(tune.candidates(name, getattr(sizes, name), sizes.tma), neighbours)):
-        yield Variant(f"{OURS}, tile {n + 1}", first.module, replace(sizes, **{name: tile}))
+    gluon = _gluon() if product in ("up", "down", "dx") and first.sizes.tma else None
+    if gluon and gluon is not first.module and gluon.fits(first.sizes, device):
+        yield Variant(f"{OURS}, Gluon", gluon, first.sizes)
+
+
+def _gluon() -> Any:
+    """The products in Gluon, if this Triton has all that they import."""
+    try:
+        return importlib.import_module("moe.kernels.experts.triton_gluon")
+    except ImportError:
+        return None
 
 
 def our_call(product: str, data: Data, v: Variant) -> Call:

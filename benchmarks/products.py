@@ -1,11 +1,11 @@
 """How fast is every product of the expert MLP by itself, beside cuBLAS on the same product?
 
 Apart: the products up, down, down_backward, dw_out, dw_in, dx, and what goes around them: route, gather, combine, gate.
-Sides: the shipped kernel, the other path (tiles read through TMA, or through pointers) with its shipped tile, with
---neighbours N the first N tiles that `moe.kernels.tune` would try; a loop of torch.mm over the experts' rows, already
-sorted (cuBLAS; of up and down_backward the product alone, without activation, h and dh), and torch's grouped_mm. Rows
-say path, tile, registers, spills, shared memory, and the seconds of a cold compilation. Then the whole forward at
-T = 1, 8, 64: the host's time to enqueue it, and what a CUDA graph of it takes.
+Sides: the shipped kernel, the other path (tiles read through TMA, or through pointers) with its shipped tile; a loop of
+torch.mm over the experts' rows, already sorted (cuBLAS; of up and down_backward the product alone, without activation,
+h and dh), and torch's grouped_mm. Other tiles are `moe.kernels.tune`'s. Rows say path, tile, registers, spills, shared
+memory, and the seconds of a cold compilation. Then the whole forward at T = 1, 8, 64: the host's time to enqueue it,
+and what a CUDA graph of it takes.
 
 TFLOP/s count the 2 MNK of the product, GB/s what it must read or write once (bfloat16: 2 bytes; R = T*K rows):
 
@@ -21,7 +21,7 @@ TFLOP/s count the 2 MNK of the product, GB/s what it must read or write once (bf
     gate           0          logits -> weights, ids          T (4 E + 12 K) bytes
 
 Every input is random; every result is compared with the reference, in float32 on two experts, before it is timed.
-Run: python benchmarks/products.py [--shape gpt4-quarter ...] [--quick] [--neighbours N] [--json FILE] [--dry-run]
+Run: python benchmarks/products.py [--shape gpt4-quarter ...] [--quick] [--json FILE] [--dry-run]
 
 --once launches every shipped product once and times nothing, for
     ncu --clock-control none --profile-from-start off python benchmarks/products.py --once
@@ -35,8 +35,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 if "--dry-run" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"
@@ -47,7 +49,6 @@ from measure import Report, ceilings, difference, emptied, failure, head, lackin
 from product_calls import (
     CUBLAS,
     GROUPED,
-    MODULES,
     OURS,
     TORCH,
     Call,
@@ -64,12 +65,14 @@ from product_calls import (
 )
 from shapes import AROUND, DRY, PRODUCTS, SHAPES, Shape, product_work, products_bytes
 from torch import Tensor
+from triton.runtime import driver
 
-from moe.kernels import ops
+from moe.kernels import ops, tiles
 from moe.kernels.tiles import Tiles
 
 LIMIT = {torch.bfloat16: 2e-2, torch.float16: 5e-3}  # relative norms of differences
 SECONDS, QUICK_SECONDS = 90, 35
+DEFAULT = ("gpt4-quarter", "nanochat")
 
 
 class Run(NamedTuple):
@@ -77,7 +80,6 @@ class Run(NamedTuple):
 
     device: str
     rounds: int
-    neighbours: int
     report: Report
     used: dict[Any, dict[str, Any]]  # what a kernel needs, by path, product and tiles
 
@@ -85,88 +87,92 @@ class Run(NamedTuple):
 # ------------------------------------------------------------------------------------------------ what was compiled
 
 
-def compiled() -> dict[int, Any]:
-    """Every kernel that Triton holds compiled, by identity; none in the interpreter."""
-    found = {}
-    for module in MODULES:
-        for kernel in vars(module).values():
-            for cache in getattr(kernel, "device_caches", {}).values():
-                found |= {id(k): k for k in cache[0].values()}
-    return found
+@contextmanager
+def noting(found: list[dict[str, Any]]) -> Iterator[None]:
+    """Inside, what each kernel needs that Triton loads is added to `found`. Nothing is in the interpreter."""
+    if tiles.INTERPRETED:
+        yield
+        return
+    utils: Any = driver.active.utils
+    load = utils.load_binary
 
+    def noted(name: str, binary: bytes, shared: int, device: int) -> Any:
+        loaded = load(name, binary, shared, device)
+        _, _, registers, spills, *_ = loaded
+        found.append({"kernel": name, "registers": registers, "spills": spills, "shared": shared})
+        return loaded
 
-def resources(before: dict[int, Any], seconds: float) -> dict[str, Any]:
-    """Registers, spills and shared memory of the largest kernel that came since, and how long its compilation took."""
-    new = [k for key, k in compiled().items() if key not in before and hasattr(k, "metadata")]
-    if not new:
-        return {}
-    kernel = max(new, key=lambda k: k.metadata.shared)
-    return {
-        "registers": getattr(kernel, "n_regs", None),
-        "spills": getattr(kernel, "n_spills", None),
-        "shared": kernel.metadata.shared,
-        "warps": kernel.metadata.num_warps,
-        "stages": kernel.metadata.num_stages,
-        "compile_s": round(seconds, 2),
-    }
+    with patch.object(utils, "load_binary", noted):
+        yield
 
 
 # -------------------------------------------------------------------------------------------------------- the runs
 
 
 def first_call(call: Call, device: str) -> tuple[Any, dict[str, Any]]:
-    """The result of a call, and of what had to be compiled for it."""
-    before, start = compiled(), time.perf_counter()
-    found = call()
-    if device != "cpu":
+    """The result of a call, and what the kernel needs that had to be compiled for it, with the seconds that took."""
+    kernels: list[dict[str, Any]] = []
+    start = time.perf_counter()
+    with noting(kernels):
+        found = call()
+    if device == "cuda":
         torch.cuda.synchronize()
-    return found, resources(before, time.perf_counter() - start)
+    seconds = round(time.perf_counter() - start, 2)
+    # A product's is the one with the most shared memory.
+    return found, max(kernels, key=lambda k: k["shared"]) | {"compile_s": seconds} if kernels else {}
 
 
-def compare(part: str, data: Data, what: dict[str, Any], run: "Run") -> None:
-    """Report the rows of one product, or of one part around them."""
-    device, tokens = run.device, len(data.x_TD)
-    calls: dict[str, Call] = {}
-    about: dict[str, dict[str, Any]] = {}
-    if part in PRODUCTS:
-        for v in variants(data, run.neighbours, part):
-            calls[v.side] = our_call(part, data, v)
-            about[v.side] = {"path": v.path, "tile": tile_text(v.sizes, part), "key": (v.path, tile_of(part), v.sizes)}
-        calls |= {CUBLAS: cublas_call(part, data), GROUPED: grouped_call(part, data)}
-    else:
-        calls = around_calls(part, data)
-    ready = dict(calls)
-    # What only moves rows is held against torch.
-    moved = None if part in PRODUCTS else calls[TORCH]()
-    for side, call in calls.items():
-        try:
-            found, used = first_call(call, device)
-            worst = worst_difference(part, data, found) if moved is None else difference(found, moved)
-        except Exception as error:
-            problem = failure(error)
+class Side(NamedTuple):
+    call: Call
+    about: dict[str, Any]  # path and tile, then what its kernel needs
+    known: tuple[Any, ...] = ()  # by which a kernel that is compiled already is found in `Run.used`
+
+
+def sides_of(part: str, data: Data) -> dict[str, Side]:
+    """Ours and the rivals, of a product or of a part around them."""
+    if part not in PRODUCTS:
+        return {name: Side(call, {}) for name, call in around_calls(part, data).items()}
+    sides = {}
+    for v in variants(data, part):
+        # Both weights' gradients are often one kernel.
+        known = tuple((v.path, name, v.sizes) for name in (part, tile_of(part)))
+        about = {"path": v.path, "tile": tile_text(v.sizes, part)}
+        sides[v.side] = Side(our_call(part, data, v), about, known)
+    return sides | {CUBLAS: Side(cublas_call(part, data), {}), GROUPED: Side(grouped_call(part, data), {})}
+
+
+def problem_of(part: str, data: Data, side: Side, run: Run) -> str:
+    """Why a side is not timed, "" where its result is right; its first call says what its kernel needs."""
+    try:
+        found, used = first_call(side.call, run.device)
+        if part in PRODUCTS:
+            worst = worst_difference(part, data, found)
         else:
-            problem = "" if worst < LIMIT[data.x_TD.dtype] else f"WRONG, differs by {worst:.1e}; not timed"
-            # dw_in and dw_out are one kernel, compiled once.
-            key = about.setdefault(side, {}).pop("key", (part, side))
-            about[side] |= run.used.setdefault(key, used) if used or key in run.used else {}
-            del found
-        if problem:
-            run.report.note(problem, **what, product=part, side=side)
-            del ready[side]
-        emptied(device)
-    problems: dict[str, str] = {}
-    seconds = medians(ready, run.rounds, device, problems)
-    for side, problem in problems.items():
-        run.report.note(problem, **what, product=part, side=side)
-    flop, moved_bytes = product_work(part, data.shape, tokens)
-    for side, s in seconds.items():
-        rival = seconds.get(CUBLAS)
-        run.report.row(
-            {
-                **what, "product": part, "side": side, "ms": s * 1e3, "tflops": flop / s / 1e12,
-                "gbs": moved_bytes / s / 1e9, "of_cublas": rival / s if rival else None, **about.get(side, {}),
-            }
-        )  # fmt: skip
+            worst = difference(found, around_calls(part, data)[TORCH]())  # what only moves rows is held against torch
+    except Exception as error:
+        return failure(error)
+    for key in side.known if used else ():
+        run.used.setdefault(key, used)
+    side.about |= used or next((run.used[key] for key in side.known if key in run.used), {})
+    return "" if worst < LIMIT[data.x_TD.dtype] else f"WRONG, differs by {worst:.1e}; not timed"
+
+
+def compare(part: str, data: Data, what: dict[str, Any], run: Run) -> None:
+    """Report the rows of one product, or of one part around them."""
+    sides, problems = sides_of(part, data), {}
+    for name, side in list(sides.items()):
+        if problem := problem_of(part, data, side, run):
+            problems[name] = problem
+            del sides[name]
+        emptied(run.device)
+    seconds = medians({name: side.call for name, side in sides.items()}, run.rounds, run.device, problems)
+    for name, problem in problems.items():
+        run.report.note(problem, **what, product=part, side=name)
+    flop, moved = product_work(part, data.shape, len(data.x_TD))
+    for name, s in seconds.items():
+        of_cublas = {"of_cublas": seconds[CUBLAS] / s} if CUBLAS in seconds else {}
+        row = {"ms": s * 1e3, "tflops": flop / s / 1e12, "gbs": moved / s / 1e9, **of_cublas, **sides[name].about}
+        run.report.row({**what, "product": part, "side": name, **row})
 
 
 def tile_text(sizes: Tiles, product: str) -> str:
@@ -178,11 +184,11 @@ def tile_text(sizes: Tiles, product: str) -> str:
 def line(row: dict[str, Any]) -> str:
     text = f"  {row['product']:14} {row['side']:26} {row['ms']:9.3f} ms"
     text += f" {row['tflops']:6.0f} TFLOP/s {row['gbs']:6.0f} GB/s"
-    if row["of_cublas"]:
+    if "of_cublas" in row:
         text += f" {row['of_cublas']:.2f}x cuBLAS"
     if "tile" in row:
         text += f"; {row['path']} {row['tile']}"
-    if row.get("registers") is not None:
+    if "registers" in row:
         text += f"; {row['registers']} registers, {row['spills']} spills, {row['shared']:,} B, {row['compile_s']} s"
     return text
 
@@ -234,6 +240,17 @@ def once(data: Data) -> None:
         torch.cuda.profiler.stop()
 
 
+def launches() -> None:
+    """The host code of every kernel that is launched here, on tensors without memory: for compiling ahead of time."""
+    for name in DEFAULT:
+        data = prepare(SHAPES[name], SHAPES[name].tokens[0], "meta", torch.bfloat16)
+        for product in PRODUCTS:
+            for v in variants(data, product):
+                our_call(product, data, v)()
+        for part in AROUND:
+            around_calls(part, data)[OURS]()
+
+
 def measure(data: Data, what: dict[str, Any], run: Run) -> None:
     for part in (*PRODUCTS, *AROUND):
         compare(part, data, what, run)
@@ -248,8 +265,8 @@ def measure(data: Data, what: dict[str, Any], run: Run) -> None:
             run.report.note(failure(error), **what, side="the whole forward")
 
 
-def planned(shapes: dict[str, Shape], neighbours: int, quick: bool, limit_s: float, rates: tuple[float, float]) -> int:
-    """Rounds that fit: every product on 4 sides and its neighbours at two thirds of a large product's speed.
+def planned(shapes: dict[str, Shape], quick: bool, limit_s: float, rates: tuple[float, float]) -> int:
+    """Rounds that fit: every product on 4 sides, each at two thirds of a large product's speed.
 
     At gpt4-quarter and 600 TFLOP/s a round is about 0.25 s; compiling 15 kernels, random weights and comparisons in
     float32 take 20 s more.
@@ -258,10 +275,9 @@ def planned(shapes: dict[str, Shape], neighbours: int, quick: bool, limit_s: flo
     for shape in shapes.values():
         for part in (*PRODUCTS, *AROUND):
             flop, moved = product_work(part, shape, shape.tokens[0])
-            sides = 4 + neighbours if part in PRODUCTS else 2
+            sides = 4 if part in PRODUCTS else 2
             round_s += sides * (1.5 * max(flop / rates[0] / 1e12, moved / rates[1] / 1e9) + 1e-3)
-    fixed = 20.0 * len(shapes) + 6 * neighbours
-    rounds, seconds = planned_rounds(round_s, fixed, limit_s, wanted=5 if quick else 15)
+    rounds, seconds = planned_rounds(round_s, 20.0 * len(shapes), limit_s, wanted=5 if quick else 21)
     print(f"plan: {rounds} rounds, about {seconds:.0f} s of {limit_s:.0f}")
     return rounds
 
@@ -272,7 +288,6 @@ def main() -> None:
         "--shape", nargs="+", choices=SHAPES, help="default: gpt4-quarter, and without --quick nanochat"
     )
     parser.add_argument("--quick", action="store_true", help="fewer rounds, one shape")
-    parser.add_argument("--neighbours", type=int, default=0, metavar="N", help="other tiles to try of each product")
     parser.add_argument("--seconds", type=float, help=f"rounds are planned for it: {SECONDS}, {QUICK_SECONDS} if quick")
     parser.add_argument("--once", action="store_true", help="launch every shipped product once, for a profiler")
     parser.add_argument("--dry-run", action="store_true", help="a toy size on a CPU, in the interpreter")
@@ -281,7 +296,7 @@ def main() -> None:
     dry, quick = arguments.dry_run, arguments.quick
     stop_without_gpu(dry)
     device, dtype = ("cpu", torch.float16) if dry else ("cuda", torch.bfloat16)
-    names = arguments.shape or (["gpt4-quarter"] if quick or arguments.once else ["gpt4-quarter", "nanochat"])
+    names = arguments.shape or DEFAULT[: 1 if quick or arguments.once else None]
     shapes = {"toy": DRY["toy"]} if dry else {name: SHAPES[name] for name in names}
     if arguments.once:
         for shape in shapes.values():
@@ -290,9 +305,9 @@ def main() -> None:
     first = head(device)
     product, copy = ceilings(device)
     limit_s = arguments.seconds or (QUICK_SECONDS if quick else SECONDS)
-    rounds = 1 if dry else planned(shapes, arguments.neighbours, quick, limit_s, (product, copy))
+    rounds = 1 if dry else planned(shapes, quick, limit_s, (product, copy))
     report = Report(arguments.json, {**first, "product_tflops": product, "copy_gbs": copy}, line)
-    run = Run(device, rounds, arguments.neighbours, report, {})
+    run = Run(device, rounds, report, {})
     # Compiled in a folder of its own: seconds of compilation are those of a first run.
     with tempfile.TemporaryDirectory() as cold:
         if not dry:
