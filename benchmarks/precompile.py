@@ -9,7 +9,6 @@ Run: python benchmarks/precompile.py tests|peers|layers [--dry-run] [--json FILE
 
 import argparse
 import hashlib
-import inspect
 import json
 import os
 import subprocess
@@ -18,7 +17,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -29,7 +27,7 @@ import torch
 from duel import write_record
 from triton.knobs import runtime
 
-from moe.kernels import ahead, tiles
+from moe.kernels import ahead, cards
 from moe.kernels.experts import triton_mlp
 from moe.kernels.experts.triton_pointer import Experts
 from moe.kernels.gate import triton_gate
@@ -163,18 +161,11 @@ def compiling(claims: Path, device: torch.device) -> Iterator[list[dict[str, Any
             for name, kernel in list(vars(module).items()):
                 if name.endswith("_kernel"):
                     stack.enter_context(patch.object(module, name, _NotLaunched(kernel, rows)))
-        # Tiles are chosen by the device of a tensor; these have none.
-        for name, function in list(vars(tiles).items()):
-            if inspect.isfunction(inspect.unwrap(function)) and [*inspect.signature(function).parameters][:1] == [
-                "device"
-            ]:
-                stack.enter_context(patch.object(tiles, name, partial(_on, function, device)))
+        # Tiles are chosen by the card of a tensor's device; these have none.
+        card = cards.card(device)
+        stack.enter_context(patch.object(cards, "card", lambda device: card))
         stack.enter_context(patch.object(runtime, "jit_cache_hook", taken))
         yield rows
-
-
-def _on(function: Callable[..., Any], device: torch.device, _meta: torch.device, *args: Any, **kwargs: Any) -> Any:
-    return function(device, *args, **kwargs)
 
 
 def in_parallel(group: str) -> dict[str, Any]:

@@ -166,9 +166,12 @@ def autocasts(device_type: str) -> bool:
     return _has_autocast(device_type) and torch.is_autocast_enabled(device_type)
 
 
-@torch.compiler.assume_constant_result  # which torch.compile of torch 2.11 cannot look into
 def _has_autocast(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type)
+
+
+# torch.compile of torch 2.11 cannot look into that; as in cards.py, a trace takes the answer as it is.
+_has_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def autocast(device_type: str, *tensors: Tensor | None) -> Sequence[Any]:
