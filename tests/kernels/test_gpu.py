@@ -4,11 +4,10 @@ On any card: which kernels it takes is for kernels/tiles.py to say, and asserted
 The shapes stand here by name because benchmarks/precompile.py compiles them on all cores beforehand.
 """
 
-from typing import Any
-
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
