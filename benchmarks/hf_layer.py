@@ -23,7 +23,7 @@ from torch import Tensor
 MIXTRAL = {"hidden_size": 4096, "intermediate_size": 14336, "num_local_experts": 8, "num_experts_per_tok": 2}
 TOY = {"hidden_size": 64, "intermediate_size": 32, "num_local_experts": 4, "num_experts_per_tok": 2}
 IMPLEMENTATIONS = ("gpt4_moe", "grouped_mm", "eager")
-TOLERANCE = 3e-2  # relative norm of the difference from eager, in bfloat16
+TOLERANCE = 2e-2  # relative norm of the difference from eager, in bfloat16
 
 
 class Layer:
@@ -54,11 +54,13 @@ class Layer:
 
 
 def peak_bytes(settings: dict[str, int], tokens: int, itemsize: int) -> int:
-    """Of the most wasteful side while it is compared: eager's backward makes a gradient of the whole stack for each
-    expert and adds it to the sum, beside the weights, the gradients to compare with and its own."""
+    """Of the most wasteful side while it is compared: eager's backward makes a gradient of a whole stack for one expert
+    after another and adds it to the sum, beside the weights and the gradients to compare with."""
     D, F, E, K = settings.values()
-    copies_of_weights, weights = 6, E * 3 * D * F
-    row = 2 * (4 * F + 4 * D)  # sorted rows, pre-activations, activation, product, output, and their gradients
+    copies_of_weights, weights = 4, E * 3 * D * F
+    row = (
+        4 * F + 4 * D
+    )  # sorted, pre-activations, activation, product and output, with what of their gradients is there
     return itemsize * (copies_of_weights * weights + tokens * K * row) + FLUSHED
 
 

@@ -93,8 +93,8 @@ def noting(found: list[dict[str, Any]]) -> Iterator[None]:
     if tiles.INTERPRETED:
         yield
         return
-    utils: Any = driver.active.utils
-    load = utils.load_binary
+    active: Any = driver.active
+    load = active.utils.load_binary
 
     def noted(name: str, binary: bytes, shared: int, device: int) -> Any:
         loaded = load(name, binary, shared, device)
@@ -102,7 +102,7 @@ def noting(found: list[dict[str, Any]]) -> Iterator[None]:
         found.append({"kernel": name, "registers": registers, "spills": spills, "shared": shared})
         return loaded
 
-    with patch.object(utils, "load_binary", noted):
+    with patch.object(active.utils, "load_binary", noted):
         yield
 
 
@@ -153,7 +153,7 @@ def problem_of(part: str, data: Data, side: Side, run: Run) -> str:
         return failure(error)
     for key in side.known if used else ():
         run.used.setdefault(key, used)
-    side.about |= used or next((run.used[key] for key in side.known if key in run.used), {})
+    side.about.update(used or next((run.used[key] for key in side.known if key in run.used), {}))
     return "" if worst < LIMIT[data.x_TD.dtype] else f"WRONG, differs by {worst:.1e}; not timed"
 
 

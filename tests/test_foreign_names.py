@@ -24,6 +24,7 @@ USED: dict[tuple[Any, str], str] = {
     (torch, "_C._functorch.is_batchedtensor"): "profile: inside torch.func.vmap?",
     (torch, "_C._functorch.is_functorch_wrapped_tensor"): "kernels: may values be looked at?",
     (torch, "_C._are_functorch_transforms_active"): "kernels: does torch.func differentiate?",
+    (torch, "_C._len_torch_dispatch_stack"): "kernels: does anybody watch the ops?",
     (forward_ad, "_current_level"): "kernels: does forward-mode differentiate?",
     (torch.ops.aten, "_assert_async.msg"): "kernels: ids out of range, on a GPU",
     (torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu.default"): "recompute: else computed again",
@@ -49,6 +50,7 @@ USED: dict[tuple[Any, str], str] = {
     (triton, "tools.tensor_descriptor.TensorDescriptor"): "kernels: tensor maps",
     (triton, "compiler.ASTSource"): "kernels: compilation ahead of time",
     (triton, "backends.compiler.GPUTarget"): "kernels: compilation ahead of time",
+    (triton, "experimental.gluon._runtime.GluonASTSource"): "kernels: the same, of Gluon",
 }
 # Of transformers' modules (tests/hf/test_experts.py), of tyro's (moe/cli/usage.py: a test of it fails), and named
 # tuples' own, which Python promises.
