@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from measure import difference, failure, medians
-from shapes import Shape
+from measure import difference, failure, lacking, medians
+from shapes import FLUSHED, SLACK, Shape
 from torch import Tensor
 
 MIXTURE, DENSE, COMPILED = "gpt4-moe layer", "dense MLP of the same FLOP", ", compiled"
@@ -79,9 +79,22 @@ class Side(NamedTuple):
         return "" if worst < 3e-2 else f"WRONG, differs by {worst:.1e}; not timed"
 
 
+def peak_bytes(shape: Shape, tokens: int, itemsize: int) -> int:
+    """What a step holds: weights and gradients of both sides, x, y and their gradients, and of the dense MLP's hidden
+    width h, the activation's parts and their gradients; the mixture has as much of that in other widths."""
+    wide = (shape.top_k + 1) * shape.d_ff
+    parameters = shape.weights(itemsize) + 2 * 3 * wide * shape.d_model * itemsize
+    return 2 * parameters + tokens * itemsize * (7 * wide + 6 * shape.d_model) + FLUSHED + SLACK
+
+
 def compare(what: dict[str, Any], shape: Shape, tokens: int, bench: Any, compiled: bool) -> None:
-    """Report forward, and forward + backward, of both; `bench` is expert_mlp.Bench, `what` a row's first columns."""
+    """Report forward, and forward + backward, of both, eager or `compiled`, and how many times as long ours takes.
+
+    `bench` is expert_mlp.Bench, `what` a row's first columns.
+    """
     device, report, D, K = bench.device, bench.report, shape.d_model, shape.top_k
+    if problem := lacking(peak_bytes(shape, tokens, bench.dtype.itemsize), device):
+        return report.note(f"{problem} (the whole layer)", **what)
     g = torch.Generator(device).manual_seed(4)
     x = torch.randn(tokens, D, device=device, generator=g).to(bench.dtype).requires_grad_()
     dy = torch.randn(tokens, D, device=device, generator=g).to(bench.dtype)
@@ -94,8 +107,9 @@ def compare(what: dict[str, Any], shape: Shape, tokens: int, bench: Any, compile
         MIXTURE: Side(lambda x: mixture(x, w, K, "triton"), lambda x: mixture(x, w, K, "reference"), list(w[:5])),
         DENSE: Side(dense, dense, list(w[5:])),
     }
+    suffix = COMPILED if compiled else ""
     if compiled:
-        sides |= {name + COMPILED: side._replace(call=torch.compile(side.call)) for name, side in sides.items()}
+        sides = {name + suffix: side._replace(call=torch.compile(side.call)) for name, side in sides.items()}
     for name, side in list(sides.items()):
         if problem := side.problem(x):
             report.note(problem, **what, side=name)
@@ -110,10 +124,9 @@ def compare(what: dict[str, Any], shape: Shape, tokens: int, bench: Any, compile
         for name, problem in problems.items():
             report.note(f"{problem} ({kind})", **what, side=name)
         for name, s in seconds.items():
-            rate, mine = flop / s / 1e12, seconds.get(MIXTURE + COMPILED * name.endswith(COMPILED), float("nan"))
+            rate, mine = flop / s / 1e12, seconds.get(MIXTURE + suffix, float("nan"))
             row = {"kind": kind, "side": name, "ms": s * 1e3, "tflops": rate, "ours_is_faster_by": s / mine}
             report.row({**what, **row, "of_cublas_peak": rate / bench.product_tflops})
-        for suffix in ("", COMPILED):
-            if MIXTURE + suffix in seconds and DENSE + suffix in seconds:
-                ratio = seconds[MIXTURE + suffix] / seconds[DENSE + suffix]
-                print(f"  {kind}{suffix}: the mixture takes {ratio:.2f} times as long as the dense MLP", flush=True)
+        if len(seconds) == 2:
+            ratio = seconds[MIXTURE + suffix] / seconds[DENSE + suffix]
+            print(f"  {kind}{suffix}: the mixture takes {ratio:.2f} times as long as the dense MLP", flush=True)

@@ -77,6 +77,11 @@ class Case(NamedTuple):
         return self.name in FEW
 
     @property
+    def has_layer(self) -> bool:
+        """Whether the whole layer is measured too, beside a dense MLP."""
+        return self.name in ("nanochat", "toy") and self.routing == "balanced"
+
+    @property
     def what(self) -> dict[str, Any]:
         """The first columns of a row."""
         return {"shape": self.name, "tokens": self.tokens, "routing": self.routing}
@@ -258,7 +263,7 @@ def _overhead(case: Case, inputs: Inputs, bench: Bench, forward_ms: float) -> di
     rows_RD = inputs.x.repeat_interleave(inputs.ids.shape[1], 0)
 
     def call() -> None:
-        routes = router.cut(*router.place(inputs.ids, len(inputs.w_in)), 128)
+        routes, _ = router.route(inputs.ids, len(inputs.w_in), 128)
         triton_rows.gather(inputs.x, routes, inputs.ids.shape[1])
         triton_rows.combine(rows_RD, inputs.weights, routes, inputs.ids.shape)
 
@@ -309,6 +314,24 @@ def round_seconds(case: Case, n_peers: int, product_tflops: float, copy_gbs: flo
     return one * (n_peers + 2) if case.few else one * (n_peers + 2 + 3 * (n_peers + 3))
 
 
+def routed(case: Case, trace: Trace) -> Tensor:
+    """The ids [T, K] of its routing."""
+    if case.routing == "trace":
+        return traced(trace, case.tokens)
+    return ROUTINGS[case.routing](case.tokens, case.shape.n_experts, case.shape.top_k, 0)
+
+
+def attempt(case: Case, bench: Bench, measure: Callable[[], None]) -> None:
+    """What fails of a case is noted, and the next one is measured."""
+    try:
+        measure()
+    except Exception as error:
+        bench.report.note(failure(error), **case.what)
+        if not out_of_memory(error):
+            traceback.print_exc()
+    emptied(bench.device)
+
+
 def plan(
     todo: list[Case], n_peers: int, product_tflops: float, copy_gbs: float, limit_s: float, wanted: int
 ) -> tuple[int, float]:
@@ -340,19 +363,12 @@ def run(names: list[str], quick: bool, dry: bool, limit_s: float, written: Path 
         if time.perf_counter() - started > limit_s and not dry:
             report.note(f"left out: {limit_s:.0f} s have passed", **case.what)
             continue
-        try:
-            if case.routing == "trace":
-                ids_TK = traced(trace, case.tokens)
-            else:
-                ids_TK = ROUTINGS[case.routing](case.tokens, shape.n_experts, shape.top_k, 0)
-            compare(case, ids_TK, bench)
-            if case.routing == "balanced" and case.name in ("nanochat", "toy"):
-                dense.compare(case.what, shape, case.tokens, bench, compiled=not quick and not dry)
-        except Exception as error:
-            report.note(failure(error), **case.what)
-            if not out_of_memory(error):
-                traceback.print_exc()
-        emptied(device)
+        attempt(case, bench, lambda case=case: compare(case, routed(case, trace), bench))
+        if case.has_layer:
+            attempt(case, bench, lambda case=case: dense.compare(case.what, case.shape, case.tokens, bench, False))
+    for case in todo:
+        if case.has_layer and not quick and not dry:  # last, as it compiles for half a minute
+            attempt(case, bench, lambda case=case: dense.compare(case.what, case.shape, case.tokens, bench, True))
     report.ended()
     return report.record
 

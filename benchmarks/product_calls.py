@@ -121,8 +121,7 @@ def _gluon() -> Any:
 def our_call(product: str, data: Data, v: Variant) -> Call:
     """One of our products. What it reads in the order of the rows, it has in that order already."""
     K, E, m, sizes, w = data.shape.top_k, data.shape.n_experts, v.module, v.sizes, data.experts
-    both_2R, offsets = triton_routes.place(data.ids_TK, E)
-    routes = triton_routes.cut(both_2R, offsets, sizes.rows)
+    routes, _ = triton_routes.route(data.ids_TK, E, sizes.rows)
     # TMA reads copies in the order of the rows; pointers find the tokens themselves.
     x, dy = (data.x_RD, data.dy_RD) if sizes.tma else (data.x_TD, data.dy_TD)
     return {
@@ -184,8 +183,7 @@ def around_calls(part: str, data: Data) -> dict[str, Call]:
     """Ours and torch's, of what goes around the products; each returns a list of results."""
     shape, weights, ids = data.shape, data.weights_TK, data.ids_TK
     K, E = shape.top_k, shape.n_experts
-    both_2R, offsets = triton_routes.place(ids, E)
-    routes = triton_routes.cut(both_2R, offsets, 128)
+    routes, _ = triton_routes.route(ids, E, 128)
     inverse_R = data.order_R.argsort()
     token_R = data.order_R // K
 
@@ -195,7 +193,7 @@ def around_calls(part: str, data: Data) -> dict[str, Call]:
 
     return {
         "route": {
-            OURS: lambda: [triton_routes.cut(*triton_routes.place(ids, E), 128).order_R],
+            OURS: lambda: [triton_routes.route(ids, E, 128)[0].order_R],
             TORCH: lambda: [ids.flatten().sort(stable=True).indices],
         },
         "gather": {
@@ -207,7 +205,7 @@ def around_calls(part: str, data: Data) -> dict[str, Call]:
             TORCH: lambda: [summed()],
         },
         "gate": {
-            OURS: lambda: triton_gate.gate(data.logits_TE, K)[:2],
+            OURS: lambda: triton_gate.gate(data.logits_TE, K),
             TORCH: lambda: gate_reference.topk_gate(data.logits_TE, K),
         },
     }[part]

@@ -240,17 +240,6 @@ def once(data: Data) -> None:
         torch.cuda.profiler.stop()
 
 
-def launches() -> None:
-    """The host code of every kernel that is launched here, on tensors without memory: for compiling ahead of time."""
-    for name in DEFAULT:
-        data = prepare(SHAPES[name], SHAPES[name].tokens[0], "meta", torch.bfloat16)
-        for product in PRODUCTS:
-            for v in variants(data, product):
-                our_call(product, data, v)()
-        for part in AROUND:
-            around_calls(part, data)[OURS]()
-
-
 def measure(data: Data, what: dict[str, Any], run: Run) -> None:
     for part in (*PRODUCTS, *AROUND):
         compare(part, data, what, run)

@@ -121,6 +121,14 @@ for _op in (checked_choice, checked_ids):
     _op.register_vmap(lambda info, dims, ids, n, name, op=_op: (op(ids.movedim(dims[0], 0), n, name), 0))
 
 
+def float32_precision(asked: str | None, x: Tensor) -> str:
+    """How Triton multiplies float32 operands: exactly, unless the caller allows less, here or else in torch."""
+    if x.dtype != torch.float32:
+        return "ieee"
+    # What `allow_tf32` and `set_float32_matmul_precision` set can be read here, too; the other way round it raises.
+    return asked or ("tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee")
+
+
 _HERE = nullcontext()
 
 

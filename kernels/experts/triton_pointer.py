@@ -14,16 +14,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe.kernels.arguments import float32_precision
 from moe.kernels.experts.triton_routes import VIEWS, Routes
 from moe.kernels.launcher import cdiv, remembered
 from moe.kernels.tiles import Tile, Tiles
 
 
 class Experts(NamedTuple):
-    """The experts' weights, in any strides; biases are contiguous, or None.
-
-    `precision`: how float32 operands are multiplied, "ieee", "tf32" or "tf32x3"; None is as torch is set.
-    """
+    """The experts' weights, in any strides; biases are contiguous, or None; `precision` as of `ops.expert_mlp`."""
 
     w_in_EGFD: Tensor
     w_out_EDF: Tensor
@@ -385,10 +383,9 @@ def up(
             x_TD, w, experts.b_in_EGF, h_RJ, act_RF, routes.order_R, routes.tile_expert_M, routes.tile_row_M,
             routes.offsets, D, F, x_TD.stride(0), *w.stride(),
             K=top_k, G=G, ACT=ACTIVATION_CODES[activation], HAS_BIAS=experts.b_in_EGF is not None,
-            STORE_H=store_h, STORE_ACT=store_act, PAIRS=pairs, EVEN_K=D % tile.depth == 0,
-            K_FIRST=w.stride(3) <= min(w.stride(1), w.stride(2)), PRECISION=_precision(experts.precision, x_TD),
-            BM=sizes.rows, BN=tile.columns, BK=tile.depth, GROUP_M=tile.group,
-            num_warps=tile.warps, num_stages=tile.stages,
+            STORE_H=store_h, STORE_ACT=store_act, PAIRS=pairs, EVEN_K=D % tile.depth == 0, BM=sizes.rows,
+            K_FIRST=w.stride(3) <= min(w.stride(1), w.stride(2)), PRECISION=float32_precision(experts.precision, x_TD),
+            BN=tile.columns, BK=tile.depth, GROUP_M=tile.group, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return h_RJ, act_RF
 
@@ -396,8 +393,7 @@ def up(
 def down(act_RF: Tensor, experts: Experts, routes: Routes, sizes: Tiles) -> Tensor:
     """The experts' outputs, [R, D], not yet weighted."""
     w = experts.w_out_EDF
-    bias, precision = experts.b_out_ED, experts.precision
-    return _rows_by_weights(act_RF, w, w.stride(1), w.stride(2), bias, routes, sizes, sizes.down, precision)
+    return _rows_by_weights(act_RF, w, *w.stride()[1:], experts.b_out_ED, routes, sizes, sizes.down, experts.precision)
 
 
 def dx(dh_RJ: Tensor, experts: Experts, routes: Routes, sizes: Tiles) -> Tensor:
@@ -427,8 +423,8 @@ def _rows_by_weights(
             a, w, bias, y_RN, routes.tile_expert_M, routes.tile_row_M, routes.offsets, N, depth,
             a.stride(0), w.stride(0), stride_n, stride_k,
             HAS_BIAS=bias is not None, EVEN_K=depth % tile.depth == 0, K_FIRST=stride_k <= stride_n,
-            PRECISION=_precision(precision, a), BM=sizes.rows, BN=tile.columns, BK=tile.depth, GROUP_M=tile.group,
-            num_warps=tile.warps, num_stages=tile.stages,
+            PRECISION=float32_precision(precision, a), BM=sizes.rows, BN=tile.columns, BK=tile.depth,
+            GROUP_M=tile.group, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return y_RN
 
@@ -469,7 +465,7 @@ def down_backward(
             routes.tile_row_M, routes.offsets, R, D, F, dy_TD.stride(0), *w.stride(),
             K=weights_TK.shape[1], G=G, ACT=ACTIVATION_CODES[activation], PAIRS=in_pairs(experts.w_in_EGFD),
             EVEN_K=D % tile.depth == 0, K_FIRST=w.stride(1) < w.stride(2),
-            PRECISION=_precision(experts.precision, dy_TD), SPLIT=tile.split, BM=sizes.rows,
+            PRECISION=float32_precision(experts.precision, dy_TD), SPLIT=tile.split, BM=sizes.rows,
             BN=tile.columns, BK=tile.depth, GROUP_M=tile.group,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
@@ -498,15 +494,7 @@ def weight_gradient(
     weight_gradient_kernel[(n_experts * cdiv(N, tile.rows) * cdiv(C, tile.columns),)](
         a, b, dw, routes.order_R, routes.offsets, N, C, a.stride(0), b.stride(0),
         K=top_k, GATHER_A=gathered == "a", GATHER_B=gathered == "b", PAIRS=pairs,
-        PRECISION=_precision(precision, a), BN=tile.rows, BC=tile.columns, BR=tile.depth, GROUP_M=tile.group,
+        PRECISION=float32_precision(precision, a), BN=tile.rows, BC=tile.columns, BR=tile.depth, GROUP_M=tile.group,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return dw
-
-
-def _precision(asked: str | None, x: Tensor) -> str:
-    """Float32 products are exact unless the caller allows less, here or, where nothing is asked for, in torch."""
-    if x.dtype != torch.float32:
-        return "ieee"
-    # What `allow_tf32` and `set_float32_matmul_precision` set can be read here, too; the other way round it raises.
-    return asked or ("tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -281,6 +282,41 @@ def test_the_shipped_kernel_is_what_the_op_runs(data: Data) -> None:
     v = shipped(data)
     assert v.sizes.tma
     assert v.path == "tma"
+
+
+STOOD_IN = """
+import sys
+sys.path.append("benchmarks")
+from standin.driver import install
+standin = install("sm_90")
+import torch
+import products
+from product_calls import our_call, prepare, variants
+from shapes import SHAPES
+
+data = prepare(SHAPES["gpt4-quarter"], 2048, "meta", torch.bfloat16)
+for v in variants(data, "down"):
+    call = our_call("down", data, v)
+    used, again = (products.first_call(call, "meta")[1] for _ in range(2))
+    print(v.path, used["kernel"], 0 < used["shared"] <= 232_448, used["compile_s"] > 0, sorted(used), again)
+print(standin.counts().faults)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux" or shutil.which("cc") is None, reason="the stand-in is built for Linux")
+def test_what_a_kernel_needs_is_noted_when_it_is_loaded_and_only_then(tmp_path: Path) -> None:
+    pytest.importorskip("triton.backends.nvidia")
+    (tmp_path / "script.py").write_text(STOOD_IN)
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(tmp_path / "script.py")]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    keys = "['compile_s', 'kernel', 'registers', 'shared', 'spills']"
+    assert done.stdout.splitlines() == [f"{path} down_kernel True True {keys} {{}}" for path in ("tma", "pointer")] + [
+        "0"
+    ]
 
 
 @pytest.mark.slow

@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import peers, shapes
+from benchmarks import dense, peers, shapes
 from benchmarks.expert_mlp import QUICK, QUICK_SECONDS, SECONDS, TRACE, cases, plan
 from benchmarks.measure import lacking, planned_rounds
 from benchmarks.product_calls import Data, cublas_call, prepare
@@ -225,8 +226,6 @@ def test_flop_and_bytes_are_those_of_the_tensors(product: str, data: Data) -> No
         "dx": ((data.dh_RJ, w_in, data.x_RD), 0),
     }
     read, more = tensors[product]
-    from torch.utils.flop_counter import FlopCounterMode
-
     with FlopCounterMode(display=False) as counter:
         cublas_call(product, data)()
     flop, moved = product_work(product, shape, T)
@@ -238,3 +237,26 @@ def test_the_products_of_a_step_are_three_forwards() -> None:
     for shape in SHAPES.values():
         T = shape.tokens[-1]
         assert sum(product_work(product, shape, T)[0] for product in PRODUCTS) == 3 * shape.flop(T)
+
+
+def test_the_dense_mlp_does_the_flop_of_the_layer_and_holds_what_it_is_said_to() -> None:
+    shape, T = Shape(48, 64, 8, 2, ()), 256
+    w = dense.make(shape, "cpu", torch.bfloat16)
+    x, dy = (torch.randn(T, 48).bfloat16() for _ in range(2))
+    x.requires_grad_()
+
+    def call(x: Tensor) -> Tensor:
+        return dense.mlp(x, w.dense_in, w.dense_out)
+
+    side = dense.Side(call, call, [w.dense_in, w.dense_out])
+    with FlopCounterMode(display=False) as counter:
+        side.forward(x)
+    routed_and_shared = shape.flop(T) + 6 * T * 48 * 64
+    assert counter.get_total_flops() == routed_and_shared
+    with Held(x, dy, *w) as meter:
+        side.step(x, dy)
+    rows = dense.peak_bytes(shape, T, 2) - dense.peak_bytes(shape, 0, 2)
+    held = meter.peak - w.dense_in.nbytes - w.dense_out.nbytes + x.nbytes + dy.nbytes
+    assert held <= rows <= 1.4 * held
+    fixed = dense.peak_bytes(shape, 0, 2) - shapes.FLUSHED - shapes.SLACK
+    assert fixed >= 2 * (sum(t.nbytes for t in w) - w.router_ED.nbytes)
