@@ -245,7 +245,7 @@ def test_cross_entropy_under_autocast_sums_in_float32_and_never_holds_all_logits
 # ----------------------------------------------------------------------------------------------------- launches
 
 
-def launched(inputs: list[torch.Tensor], **settings: str) -> list[torch.Tensor]:
+def launched(inputs: list[torch.Tensor], **settings: Any) -> list[torch.Tensor]:
     """y and all gradients for an upstream gradient of ones."""
     leaves = x, w_in, w_out, weights = [t.detach().requires_grad_() for t in inputs[:4]]
     impl = "reference" if x.dtype == torch.float64 else "triton"
