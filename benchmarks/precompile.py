@@ -52,14 +52,18 @@ def experts(
     dtype: torch.dtype = BFLOAT16,
     activation: str = "swiglu",
     train: bool = True,
+    recompute: bool = False,
 ) -> None:
-    """A forward and, to train, a backward of the expert MLP."""
+    """A forward and, to train, a backward of the expert MLP, from pre-activations that were kept, or not."""
     G = 1 if activation == "gelu" else 2
     weights = Experts(meta(E, G, F, D, dtype=dtype), meta(E, D, F, dtype=dtype))
     x, gate = meta(T, D, dtype=dtype), meta(T, K, dtype=torch.float32)
     y, h, order, offsets = triton_mlp.forward(x, weights, gate, meta(T, K, dtype=torch.int64), activation, train)
     if train:
         triton_mlp.backward(y, x, weights, gate, h, order, offsets, activation)
+        if recompute:
+            triton_mlp.forward(x, weights, gate, meta(T, K, dtype=torch.int64), activation, False)
+            triton_mlp.backward(y, x, weights, gate, h[:0], order, offsets, activation)
 
 
 def loss(T: int, D: int, V: int, dtype: torch.dtype = BFLOAT16) -> None:
@@ -81,6 +85,7 @@ def tests() -> None:
                 experts(*shape, dtype=dtype, activation=activation)
     for T in cases.GRAPH_TOKENS:
         experts(T, *cases.GRAPH_SHAPE, train=False)
+    experts(8192, *cases.GRAPH_SHAPE, recompute=True)  # twice the same bits
     experts(*cases.WRAPPED_SHAPE)
     for T, V in cases.HEADS:
         for dtype in cases.LIMIT:
@@ -107,7 +112,7 @@ def layers() -> None:
         cfg = load_config(name)
         E, K, F = cfg.experts.n_experts, cfg.experts.top_k, cfg.experts.d_ff
         for T in sizes:
-            experts(T, E, K, cfg.d_model, F, train=T > 64)
+            experts(T, E, K, cfg.d_model, F, train=T > 64, recompute=name == "replica-1b")
             gate(T, E, K)
             loss(T, cfg.d_model, cfg.vocab_size)
 

@@ -5,7 +5,7 @@ same arguments, same specialisation. Printed per kernel: registers; spills, and 
 shared memory, and what arithmetic expects of it; how many blocks fit a multiprocessor; the widths in bytes in which the
 main loop reads global memory (none: through TMA); tensor-core instructions, of warp groups and of warps.
 
-Run: python -m moe.kernels.ahead [--arch sm_80 sm_90] [--only NAME] [--jobs N]. Exit code 1 when a limit is broken.
+Run: python -m moe.kernels.ahead [--arch sm_80 sm_90] [--only NAME] [--once] [--jobs N]. Exit code 1: a limit is broken.
 """
 
 import argparse
@@ -105,12 +105,12 @@ class Report:
         widths = "+".join(map(str, sorted(self.loop.loads)))
         return (
             f"{self.launch.name:28} {self.launch.tile:15} {self.launch.warps:5} {self.launch.stages:6} "
-            f"{self.registers:4} {self.spills:6} {self.loop.spills:4} {self.shared:8,} {about(self.launch):>8} "
+            f"{self.registers:4} {self.spills:6} {self.loop.spills:4} {self.shared:8,} {about(self.launch, arch):>8} "
             f"{blocks:6} {widths:5} {self.wgmma:5} {self.mma:4}  {self.problem}"
         )
 
 
-def about(launch: Launch) -> str:
+def about(launch: Launch, arch: str) -> str:
     """A product's shared memory as tile_model.py reckons it: what `tune` goes by before anything is compiled."""
     if not launch.is_product:
         return ""
@@ -119,7 +119,8 @@ def about(launch: Launch) -> str:
     columns, depth = (c["BC"], c["BR"]) if dw else (c["BN"], c["BK"])
     tile = Tile(columns, depth, launch.warps, launch.stages, split=c.get("SPLIT", 1), rows=c["BN"])
     name = "dw" if dw else short
-    return f"{tile_model.shared_bytes(name, tile, c.get('BM', 0), launch.name.startswith('tma'), itemsize):,}"
+    tma = launch.name.startswith("tma.")
+    return f"{tile_model.shared_bytes(CARDS[arch], name, tile, c.get('BM', 0), tma, itemsize):,}"
 
 
 # --------------------------------------------------------------------------------------------------------- recording
@@ -318,7 +319,7 @@ def _problem(report: Report, arch: str) -> str:
     if loop.spills:
         return f"{loop.spills} spills in the main loop"
     # At the end of a tile 32 registers of 256 threads, out and in, are 64 kB: 1% of what its loop reads at width 8192.
-    if report.spills > 32:
+    if report.spills * report.launch.warps > 32 * 8:
         return f"{report.spills} spills"
     constants = dict(report.launch.constants)
     half = any("bf16" in kind or "fp16" in kind for _, kind in report.launch.signature)
@@ -368,6 +369,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--only", default="", help="kernels whose name contains this")
+    parser.add_argument("--once", action="store_true", help="each kernel once, as training in bfloat16 launches it")
     parser.add_argument("--jobs", type=int, default=min(16, os.cpu_count() or 1), help="processes that compile")
     arguments = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -375,7 +377,12 @@ def main() -> None:
     print(f"triton {triton.__version__}")
     started, problems = time.perf_counter(), 0
     names = {arch: [launch.name for launch in launches(arch)] for arch in arguments.arch}
-    jobs = [(arch, n) for arch in names for n, name in enumerate(names[arch]) if arguments.only in name]
+    jobs = [
+        (arch, n)
+        for arch, found in names.items()
+        for n, name in enumerate(found)
+        if arguments.only in name and not (arguments.once and name in found[:n])
+    ]
     alone = arguments.jobs == 1
     results = starmap(compiler(), jobs) if alone else side_by_side(compiler, (), jobs, arguments.jobs)
     above = ""

@@ -29,10 +29,10 @@ class Isolated:
         Raises:
             RuntimeError: the job raised, crashed or took too long; the message says which.
         """
-        allowed = self._seconds
-        if self._process is None:
+        fresh = self._process is None
+        if fresh:
             self._start()
-            allowed += 60
+        allowed = self._seconds + 60 * fresh
         try:
             self._connection.send(job)
             if not self._connection.poll(allowed):

@@ -50,7 +50,7 @@ def product(name: str, shape: Shape) -> Product:
     return Product(name, shape.experts, *sides.get(name, (J, D, rows)), shape.gates)
 
 
-def shared_bytes(product: str, tile: Tile, rows: int, tma: bool, itemsize: int = 2) -> int:
+def shared_bytes(card: Card, product: str, tile: Tile, rows: int, tma: bool, itemsize: int = 2) -> int:
     """Shared memory of a block in bytes; the compiler's own is within MARGIN of it, and SCRATCH (test_ahead.py).
 
     Operands have a place for each step on its way; through TMA also the step that is multiplied, and what leaves, which
@@ -63,11 +63,14 @@ def shared_bytes(product: str, tile: Tile, rows: int, tma: bool, itemsize: int =
     rows = tile.rows if product == "dw" else rows
     step = (rows + tile.columns) * tile.depth * itemsize
     if not tma:
-        # A gradient of weights reads the rows' places first, which takes every other stage.
-        return step * ((tile.stages - 1) // 2 if product == "dw" else tile.stages - 1)
-    # Of `up` gate and up leave one after the other; down_backward has a piece on its way in and one on its way out.
+        steps = tile.stages - 1
+        if product == "dw":  # which reads the rows' places first: NVIDIA's pipeline gives that every other stage
+            steps = steps - 1 if card.capability is None else steps // 2
+        # From Triton 3.9 on gfx950 copies past the registers, and its pipeline is one longer.
+        return step * (max(1, steps) + (card.arch == "gfx950"))
+    # Of `up` gate and up leave one after the other; of down_backward both come in, and a piece is on its way out.
     out = rows * tile.columns * itemsize // (2 if product == "up" else tile.split)
-    return step * tile.stages + out * (2 if product == "down_backward" else 1)
+    return step * tile.stages + out * (3 if product == "down_backward" else 1)
 
 
 MARGIN, SCRATCH = 0.05, 2048
@@ -95,7 +98,7 @@ def waves(card: Card, product: Product, tile: Tile, rows: int, n_blocks: int) ->
 def clocks(card: Card, product: Product, tile: Tile, rows: int, tma: bool) -> float:
     """About how long a product takes: whole waves of tiles, each as long as its multiplications or its loads."""
     rows = tile.rows if product.name == "dw" else rows
-    n_blocks = blocks(card, tile, rows, shared_bytes(product.name, tile, rows, tma), tma)
+    n_blocks = blocks(card, tile, rows, shared_bytes(card, product.name, tile, rows, tma), tma)
     math = 2 * rows * tile.columns * tile.depth / FLOP.get(card.arch, 1024)
     # Operands come from the L2 cache if other tiles read them too; weights that one tile of rows reads, from memory.
     a, b = 2 * rows * tile.depth / L2_BYTES, 2 * tile.columns * tile.depth / L2_BYTES
@@ -129,7 +132,7 @@ def candidates(card: Card, product: Product, tile: Tile, rows: int, tma: bool, m
 def fits(card: Card, product: Product, tile: Tile, rows: int, tma: bool) -> bool:
     """Whether a tile has room in a block's shared memory and a thread's registers, and is no wider than its product."""
     rows = tile.rows if product.name == "dw" else rows
-    shared = shared_bytes(product.name, tile, rows, tma)
+    shared = shared_bytes(card, product.name, tile, rows, tma)
     return (
         shared <= card.shared
         and 4 <= accumulator(tile, rows) <= 128

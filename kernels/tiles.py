@@ -99,12 +99,16 @@ _WIDE = Tiles(
     128,
     up=Tile(128, 64, 8, 3, group=16),
     down=Tile(128, 64, 8, 3, group=16),
-    down_backward=Tile(64, 64, 8, 3, group=16, split=2),
+    down_backward=Tile(64, 64, 8, 3, group=16, split=4),
     dx=Tile(128, 64, 8, 3, group=16),
     dw=Tile(128, 64, 8, 5, group=16, rows=128),
 )
 _SM90 = {**_SM80, "many": _WIDE}
-_GFX942 = {**_SM80, "many": replace(_WIDE, dw=replace(_WIDE.dw, stages=3))}
+# The pipeline of AMD's compiler gives a weight gradient more steps in shared memory, of which gfx942 has 65,536 B.
+_GFX942 = {
+    size: replace(sizes, dw=replace(sizes.dw, depth=min(32, sizes.dw.depth), stages=min(4, sizes.dw.stages)))
+    for size, sizes in _SM90.items()
+}
 # float32 operands take twice the shared memory and run on other units: half the depth.
 FLOAT32 = {
     "few": Tiles(16, *[Tile(32, 64, 4, 2)] * 4, dw=Tile(64, 16, 4, 2, rows=32)),

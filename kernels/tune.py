@@ -159,7 +159,7 @@ def listing(card: Card, shape: Shape) -> str:
         for mark, sizes in (("shipped", best), *(("", sizes) for sizes in found[name])):
             tile = getattr(sizes, name)
             rows = tile.rows if name == "dw" else sizes.rows
-            shared = tile_model.shared_bytes(name, tile, rows, sizes.tma)
+            shared = tile_model.shared_bytes(card, name, tile, rows, sizes.tma)
             n_blocks = tile_model.blocks(card, tile, rows, shared, sizes.tma)
             box = f"{rows} x {tile.columns} x {tile.depth}"
             lines.append(

@@ -110,7 +110,7 @@ def _down_backward_epilogue(
     da, h, dh, act, r0, r1, r2, weight, f, G: tl.constexpr, ACT: tl.constexpr, SPLIT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """As in triton_pointer.py. Rows past the expert's end, and columns past F, read as zeros and are not stored."""
+    """As in triton_pointer.py. Rows past the expert's end and columns past F read as zeros, and are not stored."""
     if SPLIT > 1:
         BH: tl.constexpr = BN // 2
         HALF: tl.constexpr = SPLIT // 2
@@ -118,11 +118,13 @@ def _down_backward_epilogue(
         part = _down_backward_epilogue(left, h, dh, act, r0, r1, r2, weight, f, G, ACT, HALF, BM, BH)
         part += _down_backward_epilogue(right, h, dh, act, r0, r1, r2, weight, f + BH, G, ACT, HALF, BM, BH)
     else:
-        gate = h.load([r0, r1, r2, 0, f]).reshape(BM, BN).to(tl.float32)
-        up = gate
+        # Gate and up in one load: each waits for the memory.
         if G == 2:
-            up = h.load([r0, r1, r2, 1, f]).reshape(BM, BN).to(tl.float32)
-        y, dgate, dup = activate_backward(gate, up, ACT)
+            gate, up = tl.split(h.load([r0, r1, r2, 0, f]).reshape(BM, 2, BN).permute(0, 2, 1))
+        else:
+            gate = h.load([r0, r1, r2, 0, f]).reshape(BM, BN)
+            up = gate
+        y, dgate, dup = activate_backward(gate.to(tl.float32), up.to(tl.float32), ACT)
         part = tl.sum(da * y, axis=1)
         act.store([r0, r1, r2, 0, f], (weight[:, None] * y).to(act.dtype).reshape(1, 1, BM, 1, BN))
         da = da * weight[:, None]
@@ -153,6 +155,7 @@ def down_backward_kernel(
         weight = tl.load(weights + flat, mask=live, other=0.0).to(tl.float32)
         r0, r1, r2 = _ragged(first, size, row - first)
         part = _down_backward_epilogue(acc, h, dh, act, r0, r1, r2, weight, pn * BN, G, ACT, SPLIT, BM, BN)
+        flat = tl.load(order + rows, mask=live, other=0)  # again: no register is free to keep it
         tl.store(dweights + pn.to(tl.int64) * R + flat, part, mask=live)
 
 
@@ -301,10 +304,11 @@ def down_backward(
     G, n = experts.w_in_EGFD.shape[1], tiles.programs(dy_RD.device)
     dh_RJ, act_RF = torch.empty_like(h_RJ), h_RJ.new_empty(R, F)
     parts_NR = h_RJ.new_empty(cdiv(F, tile.columns), R, dtype=torch.float32)
-    piece = [sizes.rows, 1, tile.columns // tile.split]
+    columns = tile.columns // tile.split
+    piece = [sizes.rows, 1, columns]
     down_backward_kernel[(n,)](
         _box(dy_RD, sizes.rows, tile.depth), _box(w, 1, tile.depth, tile.columns),
-        create_ragged_descriptor(h_RJ.view(R, G, F), piece), weights_TK,
+        create_ragged_descriptor(h_RJ.view(R, G, F), [sizes.rows, G, columns]), weights_TK,
         create_ragged_descriptor(dh_RJ.view(R, G, F), piece), create_ragged_descriptor(act_RF.view(R, 1, F), piece),
         parts_NR, routes.order_R, routes.tile_expert_M, routes.tile_row_M,
         routes.n_tiles, routes.offsets, R, D, F, n,

@@ -54,7 +54,7 @@ def test_every_tile_has_room_in_its_card(arch: str) -> None:
     for sizes, itemsize in (*choices, *((sizes, 4) for sizes in tiles.FLOAT32.values())):
         for name in PRODUCTS:
             tile = getattr(sizes, name)
-            assert tile_model.shared_bytes(name, tile, sizes.rows, sizes.tma, itemsize) <= card.shared, name
+            assert tile_model.shared_bytes(card, name, tile, sizes.rows, sizes.tma, itemsize) <= card.shared, name
 
 
 # ---------------------------------------------------------------------------------------------- GPUs that are not here

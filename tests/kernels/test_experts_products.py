@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ def sizes_of(products: ModuleType) -> tiles.Tiles:
     return tiles._INTERPRETER_TMA if products is triton_tma else tiles._INTERPRETER
 
 
-def routed(counts: list[int], tile_rows: int) -> triton_routes.Routes:
+def routed(counts: list[int], tile_rows: int) -> Any:
     """Routes of one slot a token; expert e has counts[e] of them, and every token is where its row is."""
     ids = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)).view(-1, 1)
     return triton_routes.cut(*triton_routes.place(ids.to(DEVICE), len(counts)), tile_rows)
@@ -38,9 +39,8 @@ def routed(counts: list[int], tile_rows: int) -> triton_routes.Routes:
 COUNTS = [[0, 17, 33, 1], [16, 0, 0, 35], [40, 3, 0], [0, 0, 50, 0, 0], [0], [1] * 11]
 
 
-# Two tiles of a's columns by three of b's: six of every expert. A program may have none of them, one or all.
-@pytest.mark.parametrize("split", [1, 2])
-@pytest.mark.parametrize("programs", [1, 5, 6, 67])
+# Two tiles of a's columns by three of b's: six of every expert. A program may have none of them, some or all.
+@pytest.mark.parametrize(("programs", "split"), [(1, 2), (5, 1), (67, 2)])
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
 def test_weight_gradients_of_experts_with_and_without_rows(
     counts: list[int], programs: int, split: int, monkeypatch: pytest.MonkeyPatch
@@ -107,7 +107,7 @@ def test_pieces_of_the_backward_epilogue_change_nothing(products: ModuleType, la
         return products.down_backward(dy, experts, weights, h, routes, activation, pieces)
 
     want = backward(1)
-    for split in (2, 8):
+    for split in (2, 4):
         dh, act, dweights = backward(split)
         assert torch.equal(dh, want[0])
         assert torch.equal(act, want[1])

@@ -1,5 +1,7 @@
 """What is read from machine code, on code written by hand."""
 
+from collections import Counter
+
 from moe.kernels import sass
 
 # As nvdisasm prints it. A loop over tiles (.L_x_0) around one over steps (.L_x_1); the end of a tile, with spills of
@@ -39,7 +41,7 @@ CODE = """
 
 def test_the_main_loop_is_the_shortest_way_round_through_the_products() -> None:
     loop = sass.main_loop(CODE)
-    assert loop == sass.Loop(instructions=8, products=2, spills=1, loads={16: 2, 4: 1})
+    assert loop == sass.Loop(instructions=8, products=2, spills=1, loads=Counter({16: 2, 4: 1}))
 
 
 def test_without_tensor_cores_the_main_loop_multiplies_and_adds() -> None:

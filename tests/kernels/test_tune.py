@@ -62,7 +62,7 @@ def test_few_tiles_are_tried_and_all_of_them_fit(arch: str, tokens: int) -> None
         assert getattr(best, name) not in tried
         assert all(replace(sizes, **{name: getattr(best, name)}) == best for sizes in others)
         for tile in tried:
-            assert tile_model.shared_bytes(name, tile, best.rows, best.tma) <= card.shared
+            assert tile_model.shared_bytes(card, name, tile, best.rows, best.tma) <= card.shared
 
 
 def test_what_would_be_tried_is_listed(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
