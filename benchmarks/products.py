@@ -217,11 +217,15 @@ def host_rows(data: Data, device: str, rounds: int) -> Iterator[dict[str, Any]]:
             yield {"tokens": tokens, "what": f"enqueue {name}", "us": statistics.median(times) * 1e6}
         if device == "cpu":
             continue
-        yield {"tokens": tokens, "what": "run", "us": medians({"": call}, rounds, device)[""] * 1e6}
+        yield {"tokens": tokens, "what": f"run {name}", "us": medians({"": call}, rounds, device)[""] * 1e6}
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             call()
-        yield {"tokens": tokens, "what": "graph replay", "us": medians({"": graph.replay}, rounds, device)[""] * 1e6}
+        yield {
+            "tokens": tokens,
+            "what": f"graph replay {name}",
+            "us": medians({"": graph.replay}, rounds, device)[""] * 1e6,
+        }
 
 
 def once(data: Data) -> None:
@@ -257,8 +261,8 @@ def measure(data: Data, what: dict[str, Any], run: Run) -> None:
 def planned(shapes: dict[str, Shape], quick: bool, limit_s: float, rates: tuple[float, float]) -> int:
     """Rounds that fit: every product on 4 sides, each at two thirds of a large product's speed.
 
-    At gpt4-quarter and 600 TFLOP/s a round is about 0.25 s; compiling 15 kernels, random weights and comparisons in
-    float32 take 20 s more.
+    At gpt4-quarter and 600 TFLOP/s a round is about 0.25 s; compiling 12 kernels takes some 20 s, random
+    weights and comparisons in float32 up to 10 s a shape.
     """
     round_s = 0.0
     for shape in shapes.values():
@@ -266,7 +270,7 @@ def planned(shapes: dict[str, Shape], quick: bool, limit_s: float, rates: tuple[
             flop, moved = product_work(part, shape, shape.tokens[0])
             sides = 4 if part in PRODUCTS else 2
             round_s += sides * (1.5 * max(flop / rates[0] / 1e12, moved / rates[1] / 1e9) + 1e-3)
-    rounds, seconds = planned_rounds(round_s, 20.0 * len(shapes), limit_s, wanted=5 if quick else 21)
+    rounds, seconds = planned_rounds(round_s, 20.0 + 10.0 * len(shapes), limit_s, wanted=5 if quick else 21)
     print(f"plan: {rounds} rounds, about {seconds:.0f} s of {limit_s:.0f}")
     return rounds
 

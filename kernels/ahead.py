@@ -28,11 +28,12 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moe.kernels import cards, sass, tile_model, tiles
 from moe.kernels.cards import CARDS, refusal
-from moe.kernels.experts import triton_mlp, triton_pointer, triton_routes, triton_rows, triton_tma
+from moe.kernels.experts import triton_gluon, triton_mlp, triton_pointer, triton_routes, triton_rows, triton_tma
 from moe.kernels.gate import triton_gate
 from moe.kernels.isolated import side_by_side
 from moe.kernels.loss import triton_chunked
@@ -43,7 +44,7 @@ TARGETS = {
     for arch, card in CARDS.items()
     if not refusal(card)
 }
-MODULES = (triton_gate, triton_routes, triton_rows, triton_pointer, triton_tma, triton_chunked)
+MODULES = (triton_gate, triton_routes, triton_rows, triton_pointer, triton_tma, triton_gluon, triton_chunked)
 _TYPES = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
@@ -112,7 +113,7 @@ class Report:
 
 def about(launch: Launch, arch: str) -> str:
     """A product's shared memory as tile_model.py reckons it: what `tune` goes by before anything is compiled."""
-    if not launch.is_product:
+    if not launch.is_product or launch.name.startswith("gluon."):
         return ""
     c, short = dict(launch.constants), launch.name.partition(".")[2]
     dw, itemsize = "BR" in c, 4 if "fp32" in launch.signature[0][1] else 2
@@ -137,7 +138,8 @@ class _Recorder:
 
 
 def _launch(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launch:
-    warps, stages = kwargs.pop("num_warps", 4), kwargs.pop("num_stages", 3)
+    # In Gluon stages are the kernel's own.
+    warps, stages = kwargs.pop("num_warps", 4), kwargs.pop("num_stages", kwargs.get("STAGES", 3))
     values = {**dict(zip(kernel.arg_names, args, strict=False)), **kwargs}
     signature, constants, divisible = [], [], []
     for position, parameter in enumerate(kernel.params):
@@ -167,7 +169,10 @@ def _kind(value: Any, specialize: bool) -> str:
     if isinstance(value, torch.Tensor):
         return "*" + _TYPES[value.dtype]
     if isinstance(value, TensorDescriptor):
-        return f"tensordesc<{_TYPES[value.base.dtype]}[{','.join(map(str, value.block_shape))}]>"
+        return f"tensordesc<{_TYPES[value.base.dtype]}[{', '.join(map(str, value.block_shape))}]>"
+    if isinstance(value, triton_gluon.TensorDescriptor):
+        box = ",".join(map(str, value.block_shape))
+        return f"tensordesc<{_TYPES[value.base.dtype]}[{box}],{value.layout!r}>"
     return "i32" if abs(value) < 2**31 else "i64"
 
 
@@ -183,6 +188,7 @@ def recording(arch: str) -> Iterator[list[Launch]]:
     ]
     patches += [
         patch.object(tiles, "INTERPRETED", False),
+        patch.object(tiles, "GLUON", False),
         patch.object(cards, "card", lambda device: CARDS[arch]),
         patch.object(tiles, "tuned", lambda card: {}),
     ]
@@ -212,6 +218,9 @@ def launches(arch: str) -> list[Launch]:
         for layout in (_strided, _pairs):
             _record(8192, 4096, 14336, torch.bfloat16, "swiglu", layout)
         _record(8192, 2880, 2880, torch.bfloat16, "swiglu_oai", _interleaved)
+        if arch == "sm_90":
+            with patch.object(tiles, "GLUON", True):
+                _record(8192, 10752, 28672, torch.bfloat16, "swiglu", _contiguous)
         logits = torch.empty(8192, 16, device="meta")
         for bias in (None, logits[0]):
             weights, ids = triton_gate.gate(logits, 2, bias)
@@ -238,9 +247,9 @@ def _record(tokens: int, d_model: int, d_ff: int, dtype: torch.dtype, activation
     x = empty(tokens, d_model)
     weights, ids = empty(tokens, K, dtype=torch.float32), empty(tokens, K, dtype=torch.int64)
     experts = layout(empty, E, 1 if activation == "gelu" else 2, d_ff, d_model)
-    _, h, *routes = triton_mlp.forward(x, experts, weights, ids, activation, True)
-    triton_mlp.backward(x, x, experts, weights, h, *routes, activation)
-    triton_mlp.backward(x, x, experts, weights, h[:0], *routes, activation)
+    _, h, order, offsets = triton_mlp.forward(x, experts, weights, ids, activation, True)
+    triton_mlp.backward(x, x, experts, weights, h, order, offsets, activation)
+    triton_mlp.backward(x, x, experts, weights, h[:0], order, offsets, activation)
     triton_mlp.forward(x, experts, weights, ids, activation, False)
 
 
@@ -270,12 +279,20 @@ def _interleaved(empty: Empty, E: int, G: int, F: int, D: int) -> triton_pointer
 
 
 def compile_launch(launch: Launch, arch: str) -> Report:
-    """Compile for `arch`; a failure is a report with a `problem`."""
-    source = ASTSource(
+    """Compile for `arch`; a failure is a report with a `problem`.
+
+    As the JIT would word it, so that a launch finds the kernel in Triton's cache.
+    """
+    kind = GluonASTSource if launch.kernel.is_gluon() else ASTSource
+    source = kind(
         fn=launch.kernel,
         signature=dict(launch.signature),
         constexprs=dict(launch.constants),
-        attrs={(position,): [["tt.divisibility", 16]] for position in launch.divisible},
+        attrs={
+            (position,): [["tt.divisibility", 16]] if position in launch.divisible else []
+            for position, (_, kind) in enumerate(launch.signature)
+            if not (kind.startswith("tensordesc") or launch.kernel.params[position].do_not_specialize)
+        },
     )
     try:
         made = triton.compile(

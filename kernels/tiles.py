@@ -22,6 +22,8 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED and HAS_TRITON:
     from moe.kernels import interpreter  # noqa: F401
+# The products of triton_gluon.py where they can stand in for triton_tma.py's: off until a GPU has shown their gain.
+GLUON = os.environ.get("GPT4_MOE_GLUON") == "1"
 
 
 def why_not_triton(x: Tensor) -> str | None:

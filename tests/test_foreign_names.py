@@ -16,6 +16,9 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.utils import _pytree, checkpoint
 
+from moe.errors import TraceError
+from moe.profile import override
+
 ROOT = Path(__file__).parent.parent
 
 # (what has it, its name) -> where it is used. Missing ones end in an AttributeError, unless the line says otherwise.
@@ -64,6 +67,12 @@ def test_it_is_there(owner: Any, name: str) -> None:
     if owner is triton:
         __import__(f"triton.{name.rpartition('.')[0]}")
     attrgetter(name)(owner)
+
+
+def test_a_replay_without_its_name_says_which_torch_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(checkpoint, "_checkpoint_without_reentrant_generator")
+    with pytest.raises(TraceError, match=r"replayed with torch .* that of 2.11 to 2.13"), override._remembering():
+        pass
 
 
 def test_no_other_is_used() -> None:

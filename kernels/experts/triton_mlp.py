@@ -112,6 +112,11 @@ def copies_rows(x_TD: Tensor, experts: Experts, n_rows: int) -> bool:
 def _choose(x_TD: Tensor, experts: Experts, n_rows: int) -> tuple[ModuleType, Tiles]:
     tma = triton_tma.fits(x_TD, experts)
     sizes = tiles.choose(x_TD.device, x_TD.dtype, n_rows, experts.w_in_EGFD.shape[0], tma)
+    if sizes.tma and tiles.GLUON:
+        from moe.kernels.experts import triton_gluon  # which no one else needs to import
+
+        if triton_gluon.fits(sizes, x_TD.device):
+            return triton_gluon, sizes
     return (triton_tma if sizes.tma else triton_pointer), sizes
 
 

@@ -104,6 +104,11 @@ def _gates(t_EJ: Tensor, module: Any) -> Tensor:
     return t_EJ.unflatten(1, (-1, 2)).transpose(1, 2)
 
 
+def _has_own_gate(module: Any) -> bool:
+    """Whether it may do more than act(gate) * up. Asked as Dynamo of torch 2.11 can follow: not of a bound method."""
+    return "_apply_gate" in module.__dict__ or type(module)._apply_gate.__name__ != "_default_apply_gate"
+
+
 def _activation(module: Any) -> str:
     """Our name of the module's activation."""
     name, why = type(module).__name__, ""
@@ -115,11 +120,10 @@ def _activation(module: Any) -> str:
         if (module.alpha, module.limit) == (1.702, 7.0):
             return "swiglu_oai"
         why = f"swiglu_alpha = {module.alpha}, swiglu_limit = {module.limit}, not 1.702 and 7"
-    elif module.has_gate and function in ("silu", "siluactivation"):
-        # A model's own `_apply_gate` may do more than act(gate) * up.
-        if type(module)._apply_gate.__name__ == "_default_apply_gate":
-            return "swiglu"
+    elif module.has_gate and _has_own_gate(module):
         why = "a gate function of its own"
+    elif module.has_gate and function in ("silu", "siluactivation"):
+        return "swiglu"
     elif not module.has_gate and function in ("gelutanh", "newgeluactivation"):
         return "gelu"
     else:

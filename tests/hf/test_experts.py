@@ -65,6 +65,10 @@ def test_models_that_do_not_fit_say_why() -> None:
     register_experts()
     with pytest.raises(ValueError, match=r"MixtralExperts has the activation gelu.* with a gate; use \"grouped_mm\""):
         run(build("Mixtral", hidden_act="gelu"), "gpt4_moe")
+    model = build("Mixtral")
+    model.model.layers[1].mlp.experts._apply_gate = lambda gate_up: gate_up.chunk(2, dim=-1)[0]
+    with pytest.raises(ValueError, match=r"MixtralExperts has a gate function of its own; use \"grouped_mm\""):
+        run(model, "gpt4_moe")
     model = build("GptOss")
     model.model.layers[0].mlp.experts.alpha = 1.0  # a key of the configuration in later releases
     with pytest.raises(ValueError, match=r"GptOssExperts has swiglu_alpha = 1.0, swiglu_limit = 7.0, not 1.702 and 7"):

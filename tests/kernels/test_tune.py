@@ -1,8 +1,12 @@
 """Tuning without a GPU: what it would try, what it keeps, and what becomes of tiles that crash."""
 
+import os
+import shutil
+import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +20,7 @@ from moe.kernels.tiles import PRODUCTS, Tile, Tiles
 from tests.kernels import jobs
 
 tune = pytest.importorskip("moe.kernels.tune")
+ROOT = Path(__file__).parent.parent.parent
 MIXTRAL = Shape(4096, 14336, 8, 2, 8192)
 USABLE = [arch for arch, card in CARDS.items() if not cards.refusal(card)]
 
@@ -150,6 +155,35 @@ class MadeUp:
         return 1.0 if product == "up" and self.seen == 2 else 2.0
 
     def close(self) -> None: ...
+
+
+AHEAD = """
+from moe.kernels import cards, tune
+from moe.kernels.tile_model import Shape
+
+shape = Shape(1024, 2048, 8, 2, 2048)
+_, best, found = tune.trials(cards.CARDS["sm_90"], shape)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("cc") is None, reason="the stand-in for CUDA's driver needs a C compiler")
+def test_a_launch_finds_the_kernels_that_were_compiled_ahead(tmp_path: Path) -> None:
+    """In Triton's cache, under the key that the JIT itself gives them."""
+    products = ("up", "down_backward", "dw")
+    compiles = f"{AHEAD}run = tune.compiler('sm_90', shape)\nassert [run(p, best) for p in {products}] == [''] * 3"
+    launches = f"from benchmarks.standin.driver import install\nstandin = install('sm_90')\n{AHEAD}"
+    launches += (
+        f"call = tune.prepare(shape, 'meta')\nassert all(standin.count(call(p, best)).launches for p in {products})"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path)}
+    for script in (compiles, launches):
+        done = subprocess.run([sys.executable, "-c", script], env=environment, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        kernels = [path.name for path in tmp_path.glob("*/*.cubin")]
+        for name in ("up_kernel", "down_backward_kernel", "weight_gradient_kernel"):
+            assert kernels.count(f"{name}.cubin") == 1, kernels
 
 
 # ----------------------------------------------------------------------------------- processes that may be brought down
