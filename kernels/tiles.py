@@ -20,6 +20,8 @@ from moe.kernels.cards import CARDS, Card
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 # On CPU tensors the kernels run only in Triton's interpreter, which has to be chosen before they are imported.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if INTERPRETED and HAS_TRITON:
+    from moe.kernels import interpreter  # noqa: F401
 # The products of triton_gluon.py where they can stand in for triton_tma.py's: off until a GPU has shown their gain.
 GLUON = os.environ.get("GPT4_MOE_GLUON") == "1"
 

@@ -51,6 +51,7 @@ USED: dict[tuple[Any, str], str] = {
     (torch.compile(nn.Linear(1, 1)), "_orig_mod"): "checkpoint, profile: the module inside; else taken as it is",
     (triton, "tools.ragged_tma.create_ragged_descriptor"): "kernels: rows up to the end of an expert, on Hopper",
     (triton, "tools.tensor_descriptor.TensorDescriptor"): "kernels: tensor maps",
+    (triton, "runtime.interpreter._patch_lang_tensor"): "kernels: scalars as indices, before Triton 3.9",
     (triton, "compiler.ASTSource"): "kernels: compilation ahead of time",
     (triton, "backends.compiler.GPUTarget"): "kernels: compilation ahead of time",
     (triton, "experimental.gluon._runtime.GluonASTSource"): "kernels: the same, of Gluon",
