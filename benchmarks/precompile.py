@@ -72,7 +72,7 @@ def loss(T: int, D: int, V: int, dtype: torch.dtype = BFLOAT16) -> None:
 
 
 def gate(T: int, E: int, K: int) -> None:
-    weights, ids, *_ = triton_gate.gate(meta(T, E, dtype=torch.float32), K)
+    weights, ids = triton_gate.gate(meta(T, E, dtype=torch.float32), K)
     triton_gate.gate_backward(weights, weights, ids, E)
 
 

@@ -218,8 +218,7 @@ def _contiguous(bias: Tensor | None) -> Tensor | None:
     return None if bias is None else bias.contiguous()
 
 
-@torch.library.custom_op("gpt4_moe::expert_mlp", mutates_args=())
-def _expert_mlp(
+def _forward(
     x: Tensor,
     w_in: Tensor,
     w_out: Tensor,
@@ -233,22 +232,6 @@ def _expert_mlp(
     precision: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns y and what the backward reads: pre-activations, sorted order, where the experts' rows end or begin."""
-    return _forward(x, w_in, w_out, weights, ids, b_in, b_out, activation, impl, recompute, precision)
-
-
-def _forward(
-    x: Tensor,
-    w_in: Tensor,
-    w_out: Tensor,
-    weights: Tensor,
-    ids: Tensor,
-    b_in: Tensor | None,
-    b_out: Tensor | None,
-    activation: str,
-    impl: str,
-    recompute: bool,
-    precision: str | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if impl != "triton" or ids.device.type == "cpu":  # elsewhere its kernels assert as much
         check_ids(ids, len(w_in), "ids")
     b_in, b_out = _contiguous(b_in), _contiguous(b_out)
@@ -263,6 +246,9 @@ def _forward(
     experts = fused.Experts(w_in, w_out, b_in, b_out, precision)
     with on_device_of(x):
         return fused.forward(x, experts, weights, ids, activation, not recompute)
+
+
+_expert_mlp = torch.library.custom_op("gpt4_moe::expert_mlp", _forward, mutates_args=())
 
 
 @_expert_mlp.register_fake
