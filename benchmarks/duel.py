@@ -21,6 +21,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from moe.io.files import write_whole
+
 
 @dataclass
 class Side:
@@ -146,12 +148,7 @@ def write_record(path: Path | None, record: dict[str, Any]) -> None:
     The file is there whole or as it was before: benchmarks write after every row, and may be stopped at any moment.
     """
     if path:
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        try:
-            temporary.write_text(json.dumps(record, indent=1) + "\n")
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_whole(path, (json.dumps(record, indent=1) + "\n").encode())
 
 
 def clocks() -> str:

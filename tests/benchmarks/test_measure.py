@@ -5,7 +5,10 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -34,15 +37,21 @@ from tests.conftest import ROOT, rel
 def test_a_record_is_whole_or_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "record.json"
     duel.write_record(path, {"rows": [1]})
-    written = Path.write_text
+    opened = Path.open
 
-    def torn(self: Path, text: str, *args: Any, **kwargs: Any) -> int:
-        written(self, text[: len(text) // 2])
-        raise OSError("the disk is full")
+    @contextmanager
+    def torn(self: Path, mode: str) -> Iterator[Any]:
+        def write(content: bytes) -> None:
+            file.write(content[: len(content) // 2])
+            raise OSError("the disk is full")
 
-    monkeypatch.setattr(Path, "write_text", torn)
-    with pytest.raises(OSError, match="disk is full"):
-        duel.write_record(path, {"rows": [1, 2]})
+        with opened(self, mode) as file:
+            yield SimpleNamespace(write=write)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", torn)
+        with pytest.raises(OSError, match="disk is full"):
+            duel.write_record(path, {"rows": [1, 2]})
     assert json.loads(path.read_text()) == {"rows": [1]}
     assert [p.name for p in tmp_path.iterdir()] == ["record.json"]
 
