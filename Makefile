@@ -16,17 +16,21 @@ RECIPE ?= runs/recipe
 .PHONY: demo recipe test test-all matrix lint docs bench aot gpu gpu-env-check clean
 
 # torch goes in first and alone: an open range in a dependency could pull gigabytes of CUDA packages.
-$(VENV)/.installed-demo: pyproject.toml
+INSTALL := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check '$(TORCH)'
+$(VENV)/.installed-torch: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python >= 3.11 is needed; set PYTHON="; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check '$(TORCH)'
-	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check '$(TORCH)' -e '.[demo]'
+	$(INSTALL)
 	touch $@
 
-# Everything, on top of it: what tests, recipe, pages and benchmarks need besides.
-$(VENV)/.installed: $(VENV)/.installed-demo
-	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check '$(TORCH)' -e '.[dev]'
+$(VENV)/.installed-demo: $(VENV)/.installed-torch
+	$(INSTALL) -e '.[demo]'
 	touch $@
+
+# Everything: what tests, recipe, pages and benchmarks need besides.
+$(VENV)/.installed: $(VENV)/.installed-torch
+	$(INSTALL) -e '.[dev]'
+	touch $@ $(VENV)/.installed-demo
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/moe train replica-nano --out $(RUN) --fresh

@@ -72,7 +72,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
         a = torch.randn(size, size, device=device).to(dtype)
         seconds = min(_seconds(a) for _ in range(4))
         best = max(best, 2 * size**3 / seconds)
-        if seconds > 0.02:
+        if seconds > 0.005:
             break
     return best
 

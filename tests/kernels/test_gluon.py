@@ -174,6 +174,7 @@ for launch in ahead.launches("sm_90"):
 """
 
 
+@pytest.mark.slow
 def test_it_compiles_to_partitions_that_load_multiply_and_store_apart() -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"GPT4_MOE_GLUON": "1"}
     command = [sys.executable, "-c", COMPILE]

@@ -67,7 +67,8 @@ def measure(name: str, micro_batch: int, seq_len: int, heap: str, *changes: str)
 
 
 CASES = [
-    ("replica-nano", 16, 256),
+    ("replica-nano", 16, 128),
+    pytest.param(("replica-nano", 16, 256), marks=pytest.mark.slow),
     pytest.param(("replica-nano", 4, 256), marks=pytest.mark.slow),
     pytest.param(("replica-nano", 16, 256, "train.activation_checkpointing=full"), marks=pytest.mark.slow),
     pytest.param(("replica-nano", 16, 256, "train.activation_checkpointing=selective"), marks=pytest.mark.slow),

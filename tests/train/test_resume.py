@@ -37,11 +37,11 @@ def wait_for_step(process, run_dir, step):
 def test_killed_anywhere_and_resumed_gives_the_same_to_the_last_digit(cfg_file, data_dir, tmp_path, any_moment):
     # log_every and save_every do not divide each other: sums between log points must survive, too. Under "muon" both
     # Muon and AdamW are at work.
-    settings = ["train.steps=60", "train.log_every=3", "train.save_every=10", "train.eval_every=20"]
+    settings = ["train.steps=42", "train.log_every=3", "train.save_every=10", "train.eval_every=20"]
     settings += ["train.optimizer=muon", "router.bias_update_rate=0.001"]
     whole = start(cfg_file, data_dir, tmp_path / "whole", *settings)
     killed = start(cfg_file, data_dir, tmp_path / "killed", *settings)
-    wait_for_step(killed, tmp_path / "killed", 3 * any_moment.randint(4, 17))
+    wait_for_step(killed, tmp_path / "killed", 3 * any_moment.randint(4, 13))
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
     assert whole.wait(timeout=120) == 0, whole.communicate()[0]
