@@ -88,6 +88,7 @@ def test_tensors_of_training_are_those_predicted(case: tuple) -> None:
     assert predicted == pytest.approx(peak - before, rel=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_peak_of_the_demo_as_moe_train_runs_it() -> None:
     """The heap that training keeps for reuse is fragmented, so that the process is larger than its tensors."""
