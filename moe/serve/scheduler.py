@@ -126,7 +126,7 @@ class Scheduler:
         """
         r = work.request
         r.drafts = []
-        if r.finish_reason is not None or not r.blocks:  # aborted while the pass ran
+        if not r.blocks:  # aborted while the pass ran
             return
         r.tokens += accepted
         # The keys and values of refused drafts are in the cache, and will be written over.
