@@ -44,7 +44,7 @@ class Runner:
     def __call__(self, segments: Sequence[Segment], wanted: Sequence[int]) -> Tensor:
         """Stores the tokens' keys and values; the logits [N, V] after the `wanted` rows of the pass."""
         one = Pass(self.pages, segments)
-        rows_N = torch.tensor(wanted, device=self.pages.device)
+        rows_N = torch.tensor(wanted, dtype=torch.int64, device=self.pages.device)
         if self.fused is not None:
             return self.fused(one, rows_N)
         cache: Any = one
