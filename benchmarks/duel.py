@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -19,6 +20,8 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from moe.io.files import write_whole
 
 
 @dataclass
@@ -140,9 +143,30 @@ def stop_without_gpu(dry_run: bool) -> None:
 
 
 def write_record(path: Path | None, record: dict[str, Any]) -> None:
-    """Write what a benchmark found as JSON, where a path is given."""
+    """Write what a benchmark found as JSON, where a path is given.
+
+    The file is there whole or as it was before: benchmarks write after every row, and may be stopped at any moment.
+    """
     if path:
-        path.write_text(json.dumps(record, indent=1) + "\n")
+        write_whole(path, (json.dumps(record, indent=1) + "\n").encode())
+
+
+def clocks() -> str:
+    """What the first GPU runs at, in one line: clocks, power, temperature, why it is throttled; "" without nvidia-smi.
+
+    Of the GPU that CUDA counts first, where CUDA_VISIBLE_DEVICES names one.
+    """
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return ""
+    fields = "clocks.sm,clocks.mem,power.draw,power.limit,temperature.gpu,clocks_throttle_reasons.active"
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] or "0"
+    command = [tool, f"--query-gpu={fields}", "--format=csv,noheader", f"--id={first}"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return answer.stdout.strip() if answer.returncode == 0 else ""
 
 
 def _serve() -> None:

@@ -23,9 +23,10 @@ if "--dry-run" in sys.argv:
 
 import torch
 import torch.nn.functional as F
-from duel import machine, stop_without_gpu, write_record
-from expert_mlp import ceilings, difference, medians
+from duel import stop_without_gpu
+from measure import Report, ceilings, difference, emptied, failure, head, lacking, medians
 from peers import available
+from shapes import FLUSHED, SLACK
 from torch import Tensor
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -113,11 +114,19 @@ def peak_gib(call: Callable[[], Any], device: str) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 2**30
 
 
-def compare(
-    name: str, shape: Shape, losses: dict[str, Loss], rounds: int, device: str, peak: float
-) -> list[dict[str, Any]]:
-    """Print and return the rows of one shape."""
+def peak_bytes(shape: Shape, itemsize: int = 2) -> int:
+    """What a shape holds at most: of x and w themselves, gradients, and gradients kept for comparison; sums of dw in
+    float32; and on the side that makes all logits, those, their softmax and the gradients of both."""
+    T, D, V = shape
+    return (T + V) * D * 3 * itemsize + V * D * 4 + 4 * T * V * itemsize + SLACK + FLUSHED
+
+
+def compare(name: str, shape: Shape, losses: dict[str, Loss], rounds: int, device: str, report: Report) -> None:
+    """Report the rows of one shape."""
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    what = {"shape": name, **shape._asdict()}
+    if problem := lacking(peak_bytes(shape, dtype.itemsize), device):
+        return report.note(problem, **what)
     x, w, targets = make(shape, device, dtype)
     x.requires_grad_()
     w.requires_grad_()
@@ -127,30 +136,37 @@ def compare(
         try:
             worst = difference(step(loss, x, w, targets), want)
         except Exception as error:
-            print(f"  {side}: does not run here: {type(error).__name__}: {str(error)[:200]}")
-            continue
-        if not worst < 3e-2:
-            print(f"  {side}: differs by {worst:.1e}" + ("; not timed" if side == OURS else ", its sums are narrow"))
-        if worst < 3e-2 or side != OURS:
-            calls[side] = lambda loss=loss: step(loss, x, w, targets)
+            worst, problem = math.inf, failure(error)
+        else:
+            narrow = "WRONG, not timed" if side == OURS else "its sums are narrow"
+            problem = "" if worst < 3e-2 else f"differs by {worst:.1e}; {narrow}"
+            if not problem or side != OURS:
+                calls[side] = lambda loss=loss: step(loss, x, w, targets)
+        if problem:
+            report.note(problem, **what, side=side)
+            emptied(device)
     del want
     flop = 6 * shape.tokens * shape.d_model * shape.vocab_size
-    seconds = medians(calls, rounds, device)
-    mine = seconds.get(OURS, math.nan)
-    rows = []
+    problems: dict[str, str] = {}
+    seconds = medians(calls, rounds, device, problems)
+    for side, problem in problems.items():
+        report.note(problem, **what, side=side)
+    mine, peak = seconds.get(OURS, math.nan), report.record["product_tflops"]
     for side, s in seconds.items():
-        row = {
-            "shape": name, **shape._asdict(), "side": side, "ms": s * 1e3, "tflops": flop / s / 1e12,
-            "of_cublas_peak": flop / s / 1e12 / peak, "ours_is_faster_by": s / mine,
-            "peak_gib": peak_gib(calls[side], device),
-        }  # fmt: skip
-        print(
-            f"  {side:30} {row['ms']:9.3f} ms {row['tflops']:6.0f} TFLOP/s {row['of_cublas_peak']:5.0%} of cuBLAS; "
-            f"{row['ours_is_faster_by']:.2f}x; peak {row['peak_gib']:.2f} GiB",
-            flush=True,
-        )
-        rows.append(row)
-    return rows
+        report.row(
+            {
+                **what, "side": side, "ms": s * 1e3, "tflops": flop / s / 1e12,
+                "of_cublas_peak": flop / s / 1e12 / peak, "ours_is_faster_by": s / mine,
+                "peak_gib": peak_gib(calls[side], device),
+            }
+        )  # fmt: skip
+
+
+def line(row: dict[str, Any]) -> str:
+    return (
+        f"  {row['side']:30} {row['ms']:9.3f} ms {row['tflops']:6.0f} TFLOP/s {row['of_cublas_peak']:5.0%} of cuBLAS; "
+        f"{row['ours_is_faster_by']:.2f}x; peak {row['peak_gib']:.2f} GiB"
+    )
 
 
 def main() -> None:
@@ -162,20 +178,19 @@ def main() -> None:
     stop_without_gpu(arguments.dry_run)
     device = "cpu" if arguments.dry_run else "cuda"
     rounds = 1 if arguments.dry_run else 3 if arguments.quick else 9
-    where = machine() if arguments.dry_run else f"{torch.cuda.get_device_name()}; {machine()}"
-    print(where)
+    first = head(device)
     losses = available(SIDES, device)
     product, copy = ceilings(device)
-    rows: list[dict[str, Any]] = []
+    report = Report(arguments.json, {**first, "product_tflops": product, "copy_gbs": copy}, line)
     for name, shape in (DRY if arguments.dry_run else SHAPES).items():
         print(f"{name}: T {shape.tokens}, d {shape.d_model}, V {shape.vocab_size}")
         try:
-            rows += compare(name, shape, losses, rounds, device, product)
+            compare(name, shape, losses, rounds, device, report)
         except torch.OutOfMemoryError as error:
-            print(f"  out of memory: {str(error)[:120]}")
-        if device == "cuda":
-            torch.cuda.empty_cache()
-        write_record(arguments.json, {"machine": where, "product_tflops": product, "copy_gbs": copy, "rows": rows})
+            report.note(failure(error), shape=name, **shape._asdict())
+        emptied(device)
+    report.ended()
+    rows = report.record["rows"]
     if not rows or any(math.isnan(row["ours_is_faster_by"]) for row in rows):
         raise SystemExit("gpt4-moe did not run, or was wrong, at some shape; see above")
 

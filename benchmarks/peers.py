@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from shapes import ring_length
 from torch import Tensor
 
 Layer = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -29,22 +30,29 @@ def ours(impl: str | None = None, recompute: bool = False) -> Layer:
 
 
 def transformers_grouped_mm() -> Layer:
-    """Hugging Face's experts of Mixtral with their grouped_mm implementation."""
-    from transformers.integrations.moe import grouped_mm_experts_forward
+    """Hugging Face's own module, `MixtralExperts` with experts_implementation="grouped_mm", on the tensors given."""
+    from transformers import MixtralConfig
+    from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-    class Experts:
-        has_gate, has_bias, is_transposed, is_concatenated = True, False, False, True
-        _is_expert_parallel = has_post_expert_norm = False
+    made: dict[tuple[int, ...], Any] = {}
 
-        def __init__(self, w_in: Tensor, w_out: Tensor) -> None:
-            self.gate_up_proj, self.down_proj, self.num_experts = w_in.flatten(1, 2), w_out, len(w_in)
-
-        def _apply_gate(self, gate_up: Tensor) -> Tensor:
-            gate, up = gate_up.chunk(2, dim=-1)
-            return F.silu(gate) * up
+    def module(w_in: Tensor) -> Any:
+        E, _, n_hidden, D = w_in.shape
+        if w_in.shape not in made:
+            config = MixtralConfig(hidden_size=D, intermediate_size=n_hidden, num_local_experts=E)
+            config._experts_implementation = "grouped_mm"
+            with torch.device("meta"):
+                made[w_in.shape] = MixtralExperts(config)
+            made[w_in.shape]._parameters.clear()  # plain tensors stand in for them, call by call
+        return made[w_in.shape]
 
     def layer(x_TD: Tensor, w_in_EGFD: Tensor, w_out_EDF: Tensor, weights_TK: Tensor, ids_TK: Tensor) -> Tensor:
-        return grouped_mm_experts_forward(Experts(w_in_EGFD, w_out_EDF), x_TD, ids_TK, weights_TK)  # type: ignore[arg-type]
+        experts = module(w_in_EGFD)
+        experts.__dict__.update(gate_up_proj=w_in_EGFD.flatten(1, 2), down_proj=w_out_EDF)
+        try:
+            return experts(x_TD, ids_TK, weights_TK)
+        finally:
+            del experts.__dict__["gate_up_proj"], experts.__dict__["down_proj"]
 
     return layer
 
@@ -117,37 +125,44 @@ def available(makers: Mapping[str, Callable[[], Any]], device: str) -> dict[str,
             found[name] = make()
         except ImportError as error:
             print(f"{name}: not here ({error})")
+        except Exception as error:  # made for another torch or Triton
+            print(f"{name}: cannot be imported ({type(error).__name__}: {str(error)[:200]})")
     return found
 
 
-def cublas_loop(w_in_EGFD: Tensor, w_out_EDF: Tensor, counts: list[int]) -> tuple[Callable, Callable]:
+class CublasLoop:
     """The rival that is given everything: rows sorted already, counts on the host; no gather, activation or combine.
 
-    One product per expert and matrix through cuBLAS. Returns forward(x_RD) and backward(x_RD): the two products of a
-    forward, and the four of a backward on operands of the right sizes.
+    One product per expert and matrix through cuBLAS, `torch.mm` over the expert's rows, on operands of the right sizes.
+    The weights' gradients go into a ring of buffers, as large as all that a cache could hold, and not into memory of
+    the weights' size: the bytes written are the same. All that a product reads is random, for zeros take less power.
     """
-    E, G, n_hidden, D = w_in_EGFD.shape
-    w_in, ends = w_in_EGFD.flatten(1, 2), [sum(counts[: e + 1]) for e in range(E)]
-    spans = [(e, end - n, end) for e, (n, end) in enumerate(zip(counts, ends, strict=True)) if n]
-    rows = ends[-1]
-    h = w_in.new_empty(rows, G * n_hidden)
-    act, y, dx = h[:, :n_hidden].contiguous(), w_in.new_empty(rows, D), w_in.new_empty(rows, D)
-    dw_in, dw_out = None, None
 
-    def forward(x_RD: Tensor) -> None:
-        for e, start, end in spans:
-            torch.mm(x_RD[start:end], w_in[e].t(), out=h[start:end])
-        for e, start, end in spans:
-            torch.mm(act[start:end], w_out_EDF[e].t(), out=y[start:end])
+    def __init__(self, w_in_EGFD: Tensor, w_out_EDF: Tensor, counts: list[int], backward: bool = True) -> None:
+        E, G, n_hidden, D = w_in_EGFD.shape
+        self.w_in, self.w_out = w_in_EGFD.flatten(1, 2), w_out_EDF
+        ends = [sum(counts[: e + 1]) for e in range(E)]
+        self.spans = [(e, end - n, end) for e, (n, end) in enumerate(zip(counts, ends, strict=True)) if n]
+        rows, g = sum(counts), torch.Generator(w_in_EGFD.device).manual_seed(2)
+        self.h = w_in_EGFD.new_empty(rows, G * n_hidden).normal_(generator=g)
+        self.act = w_in_EGFD.new_empty(rows, n_hidden).normal_(generator=g)
+        self.y = w_in_EGFD.new_empty(rows, D)  # and dx; nothing reads it
+        expert_bytes = (self.w_in[0].numel() + w_out_EDF[0].numel()) * w_in_EGFD.element_size()
+        self.ring = ring_length(expert_bytes, E) if backward else 0
+        self.dw_in = self.w_in.new_empty(self.ring, *self.w_in.shape[1:])
+        self.dw_out = self.w_out.new_empty(self.ring, *self.w_out.shape[1:])
 
-    def backward(x_RD: Tensor) -> None:
-        nonlocal dw_in, dw_out
-        if dw_in is None or dw_out is None:
-            dw_in, dw_out = torch.zeros_like(w_in), torch.zeros_like(w_out_EDF)
-        for e, start, end in spans:
-            torch.mm(x_RD[start:end], w_out_EDF[e], out=act[start:end])  # dy @ w_out
-            torch.mm(x_RD[start:end].t(), act[start:end], out=dw_out[e])
-            torch.mm(h[start:end].t(), x_RD[start:end], out=dw_in[e])
-            torch.mm(h[start:end], w_in[e], out=dx[start:end])
+    def forward(self, x_RD: Tensor) -> None:
+        for e, start, end in self.spans:
+            torch.mm(x_RD[start:end], self.w_in[e].t(), out=self.h[start:end])
+        for e, start, end in self.spans:
+            torch.mm(self.act[start:end], self.w_out[e].t(), out=self.y[start:end])
 
-    return forward, backward
+    def backward(self, dy_RD: Tensor) -> None:
+        """The four products of a backward; the rows of dy stand for those of x too."""
+        for e, start, end in self.spans:
+            dy, h, act = dy_RD[start:end], self.h[start:end], self.act[start:end]
+            torch.mm(dy, self.w_out[e], out=act)
+            torch.mm(dy.t(), act, out=self.dw_out[e % self.ring])
+            torch.mm(h.t(), dy, out=self.dw_in[e % self.ring])
+            torch.mm(h, self.w_in[e], out=self.y[start:end])

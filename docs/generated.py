@@ -12,6 +12,7 @@ from moe import plan
 from moe.cli.configs import si
 from moe.config import Config, load_config, shipped
 from moe.io.keys import sections
+from moe.kernels import cards, tiles
 from moe.plan.claims import check_claims
 
 ROOT = Path(__file__).parent.parent
@@ -26,7 +27,7 @@ def pages() -> list[Path]:
 
 def filled(text: str) -> str:
     """A page with each of its blocks as it should be now."""
-    makers = {"keys": keys, "shapes": shapes, "recipe": recipe, "verdicts": verdicts}
+    makers = {"keys": keys, "shapes": shapes, "recipe": recipe, "verdicts": verdicts, "cards": gpus}
     return BLOCK.sub(lambda found: f"{found[1]}\n{makers[found[2]]()}\n\n{found[3]}", text)
 
 
@@ -109,6 +110,37 @@ def verdicts() -> str:
     }
     rows = [(verdict, str(counts[verdict]), said) for verdict, said in meaning.items()]
     return _table(("verdict", "claims", "meaning"), [*rows, ("all", str(counts.total()), "")])
+
+
+# ------------------------------------------------------------------------------------------------------- the kernels
+
+
+def gpus() -> str:
+    """What each kind of GPU gets of the Triton kernels: path, tiles of the first product, and why."""
+    head = (
+        "GPU", "target", "shared memory a block", "many rows, contiguous 16-bit weights", "other 16-bit weights",
+        "float32", "why",
+    )  # fmt: skip
+    return _table(head, [_gpu(card) for card in cards.CARDS.values()])
+
+
+def _gpu(card: cards.Card) -> tuple[str, ...]:
+    about = card.name, card.arch, f"{card.shared:,} B"
+    if reason := cards.refusal(card):
+        return *about, "reference", "reference", "reference", reason
+    (_, first), (_, other) = (tiles.shipped(card, "many", tma) for tma in (True, False))
+    if first.tma:
+        why = "TMA, and tensor cores that read shared memory"
+    elif card.capability is None:
+        why = "no TMA"
+    else:
+        why = "TMA, but no tensor cores that read shared memory" if card.capability >= (9, 0) else "no TMA"
+    return *about, *(_tiles(t) for t in (first, other, tiles.FLOAT32["many"])), why
+
+
+def _tiles(sizes: tiles.Tiles) -> str:
+    up = sizes.up
+    return f"{'TMA' if sizes.tma else 'pointers'}: {sizes.rows} x {up.columns} x {up.depth}, {up.stages} stages"
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

@@ -1,9 +1,11 @@
 """Compile every kernel and shipped tile configuration for GPUs this machine need not have, and say what came out.
 
 The launches are recorded from the host code itself, on tensors without storage, so what is compiled is what would run:
-same arguments, same specialisation. Printed per kernel: registers, spills, shared memory, tensor-core instructions.
+same arguments, same specialisation. Printed per kernel: registers; spills, and how many of them are in the main loop;
+shared memory, and what arithmetic expects of it; how many blocks fit a multiprocessor; the widths in bytes in which the
+main loop reads global memory (none: through TMA); tensor-core instructions, of warp groups and of warps.
 
-Run: python -m moe.kernels.ahead [--arch sm_80 sm_90 gfx942] [--only NAME]. Exit code 1 when a limit is broken.
+Run: python -m moe.kernels.ahead [--arch sm_80 sm_90] [--only NAME] [--once] [--jobs N]. Exit code 1: a limit is broken.
 """
 
 import argparse
@@ -12,9 +14,12 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import starmap
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -23,21 +28,23 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from moe.kernels import tiles
-from moe.kernels.experts import triton_mlp, triton_pointer, triton_routes, triton_rows, triton_tma
+from moe.kernels import cards, sass, tile_model, tiles
+from moe.kernels.cards import CARDS, refusal
+from moe.kernels.experts import triton_gluon, triton_mlp, triton_pointer, triton_routes, triton_rows, triton_tma
 from moe.kernels.gate import triton_gate
+from moe.kernels.isolated import side_by_side
 from moe.kernels.loss import triton_chunked
+from moe.kernels.tiles import Tile
 
 TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
+    arch: GPUTarget("hip", arch, 64) if card.capability is None else GPUTarget("cuda", int(arch[3:]), 32)
+    for arch, card in CARDS.items()
+    if not refusal(card)
 }
-SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "gfx942": 65_536}  # bytes a block; the compiler does not check
-MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "gfx942": 304}
-MODULES = (triton_gate, triton_routes, triton_rows, triton_pointer, triton_tma, triton_chunked)
+MODULES = (triton_gate, triton_routes, triton_rows, triton_pointer, triton_tma, triton_gluon, triton_chunked)
 _TYPES = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
@@ -57,6 +64,7 @@ class Launch:
     divisible: tuple[int, ...]  # positions of arguments that are multiples of 16
     warps: int
     stages: int
+    options: tuple[tuple[str, Any], ...] = ()  # all others of the compiler's
 
     @property
     def name(self) -> str:
@@ -79,12 +87,41 @@ class Report:
     """What the compiler made of a launch."""
 
     launch: Launch
-    registers: int
-    spills: int
-    shared: int
-    wgmma: int
-    mma: int
+    registers: int = 0
+    spills: int = 0  # stores to local memory, anywhere
+    shared: int = 0
+    wgmma: int = 0  # instructions that read shared memory: wgmma, or Blackwell's tcgen05
+    mma: int = 0  # those that read registers: mma.sync, or AMD's mfma
+    loop: sass.Loop = field(default_factory=sass.Loop)  # stays empty for AMD's cards
     problem: str = ""
+
+    def blocks(self, arch: str) -> int:
+        """How many blocks fit a multiprocessor of NVIDIA's: 65,536 registers; CUDA keeps 1,024 B a block."""
+        threads = 32 * self.launch.warps
+        by_registers = 65_536 // (threads * -(-self.registers // 8) * 8) if self.registers else 0
+        return min(by_registers, 2048 // threads, (CARDS[arch].shared + 1024) // (self.shared + 1024))
+
+    def row(self, arch: str) -> str:
+        blocks = "" if arch.startswith("gfx") else self.blocks(arch)
+        widths = "+".join(map(str, sorted(self.loop.loads)))
+        return (
+            f"{self.launch.name:28} {self.launch.tile:15} {self.launch.warps:5} {self.launch.stages:6} "
+            f"{self.registers:4} {self.spills:6} {self.loop.spills:4} {self.shared:8,} {about(self.launch, arch):>8} "
+            f"{blocks:6} {widths:5} {self.wgmma:5} {self.mma:4}  {self.problem}"
+        )
+
+
+def about(launch: Launch, arch: str) -> str:
+    """A product's shared memory as tile_model.py reckons it: what `tune` goes by before anything is compiled."""
+    if not launch.is_product or launch.name.startswith("gluon."):
+        return ""
+    c, short = dict(launch.constants), launch.name.partition(".")[2]
+    dw, itemsize = "BR" in c, 4 if "fp32" in launch.signature[0][1] else 2
+    columns, depth = (c["BC"], c["BR"]) if dw else (c["BN"], c["BK"])
+    tile = Tile(columns, depth, launch.warps, launch.stages, split=c.get("SPLIT", 1), rows=c["BN"])
+    name = "dw" if dw else short
+    tma = launch.name.startswith("tma.")
+    return f"{tile_model.shared_bytes(CARDS[arch], name, tile, c.get('BM', 0), tma, itemsize):,}"
 
 
 # --------------------------------------------------------------------------------------------------------- recording
@@ -94,36 +131,48 @@ class _Recorder:
     """Stands in for a kernel: keeps the launches, runs nothing."""
 
     def __init__(self, kernel: Any, launches: list[Launch]) -> None:
-        self.kernel, self.launches = kernel, launches
+        self.kernel, self.launches = getattr(kernel, "jit", kernel), launches
 
     def __getitem__(self, grid: Any) -> Callable[..., None]:
         return lambda *args, **kwargs: self.launches.append(_launch(self.kernel, args, kwargs))
 
 
 def _launch(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launch:
-    warps, stages = kwargs.pop("num_warps", 4), kwargs.pop("num_stages", 3)
+    # In Gluon stages are the kernel's own.
+    warps, stages = kwargs.pop("num_warps", 4), kwargs.pop("num_stages", kwargs.get("STAGES", 3))
     values = {**dict(zip(kernel.arg_names, args, strict=False)), **kwargs}
-    constexprs = {p.name for p in kernel.params if p.is_constexpr}
     signature, constants, divisible = [], [], []
-    for position, name in enumerate(kernel.arg_names):
-        value = values[name]
-        kind = "constexpr" if name in constexprs else _kind(value)
+    for position, parameter in enumerate(kernel.params):
+        value = values.pop(parameter.name)
+        kind = "constexpr" if parameter.is_constexpr else _kind(value, not parameter.do_not_specialize)
         if kind == "constexpr":
-            constants.append((name, value))
-        elif kind.startswith("*") or (kind in ("i32", "i64") and value % 16 == 0):
+            constants.append((parameter.name, value))
+        elif not parameter.do_not_specialize_on_alignment and _is_divisible(value, not parameter.do_not_specialize):
             divisible.append(position)
-        signature.append((name, kind))
-    return Launch(kernel, tuple(signature), tuple(constants), tuple(divisible), warps, stages)
+        signature.append((parameter.name, kind))
+    options = {"debug": True} if kernel.debug else {}
+    options |= values
+    return Launch(kernel, tuple(signature), tuple(constants), tuple(divisible), warps, stages, tuple(options.items()))
 
 
-def _kind(value: Any) -> str:
+def _is_divisible(value: Any, specialize: bool) -> bool:
+    """Whether the compiler is told that an integer, or an address, is a multiple of 16."""
+    if isinstance(value, torch.Tensor):
+        return value.storage_offset() * value.element_size() % 16 == 0
+    return specialize and isinstance(value, int) and value % 16 == 0
+
+
+def _kind(value: Any, specialize: bool) -> str:
     """The type by which Triton specialises a runtime argument."""
-    if value is None or (isinstance(value, int) and value == 1):
+    if value is None or (specialize and isinstance(value, int) and value == 1):
         return "constexpr"
     if isinstance(value, torch.Tensor):
         return "*" + _TYPES[value.dtype]
     if isinstance(value, TensorDescriptor):
-        return f"tensordesc<{_TYPES[value.base.dtype]}[{','.join(map(str, value.block_shape))}]>"
+        return f"tensordesc<{_TYPES[value.base.dtype]}[{', '.join(map(str, value.block_shape))}]>"
+    if isinstance(value, triton_gluon.TensorDescriptor):
+        box = ",".join(map(str, value.block_shape))
+        return f"tensordesc<{_TYPES[value.base.dtype]}[{box}],{value.layout!r}>"
     return "i32" if abs(value) < 2**31 else "i64"
 
 
@@ -139,9 +188,9 @@ def recording(arch: str) -> Iterator[list[Launch]]:
     ]
     patches += [
         patch.object(tiles, "INTERPRETED", False),
-        patch.object(tiles, "architecture", lambda device: arch),
-        patch.object(tiles, "tuned", lambda: {}),
-        patch.object(tiles, "_multiprocessors", lambda device: MULTIPROCESSORS[arch]),
+        patch.object(tiles, "GLUON", False),
+        patch.object(cards, "card", lambda device: CARDS[arch]),
+        patch.object(tiles, "tuned", lambda card: {}),
     ]
     for p in patches:
         p.start()
@@ -166,10 +215,15 @@ def launches(arch: str) -> list[Launch]:
             for tokens in (8, 256) if few else (8192,):
                 _record(tokens, d_model, d_ff, dtype, activation, _strided if few else _contiguous)
                 _record(tokens, d_model, d_ff, dtype, activation, _contiguous)
+        for layout in (_strided, _pairs):
+            _record(8192, 4096, 14336, torch.bfloat16, "swiglu", layout)
         _record(8192, 2880, 2880, torch.bfloat16, "swiglu_oai", _interleaved)
+        if arch == "sm_90":
+            with patch.object(tiles, "GLUON", True):
+                _record(8192, 10752, 28672, torch.bfloat16, "swiglu", _contiguous)
         logits = torch.empty(8192, 16, device="meta")
         for bias in (None, logits[0]):
-            weights, ids, _ = triton_gate.gate(logits, 2, bias)
+            weights, ids = triton_gate.gate(logits, 2, bias)
             triton_gate.gate(logits, 2, bias, ids)
             triton_gate.gate_backward(weights, weights, ids, 16)
         for vocabulary in (8192, 32768, 50257, 100352):  # rows in registers, and larger ones
@@ -193,9 +247,9 @@ def _record(tokens: int, d_model: int, d_ff: int, dtype: torch.dtype, activation
     x = empty(tokens, d_model)
     weights, ids = empty(tokens, K, dtype=torch.float32), empty(tokens, K, dtype=torch.int64)
     experts = layout(empty, E, 1 if activation == "gelu" else 2, d_ff, d_model)
-    _, h, *routes = triton_mlp.forward(x, experts, weights, ids, activation, True)
-    triton_mlp.backward(x, x, experts, weights, h, *routes, activation)
-    triton_mlp.backward(x, x, experts, weights, h[:0], *routes, activation)
+    _, h, order, offsets = triton_mlp.forward(x, experts, weights, ids, activation, True)
+    triton_mlp.backward(x, x, experts, weights, h, order, offsets, activation)
+    triton_mlp.backward(x, x, experts, weights, h[:0], order, offsets, activation)
     triton_mlp.forward(x, experts, weights, ids, activation, False)
 
 
@@ -210,6 +264,11 @@ def _strided(empty: Empty, E: int, G: int, F: int, D: int) -> triton_pointer.Exp
     )
 
 
+def _pairs(empty: Empty, E: int, G: int, F: int, D: int) -> triton_pointer.Experts:
+    """Gate and up in turns, each contiguous."""
+    return triton_pointer.Experts(empty(E, F, G, D).transpose(1, 2), empty(E, D, F))
+
+
 def _interleaved(empty: Empty, E: int, G: int, F: int, D: int) -> triton_pointer.Experts:
     """gpt-oss: transposed, gate and up in turns, biases."""
     w_in = empty(E, D, F * G).unflatten(2, (F, G)).permute(0, 3, 2, 1)
@@ -220,58 +279,82 @@ def _interleaved(empty: Empty, E: int, G: int, F: int, D: int) -> triton_pointer
 
 
 def compile_launch(launch: Launch, arch: str) -> Report:
-    """Compile for `arch`; a failure is a report with a `problem`."""
-    source = ASTSource(
+    """Compile for `arch`; a failure is a report with a `problem`.
+
+    As the JIT would word it, so that a launch finds the kernel in Triton's cache.
+    """
+    kind = GluonASTSource if launch.kernel.is_gluon() else ASTSource
+    source = kind(
         fn=launch.kernel,
         signature=dict(launch.signature),
         constexprs=dict(launch.constants),
-        attrs={(position,): [["tt.divisibility", 16]] for position in launch.divisible},
+        attrs={
+            (position,): [["tt.divisibility", 16]] if position in launch.divisible else []
+            for position, (_, kind) in enumerate(launch.signature)
+            if not (kind.startswith("tensordesc") or launch.kernel.params[position].do_not_specialize)
+        },
     )
     try:
         made = triton.compile(
-            source, target=TARGETS[arch], options={"num_warps": launch.warps, "num_stages": launch.stages}
+            source,
+            target=TARGETS[arch],
+            options={"num_warps": launch.warps, "num_stages": launch.stages, **dict(launch.options)},
         )
     except Exception as error:
-        return Report(launch, 0, 0, 0, 0, 0, f"does not compile: {type(error).__name__}: {str(error)[:300]}")
-    shared = made.metadata.shared
+        return Report(launch, problem=f"does not compile: {type(error).__name__}: {str(error)[:300]}")
+    report = Report(launch, shared=made.metadata.shared)
     if arch.startswith("gfx"):
         assembly = made.asm["amdgcn"]
-        registers = _number(r"\.vgpr_count:\s+(\d+)", assembly)
-        report = Report(
-            launch, registers, _number(r"\.vgpr_spill_count:\s+(\d+)", assembly), shared, 0, assembly.count("v_mfma")
-        )
+        report.registers = _number(r"\.vgpr_count:\s+(\d+)", assembly)
+        report.spills = _number(r"\.vgpr_spill_count:\s+(\d+)", assembly)
+        report.mma = assembly.count("v_mfma")
     else:
-        registers, spills = _resources(made.asm["cubin"])
+        usage, code = _disassembled(made.asm["cubin"])
+        report.registers = _number(r"REG:(\d+)", usage)
+        report.spills = len(re.findall(r"\bSTL\b", code))
         ptx = made.asm["ptx"]
-        report = Report(launch, registers, spills, shared, ptx.count("wgmma.mma_async"), ptx.count("mma.sync"))
+        report.wgmma = ptx.count("wgmma.mma_async") + ptx.count("tcgen05.mma.")
+        report.mma = ptx.count("mma.sync")
+        if launch.is_product:
+            report.loop = sass.main_loop(code)
     report.problem = _problem(report, arch)
     return report
 
 
 def _problem(report: Report, arch: str) -> str:
     """Which limit a kernel breaks, if any."""
-    if report.shared > SHARED_LIMIT[arch]:
-        return f"{report.shared:,} B of shared memory, {SHARED_LIMIT[arch]:,} at most"
-    if arch.startswith("gfx"):
-        return ""
-    # A product's loop must not spill; in a kernel that goes over its data once, a few registers do not matter.
-    if report.spills > (0 if report.launch.is_product else 4):
-        return f"{report.spills} spills"
+    if report.shared > CARDS[arch].shared:
+        return f"{report.shared:,} B of shared memory, {CARDS[arch].shared:,} at most"
+    if arch.startswith("gfx") and report.launch.is_product:
+        return f"{report.spills} spills" if report.spills else ""
     if not report.launch.is_product:
-        return ""
+        # In a kernel that goes over its data once, a few registers do not matter.
+        return f"{report.spills} spills" if report.spills > 4 else ""
+    loop = report.loop
+    if not loop.products:
+        return "no main loop found"
+    if loop.spills:
+        return f"{loop.spills} spills in the main loop"
+    # At the end of a tile 32 registers of 256 threads, out and in, are 64 kB: 1% of what its loop reads at width 8192.
+    if report.spills * report.launch.warps > 32 * 8:
+        return f"{report.spills} spills"
     constants = dict(report.launch.constants)
     half = any("bf16" in kind or "fp16" in kind for _, kind in report.launch.signature)
     # A warp group's instruction takes 64 rows; smaller tiles use the warps' own.
     large = min(constants.get("BM", 64), constants.get("BN", 64)) >= 64
-    if half and arch == "sm_90" and large and not report.wgmma:
-        return "no wgmma"
+    if half and arch in ("sm_90", "sm_100") and large and not report.wgmma:
+        return "no instruction of a warp group"
     if half and not report.wgmma + report.mma:
         return "no tensor-core instruction"
+    # Every operand recorded here is contiguous along one dimension; what is gathered has an index of 4 bytes besides.
+    gathered = constants.get("GATHER_A") or constants.get("GATHER_B")
+    if narrow := {width for width in loop.loads if width < 16} - ({4} if gathered else set()):
+        return f"the main loop reads {min(narrow)} bytes at a time"
     return ""
 
 
-def _resources(cubin: bytes) -> tuple[int, int]:
-    """Registers per thread, and stores to local memory, of a compiled kernel."""
+def _disassembled(cubin: bytes) -> tuple[str, str]:
+    """What a compiled kernel uses, and its machine code."""
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -280,7 +363,7 @@ def _resources(cubin: bytes) -> tuple[int, int]:
             [tools / "cuobjdump", "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
         ).stdout
         code = subprocess.run([tools / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True).stdout
-    return _number(r"REG:(\d+)", usage), len(re.findall(r"\bSTL\b", code))
+    return usage, code
 
 
 def _number(pattern: str, text: str) -> int:
@@ -288,27 +371,46 @@ def _number(pattern: str, text: str) -> int:
     return int(found.group(1)) if found else 0
 
 
+def compiler() -> Callable[[str, int], tuple[str, bool]]:
+    """For the processes that compile: a launch's line of the table, by its number, and whether it breaks a limit."""
+    recorded = cache(launches)
+
+    def line(arch: str, number: int) -> tuple[str, bool]:
+        report = compile_launch(recorded(arch)[number], arch)
+        return report.row(arch), bool(report.problem)
+
+    return line
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--only", default="", help="kernels whose name contains this")
+    parser.add_argument("--once", action="store_true", help="each kernel once, as training in bfloat16 launches it")
+    parser.add_argument("--jobs", type=int, default=min(16, os.cpu_count() or 1), help="processes that compile")
     arguments = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise SystemExit("TRITON_INTERPRET is set: the interpreter compiles nothing; unset it")
     print(f"triton {triton.__version__}")
-    problems = 0
-    for arch in arguments.arch:
-        print(f"\n{arch:28} {'tile':15} warps stages regs spills   shared wgmma  mma")
-        for launch in launches(arch):
-            if arguments.only not in launch.name:
-                continue
-            report = compile_launch(launch, arch)
-            problems += bool(report.problem)
-            print(
-                f"{launch.name:28} {launch.tile:15} {launch.warps:5} {launch.stages:6} {report.registers:4} "
-                f"{report.spills:6} {report.shared:8,} {report.wgmma:5} {report.mma:4}  {report.problem}",
-                flush=True,
-            )
+    started, problems = time.perf_counter(), 0
+    names = {arch: [launch.name for launch in launches(arch)] for arch in arguments.arch}
+    jobs = [
+        (arch, n)
+        for arch, found in names.items()
+        for n, name in enumerate(found)
+        if arguments.only in name and not (arguments.once and name in found[:n])
+    ]
+    alone = arguments.jobs == 1
+    results = starmap(compiler(), jobs) if alone else side_by_side(compiler, (), jobs, arguments.jobs)
+    above = ""
+    for (arch, number), result in zip(jobs, results, strict=True):
+        if arch != above:
+            print(f"\n{arch:28} {'tile':15} warps stages regs spills loop   shared    about blocks loads wgmma  mma")
+            above = arch
+        line, problem = (f"{names[arch][number]:28} {result}", True) if isinstance(result, RuntimeError) else result
+        problems += problem
+        print(line, flush=True)
+    print(f"\n{len(jobs)} kernels in {time.perf_counter() - started:.0f} s")
     print(f"\n{problems} problem{'s' * (problems != 1)}" if problems else "\nall within the limits")
     sys.exit(1 if problems else 0)
 

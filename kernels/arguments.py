@@ -7,6 +7,7 @@ device, and an id outside ends in an assertion on the device, as in torch's own 
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -120,6 +121,24 @@ for _op in (checked_choice, checked_ids):
     _op.register_vmap(lambda info, dims, ids, n, name, op=_op: (op(ids.movedim(dims[0], 0), n, name), 0))
 
 
+def float32_precision(asked: str | None, x: Tensor) -> str:
+    """How Triton multiplies float32 operands: exactly, unless the caller allows less, here or else in torch."""
+    if x.dtype != torch.float32:
+        return "ieee"
+    # What `allow_tf32` and `set_float32_matmul_precision` set can be read here, too; the other way round it raises.
+    return asked or ("tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee")
+
+
+_HERE = nullcontext()
+
+
+def on_device_of(x: Tensor) -> AbstractContextManager[object]:
+    """For the inside of custom ops: a context whose current device is the tensor's, as Triton launches on that one."""
+    if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
+        return _HERE
+    return torch.cuda.device(x.device)
+
+
 def transformed() -> bool:
     """Whether torch.func's transforms, or forward-mode differentiation, are at work.
 
@@ -139,6 +158,12 @@ def has_values(x: Tensor) -> bool:
     return not torch._C._functorch.is_functorch_wrapped_tensor(x)  # type: ignore[attr-defined]
 
 
+def undispatched(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether an op may be called without torch's dispatcher: nobody traces, watches or stands in for these tensors."""
+    plain = all(t is None or type(t) in (Tensor, nn.Parameter) for t in others)
+    return plain and has_values(x) and torch._C._len_torch_dispatch_stack() == 0
+
+
 def can_read(x: Tensor) -> bool:
     """Whether that costs no wait for a device either."""
     return x.device.type == "cpu" and has_values(x)
@@ -146,7 +171,9 @@ def can_read(x: Tensor) -> bool:
 
 def autocasts(device_type: str) -> bool:
     """Whether autocast is on; devices without one, such as meta, may be asked too."""
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    # Dynamo of torch 2.11 cannot ask; of what code is compiled for, meta alone has none.
+    has_one = device_type != "meta" if torch.compiler.is_compiling() else torch.amp.is_autocast_available(device_type)
+    return has_one and torch.is_autocast_enabled(device_type)
 
 
 def autocast(device_type: str, *tensors: Tensor | None) -> Sequence[Any]:

@@ -6,6 +6,7 @@
 import importlib.util
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
@@ -13,9 +14,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from moe.kernels import cards
+from moe.kernels.cards import CARDS, Card
+
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 # On CPU tensors the kernels run only in Triton's interpreter, which has to be chosen before they are imported.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if INTERPRETED and HAS_TRITON:
+    from moe.kernels import interpreter  # noqa: F401
+# The products of triton_gluon.py where they can stand in for triton_tma.py's: off until a GPU has shown their gain.
+GLUON = os.environ.get("GPT4_MOE_GLUON") == "1"
 
 
 def why_not_triton(x: Tensor) -> str | None:
@@ -28,7 +36,7 @@ def why_not_triton(x: Tensor) -> str | None:
         return "it runs on CUDA; on a CPU only in the interpreter, with TRITON_INTERPRET=1 set before the import"
     if x.device.type not in ("cpu", "cuda"):
         return f"it does not run on {x.device.type}"
-    return None
+    return cards.why_not(x.device) if x.device.type == "cuda" and not INTERPRETED else None
 
 
 @dataclass(frozen=True)
@@ -78,19 +86,33 @@ _SM80 = {
         down=Tile(128, 64, 4, 3),
         down_backward=Tile(64, 64, 8, 3),
         dx=Tile(128, 64, 4, 3),
-        dw=Tile(128, 32, 8, 3, rows=128),
+        dw=Tile(128, 32, 8, 7, rows=128),
     ),
     "many": Tiles(
         128,
-        up=Tile(128, 64, 8, 3),
-        down=Tile(128, 64, 8, 3),
-        down_backward=Tile(64, 64, 8, 3, split=2),
-        dx=Tile(128, 64, 8, 3),
-        dw=Tile(128, 64, 8, 3, rows=128),
+        up=Tile(128, 32, 4, 4, group=16),
+        down=Tile(128, 32, 4, 4, group=16),
+        down_backward=Tile(128, 32, 4, 4, group=16, split=8),
+        dx=Tile(128, 32, 4, 4, group=16),
+        dw=Tile(128, 32, 4, 7, group=16, rows=128),
     ),
 }
+_WIDE = Tiles(
+    128,
+    up=Tile(128, 64, 8, 3, group=16),
+    down=Tile(128, 64, 8, 3, group=16),
+    down_backward=Tile(64, 64, 8, 3, group=16, split=4),
+    dx=Tile(128, 64, 8, 3, group=16),
+    dw=Tile(128, 64, 8, 5, group=16, rows=128),
+)
+_SM90 = {**_SM80, "many": _WIDE}
+# The pipeline of AMD's compiler gives a weight gradient more steps in shared memory, of which gfx942 has 65,536 B.
+_GFX942 = {
+    size: replace(sizes, dw=replace(sizes.dw, depth=min(32, sizes.dw.depth), stages=min(4, sizes.dw.stages)))
+    for size, sizes in _SM90.items()
+}
 # float32 operands take twice the shared memory and run on other units: half the depth.
-_FLOAT32 = {
+FLOAT32 = {
     "few": Tiles(16, *[Tile(32, 64, 4, 2)] * 4, dw=Tile(64, 16, 4, 2, rows=32)),
     "some": Tiles(32, *[Tile(64, 32, 4, 2)] * 4, dw=Tile(64, 32, 4, 2, rows=64)),
     "many": Tiles(
@@ -105,15 +127,26 @@ _FLOAT32 = {
 _SM90_TMA = {
     "many": Tiles(
         128,
-        up=Tile(256, 64, 8, 3),
-        down=Tile(256, 64, 8, 3, split=2),
-        down_backward=Tile(128, 64, 8, 3, split=2),
-        dx=Tile(256, 64, 8, 3, split=2),
-        dw=Tile(256, 64, 8, 3, rows=128),
+        up=Tile(256, 64, 8, 4, group=16),
+        down=Tile(256, 64, 8, 4, group=16, split=2),
+        down_backward=Tile(256, 64, 8, 4, group=16, split=8),
+        dx=Tile(256, 64, 8, 4, group=16, split=2),
+        dw=Tile(256, 64, 8, 4, group=16, split=2, rows=128),
         tma=True,
     ),
 }
-TABLE: dict[str, dict[str, Tiles]] = {"sm_80": _SM80, "sm_90": _SM80, "sm_90 tma": _SM90_TMA, "gfx942": _SM80}
+# There the accumulator leaves the tensor cores' own memory: half of it at a time has room in the registers.
+_SM100_TMA = {
+    "many": replace(_SM90_TMA["many"], down_backward=Tile(128, 64, 8, 4, group=16, split=8)),
+}
+TABLE: dict[str, dict[str, Tiles]] = {
+    "sm_80": _SM80,
+    "sm_86": _SM80,
+    "sm_90": _SM90,
+    "sm_90 tma": _SM90_TMA,
+    "sm_100 tma": _SM100_TMA,
+    "gfx942": _GFX942,
+}
 _INTERPRETER = Tiles(16, *[_TINY] * 4, dw=Tile(32, 16, warps=4, stages=2, group=2, rows=32))
 _INTERPRETER_TMA = Tiles(
     16,
@@ -121,7 +154,7 @@ _INTERPRETER_TMA = Tiles(
     down=replace(_TINY, split=2),
     down_backward=replace(_TINY, split=4),
     dx=replace(_TINY, split=2),
-    dw=Tile(32, 16, warps=4, stages=2, group=2, rows=32),
+    dw=Tile(32, 16, warps=4, stages=2, group=2, split=2, rows=32),
     tma=True,
 )
 
@@ -130,6 +163,33 @@ def shape_class(n_rows: int, n_experts: int) -> str:
     """ "few" rows per expert, up to 16; "some", up to 64; or "many"."""
     per_expert = n_rows / n_experts
     return "few" if per_expert <= 16 else "some" if per_expert <= 64 else "many"
+
+
+def rows(card: Card, tma: bool) -> Iterator[str]:
+    """The rows of the table that a card can take, the fastest first.
+
+    By what it has, not by its name: a card that is not in CARDS, sm_103 or sm_121, gets what its like get.
+
+    Args:
+        tma: whether TMA can read the operands.
+    """
+    if card.capability is None:
+        yield "gfx942"
+        return
+    # Large tiles want tensor cores that read shared memory: wgmma of sm_90, tcgen05 of sm_100. RTX 50 has TMA, but
+    # neither, and shared memory for less than half such a tile.
+    if tma and card.capability[0] in (9, 10) and card.shared >= CARDS["sm_90"].shared:
+        yield f"sm_{card.capability[0]}0 tma"
+    if card.shared < CARDS["sm_80"].shared:
+        yield "sm_86"
+    else:
+        yield "sm_90" if card.capability >= (9, 0) else "sm_80"
+
+
+def shipped(card: Card, size: str, tma: bool) -> tuple[str, Tiles]:
+    """The key, row and shape class, and the tiles of the table for a card; arguments as of `rows`."""
+    row = next(row for row in rows(card, tma) if size in TABLE[row])
+    return f"{row} {size}", TABLE[row][size]
 
 
 def choose(device: torch.device, dtype: torch.dtype, n_rows: int, n_experts: int, tma: bool) -> Tiles:
@@ -142,69 +202,65 @@ def choose(device: torch.device, dtype: torch.dtype, n_rows: int, n_experts: int
         return _INTERPRETER_TMA if tma else _INTERPRETER
     size = shape_class(n_rows, n_experts)
     if dtype == torch.float32:
-        return _FLOAT32[size]
-    row = architecture(device)
-    for key in (f"{row} tma", row) if tma else (row,):
-        if found := (tuned().get(f"{key} {size}") or TABLE.get(key, {}).get(size)):
-            return found
-    raise KeyError(f"no tiles for {row}, {size}")
+        return FLOAT32[size]
+    card = cards.card(device)
+    key, found = shipped(card, size, tma)
+    return tuned(card).get(key, found)
 
 
 def programs(device: torch.device) -> int:
     """How many persistent programs a device runs at once: one per multiprocessor."""
-    return 3 if INTERPRETED else _multiprocessors(device)
+    return 3 if INTERPRETED else cards.card(device).multiprocessors
 
 
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-@cache
-def architecture(device: torch.device) -> str:
-    """The row of the table for a device: the newest entry that is not newer than it."""
-    if torch.version.hip:
-        return "gfx942"
-    return "sm_90" if torch.cuda.get_device_capability(device)[0] >= 9 else "sm_80"
-
-
-def tuned_path() -> Path:
-    """Where `tune` writes: GPT4_MOE_TILES, or a file of this GPU's in the user's cache folder."""
+def tuned_path(card: Card) -> Path:
+    """Where `tune` writes for a GPU: GPT4_MOE_TILES, or a file of its own in the user's cache folder."""
     if given := os.environ.get("GPT4_MOE_TILES"):
         return Path(given)
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return root / "gpt4-moe" / f"tiles-{torch.cuda.get_device_name().replace(' ', '-')}.json"
+    return root / "gpt4-moe" / f"tiles-{card.name.replace(' ', '-')}.json"
 
 
 @cache
-def tuned() -> dict[str, Tiles]:
-    """The tuned tiles of this machine by architecture and shape class; empty where `tune` never ran."""
-    path = tuned_path()
-    return load(path) if path.exists() else {}
+def tuned(card: Card) -> dict[str, Tiles]:
+    """The tuned tiles of a GPU of this machine by row and shape class; empty where `tune` never ran."""
+    path = tuned_path(card)
+    return load(path, card) if path.exists() else {}
 
 
-def load(path: Path) -> dict[str, Tiles]:
+def load(path: Path, card: Card) -> dict[str, Tiles]:
     """Read a file of `save`.
 
     Raises:
-        ValueError: it is not such a file; the message names it.
+        ValueError: it is not such a file, or its tiles are for another kind of GPU; the message names both.
     """
     try:
-        table = json.loads(path.read_text())
-        return {
+        record = json.loads(path.read_text())
+        theirs = Card(**record["card"])
+        table = {
             size: Tiles(**{**values, **{name: Tile(**values[name]) for name in PRODUCTS}})
-            for size, values in table.items()
+            for size, values in record["tiles"].items()
         }
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path}: not a file of tile sizes ({error!r}); delete it, or run moe.kernels.tune") from error
+    if theirs.arch != card.arch or theirs.shared > card.shared:
+        raise ValueError(
+            f"{path}: tile sizes of {theirs.name} ({theirs.arch}, {theirs.shared:,} B of shared memory a block), and "
+            f"this is {card.name} ({card.arch}, {card.shared:,} B); unset GPT4_MOE_TILES, or run moe.kernels.tune here"
+        )
+    return table
 
 
-def save(path: Path, table: dict[str, Tiles]) -> None:
-    """Write tuned tiles, complete or not at all."""
+def save(path: Path, card: Card, table: dict[str, Tiles]) -> None:
+    """Write the tuned tiles of a GPU, complete or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    record = {"card": card._asdict(), "tiles": {size: asdict(tiles) for size, tiles in table.items()}}
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps({size: asdict(tiles) for size, tiles in table.items()}, indent=1) + "\n")
-    temporary.replace(path)
+    try:
+        temporary.write_text(json.dumps(record, indent=1) + "\n")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 assert {f.name for f in fields(Tiles)} == {"rows", "tma", *PRODUCTS}

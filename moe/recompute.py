@@ -35,14 +35,18 @@ from moe.layers import Attend
 
 MODES = ("none", "selective", "full")
 
+# Attention as torch dispatches it. None is a public name: one that a torch lacks is computed again, which is right too.
+_ATTENTION = (
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention",
+)
 _aten = torch.ops.aten
 KEPT = {
     _aten.mm.default,
     _aten.addmm.default,
-    _aten._scaled_dot_product_flash_attention_for_cpu.default,
-    _aten._scaled_dot_product_flash_attention.default,
-    _aten._scaled_dot_product_efficient_attention.default,
-    _aten._scaled_dot_product_cudnn_attention.default,
+    *(getattr(_aten, name).default for name in _ATTENTION if hasattr(_aten, name)),
     torch.ops.gpt4_moe.expert_mlp.default,
 }
 

@@ -48,7 +48,7 @@ def test_public_functions_are_annotated(name: str) -> None:
         dotted: bare
         for dotted, node in definitions(TREES[name])
         if isinstance(node, Function) and is_public(dotted)
-        if not any("triton.jit" in ast.unparse(d) for d in node.decorator_list)
+        if not any(ast.unparse(d).startswith(("triton.jit", "gluon.jit")) for d in node.decorator_list)
         if (bare := unannotated(dotted, node))
     }
     assert missing == {}

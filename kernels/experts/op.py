@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from moe.kernels import tiles
+from moe.kernels import cards, tiles
 from moe.kernels.arguments import (
     autocast,
     can_read,
@@ -16,12 +16,15 @@ from moe.kernels.arguments import (
     check_kinds,
     checked_ids,
     no_second_derivative,
+    on_device_of,
     transformed,
+    undispatched,
 )
 from moe.kernels.experts import grouped, reference
 from moe.kernels.experts.reference import ACTIVATIONS
 
 IMPLEMENTATIONS = ("reference", "grouped", "triton")
+PRECISIONS = ("ieee", "tf32", "tf32x3")
 
 
 def expert_mlp(
@@ -36,6 +39,7 @@ def expert_mlp(
     b_in_EGF: Tensor | None = None,
     b_out_ED: Tensor | None = None,
     recompute: bool = False,
+    precision: str | None = None,
 ) -> Tensor:
     """The routed expert MLP: y[t] = sum over k of weights[t, k] * MLP_{ids[t, k]}(x[t]). Dropless.
 
@@ -55,6 +59,9 @@ def expert_mlp(
         b_out_ED: biases of the down product.
         recompute: keep x alone for the backward, which then computes the pre-activations again, to the same bits
             ("reference" always does).
+        precision: how "triton" multiplies float32 operands: "ieee", exactly; "tf32", on tensor cores, of each operand
+            its upper 10 bits of 23; "tf32x3", the same of what is left over, too: near exact. None is as torch is set
+            (torch.backends.cuda.matmul.fp32_precision), which the other implementations always are.
 
     Returns:
         y_TD in the dtype of x (under autocast in autocast's dtype, but for float64).
@@ -63,8 +70,8 @@ def expert_mlp(
     every token, whatever `impl`: right, and slow.
 
     Raises:
-        ValueError: shapes, dtypes, devices or `impl` that do not fit, or, on a CPU, an id outside [0, E) (elsewhere: an
-            assertion on the device). The message says which and why.
+        ValueError: shapes, dtypes, devices, `impl` or `precision` that do not fit, or, on a CPU, an id outside [0, E)
+            (elsewhere: an assertion on the device). The message says which and why.
     """
     x_TD, w_in_EGFD, w_out_EDF, b_in_EGF, b_out_ED = autocast(
         x_TD.device.type, x_TD, w_in_EGFD, w_out_EDF, b_in_EGF, b_out_ED
@@ -72,10 +79,20 @@ def expert_mlp(
     _check_expert_mlp(x_TD, w_in_EGFD, w_out_EDF, weights_TK, ids_TK, activation, b_in_EGF, b_out_ED)
     inputs = (x_TD, w_in_EGFD, w_out_EDF, weights_TK, ids_TK)
     impl = _choose(impl, x_TD, w_in_EGFD, activation, b_in_EGF is not None or b_out_ED is not None)
+    if precision is not None and (precision not in PRECISIONS or impl != "triton"):
+        raise ValueError(
+            f"precision = {precision!r}: must be None or, where the implementation is triton (here it is {impl}), one "
+            f"of {', '.join(PRECISIONS)}"
+        )
     if transformed():
         ids_TK = checked_ids(ids_TK, len(w_in_EGFD), "ids")
         return reference.expert_mlp_everywhere(*inputs[:4], ids_TK, activation, b_in_EGF, b_out_ED)
-    return _expert_mlp(*inputs, b_in_EGF, b_out_ED, activation, impl, recompute)[0]
+    # Without a backward nothing is kept for one.
+    differentiable = (*inputs[:4], b_in_EGF, b_out_ED)
+    recompute |= not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable))
+    if recompute and impl == "triton" and not torch.is_grad_enabled() and undispatched(*differentiable):
+        return _forward(*inputs, b_in_EGF, b_out_ED, activation, impl, True, precision)[0]
+    return _expert_mlp(*inputs, b_in_EGF, b_out_ED, activation, impl, recompute, precision)[0]
 
 
 def expert_mlp_inference(
@@ -83,7 +100,8 @@ def expert_mlp_inference(
 ) -> Tensor:
     """`expert_mlp` for a decoding loop that has seen its shapes and dtypes fit: without autograd and autocast.
 
-    On CPU also without torch's dispatcher, whose cost shows when single tokens are decoded. Ids are checked as ever.
+    Also without torch's dispatcher, whose cost shows when single tokens are decoded (40 us, as much as all launches).
+    Ids are checked as ever.
     """
     inputs = (x_TD, w_in_EGFD, w_out_EDF, weights_TK, ids_TK)
     if ACTIVATIONS.get(activation) != w_in_EGFD.shape[1]:
@@ -92,10 +110,9 @@ def expert_mlp_inference(
     if on_cpu and ids_TK.shape == (1, 2) and grouped.takes_two(ids_TK, len(w_in_EGFD)):
         return grouped.one_token_top2(*inputs, activation)
     impl = _choose(None, x_TD, w_in_EGFD, activation, biases=False)
-    if on_cpu and impl == "grouped":
-        check_ids(ids_TK, len(w_in_EGFD), "ids")
-        return grouped.forward(*inputs, activation)[0]
-    return _expert_mlp(*inputs, None, None, activation, impl, False)[0]
+    if impl != "reference" and undispatched(*inputs[:4]):
+        return _forward(*inputs, None, None, activation, impl, impl == "triton", None)[0]
+    return _expert_mlp(*inputs, None, None, activation, impl, True, None)[0]
 
 
 def expert_mlp_forward(
@@ -107,7 +124,8 @@ def expert_mlp_forward(
     """
     _check_expert_mlp(x_TD, w_in_EGFD, w_out_EDF, weights_TK, ids_TK, activation, None, None)
     impl = _choose(None, x_TD, w_in_EGFD, activation, biases=False)
-    y, *saved = _expert_mlp(x_TD, w_in_EGFD, w_out_EDF, weights_TK, ids_TK, None, None, activation, impl, False)
+    inputs = (x_TD, w_in_EGFD, w_out_EDF, weights_TK, ids_TK)
+    y, *saved = _expert_mlp(*inputs, None, None, activation, impl, False, None)
     return y, tuple(saved), impl
 
 
@@ -124,7 +142,7 @@ def expert_mlp_gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of x, w_in, w_out and weights; `saved` and `impl` as `expert_mlp_forward` gave them."""
     inputs = (dy_TD, x_TD, w_in_EGFD, w_out_EDF, weights_TK, ids_TK)
-    dx, dw_in, dw_out, dweights, _, _ = _expert_mlp_backward(*inputs, *saved, None, None, activation, impl)
+    dx, dw_in, dw_out, dweights, _, _ = _expert_mlp_backward(*inputs, *saved, None, None, activation, impl, None)
     return dx, dw_in, dw_out, dweights
 
 
@@ -132,6 +150,8 @@ def _choose(impl: str | None, x_TD: Tensor, w_in_EGFD: Tensor, activation: str, 
     if impl is None:
         if tiles.why_not_triton(x_TD) is None and x_TD.device.type != "cpu":
             return "triton"
+        if x_TD.device.type == "cuda" and cards.why_not(x_TD.device):
+            return "reference"  # of such cards the grouped product is not known to run either
         return "reference" if _why_not_grouped(x_TD, w_in_EGFD, activation, biases) else "grouped"
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl = {impl!r}: must be one of {', '.join(IMPLEMENTATIONS)}, or None for the fastest")
@@ -198,8 +218,7 @@ def _contiguous(bias: Tensor | None) -> Tensor | None:
     return None if bias is None else bias.contiguous()
 
 
-@torch.library.custom_op("gpt4_moe::expert_mlp", mutates_args=())
-def _expert_mlp(
+def _forward(
     x: Tensor,
     w_in: Tensor,
     w_out: Tensor,
@@ -210,9 +229,11 @@ def _expert_mlp(
     activation: str,
     impl: str,
     recompute: bool,
+    precision: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns y and what the backward reads: pre-activations, sorted order, where the experts' rows end or begin."""
-    check_ids(ids, len(w_in), "ids")
+    if impl != "triton" or ids.device.type == "cpu":  # elsewhere its kernels assert as much
+        check_ids(ids, len(w_in), "ids")
     b_in, b_out = _contiguous(b_in), _contiguous(b_out)
     if impl == "reference":
         y = reference.expert_mlp(x, w_in, w_out, weights, ids, activation, b_in, b_out)
@@ -222,11 +243,16 @@ def _expert_mlp(
         return y, h.new_empty(0) if recompute else h, order, ends
     from moe.kernels.experts import triton_mlp as fused
 
-    return fused.forward(x, fused.Experts(w_in, w_out, b_in, b_out), weights, ids, activation, not recompute)
+    experts = fused.Experts(w_in, w_out, b_in, b_out, precision)
+    with on_device_of(x):
+        return fused.forward(x, experts, weights, ids, activation, not recompute)
+
+
+_expert_mlp = torch.library.custom_op("gpt4_moe::expert_mlp", _forward, mutates_args=())
 
 
 @_expert_mlp.register_fake
-def _(x, w_in, w_out, weights, ids, b_in, b_out, activation, impl, recompute):
+def _(x, w_in, w_out, weights, ids, b_in, b_out, activation, impl, recompute, precision=None):
     # new_empty(shape), here and below: results are contiguous whatever the layout of the inputs, and fakes must say so.
     y, n_rows = x.new_empty(x.shape), ids.numel()
     if impl == "reference":
@@ -253,6 +279,7 @@ def _expert_mlp_backward(
     b_out: Tensor | None,
     activation: str,
     impl: str,
+    precision: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of x, w_in, w_out, weights, b_in, b_out; empty for a bias that is not there."""
     b_in, b_out = _contiguous(b_in), _contiguous(b_out)
@@ -264,14 +291,16 @@ def _expert_mlp_backward(
     else:
         from moe.kernels.experts import triton_mlp as fused
 
-        found = fused.backward(dy, x, fused.Experts(w_in, w_out, b_in, b_out), weights, h, order, ends, activation)
+        experts = fused.Experts(w_in, w_out, b_in, b_out, precision)
+        with on_device_of(x):
+            found = fused.backward(dy, x, experts, weights, h, order, ends, activation)
     dx, dw_in, dw_out, dweights, db_in, db_out = found
     none = x.new_empty(0)
     return dx, dw_in, dw_out, dweights, none if db_in is None else db_in, none.clone() if db_out is None else db_out
 
 
 @_expert_mlp_backward.register_fake
-def _(dy, x, w_in, w_out, weights, ids, h, order, ends, b_in, b_out, activation, impl):
+def _(dy, x, w_in, w_out, weights, ids, h, order, ends, b_in, b_out, activation, impl, precision=None):
     biases = (x.new_empty(0 if b is None else b.shape) for b in (b_in, b_out))
     return *(t.new_empty(t.shape) for t in (x, w_in, w_out, weights)), *biases
 
@@ -280,7 +309,7 @@ _expert_mlp_backward.register_autograd(lambda _ctx, *second: no_second_derivativ
 
 
 def _expert_mlp_setup(ctx, inputs, output) -> None:
-    *tensors, ctx.activation, ctx.impl, _ = inputs
+    *tensors, ctx.activation, ctx.impl, _, ctx.precision = inputs
     # Only y has a gradient: without this, autograd would fill zeros of the size of the pre-activations.
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, *output[1:])
@@ -288,13 +317,13 @@ def _expert_mlp_setup(ctx, inputs, output) -> None:
 
 def _expert_mlp_autograd(ctx, dy: Tensor | None, *_unused: None):
     if dy is None:
-        return (None,) * 10
+        return (None,) * 11
     x, w_in, w_out, weights, ids, b_in, b_out, *saved = ctx.saved_tensors
     *gradients, db_in, db_out = _expert_mlp_backward(
-        dy, x, w_in, w_out, weights, ids, *saved, b_in, b_out, ctx.activation, ctx.impl
+        dy, x, w_in, w_out, weights, ids, *saved, b_in, b_out, ctx.activation, ctx.impl, ctx.precision
     )
     biases = (None if b is None else db for b, db in ((b_in, db_in), (b_out, db_out)))
-    return *gradients, None, *biases, None, None, None
+    return *gradients, None, *biases, None, None, None, None
 
 
 _expert_mlp.register_autograd(_expert_mlp_autograd, setup_context=_expert_mlp_setup)

@@ -35,12 +35,14 @@ class Gradients(NamedTuple):
 def forward(
     x_TD: Tensor, experts: Experts, weights_TK: Tensor, ids_TK: Tensor, activation: str, keep_h: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns y_TD, h_RJ (empty unless `keep_h`), and `triton_routes.place`'s order with inverse [2, R] and offsets."""
+    """Returns y_TD, h_RJ (empty unless `keep_h`), and of the routes the order with its inverse [2, R] and the offsets.
+
+    An id outside [0, E) ends in an assertion on the device.
+    """
     K = ids_TK.shape[1]
     products, sizes = _choose(x_TD, experts, ids_TK.numel())
     with span("permute"):
-        order, offsets = triton_routes.place(ids_TK, len(experts.w_in_EGFD))
-        routes = triton_routes.cut(order, offsets, sizes.rows)
+        routes, order = triton_routes.route(ids_TK, experts.w_in_EGFD.shape[0], sizes.rows)
         x_rows = products.rows(x_TD, routes, K)
     with span("up"):
         h_RJ, act_RF = products.up(x_rows, experts, routes, K, activation, sizes, keep_h, True)
@@ -48,7 +50,7 @@ def forward(
         y_RD = products.down(act_RF, experts, routes, sizes)
     del x_rows, act_RF
     with span("combine"):
-        return combine(y_RD, weights_TK.contiguous(), routes, ids_TK.shape), h_RJ, order, offsets
+        return combine(y_RD, weights_TK.contiguous(), routes, ids_TK.shape), h_RJ, order, routes.offsets
 
 
 def backward(
@@ -65,6 +67,7 @@ def backward(
     (E, G, F, D), (T, K) = experts.w_in_EGFD.shape, weights_TK.shape
     weights_TK = weights_TK.contiguous()
     products, sizes = _choose(x_TD, experts, T * K)
+    pairs = triton_pointer.in_pairs(experts.w_in_EGFD)  # the order of the columns of dh
     with span("permute", "backward"):
         routes = triton_routes.cut(order, offsets, sizes.rows)
         x_rows, dy_rows = products.rows(x_TD, routes, K), products.rows(dy_TD, routes, K)
@@ -75,14 +78,18 @@ def backward(
         dh_RJ, act_RF, dweights_TK = products.down_backward(
             dy_rows, experts, weights_TK, h_RJ, routes, activation, sizes
         )
-        dw_out_EDF = products.weight_gradient(dy_rows, act_RF, routes, K, E, sizes, "a")
+        dw_out_EDF = products.weight_gradient(dy_rows, act_RF, routes, K, E, sizes, "a", precision=experts.precision)
     del dy_rows, act_RF
     with span("up", "backward"):
-        dw_in_EGFD = products.weight_gradient(dh_RJ, x_rows, routes, K, E, sizes, "b").view(E, G, F, D)
+        dw_in_EJD = products.weight_gradient(
+            dh_RJ, x_rows, routes, K, E, sizes, "b", pairs=pairs, precision=experts.precision
+        )
     del x_rows
     db_in_EGF = db_out_ED = None
     if experts.b_in_EGF is not None:
         db_in_EGF = bias_gradient(dh_RJ, None, experts.b_in_EGF, routes, K)
+        if pairs:
+            db_in_EGF = db_in_EGF.view(E, F, G).transpose(1, 2).contiguous()
     if experts.b_out_ED is not None:
         db_out_ED = bias_gradient(dy_TD.contiguous(), weights_TK, experts.b_out_ED, routes, K)
         # <dy, y> has a share of the bias, which `down_backward` does not see: one number per token and expert.
@@ -93,7 +100,8 @@ def backward(
     del dh_RJ
     with span("combine", "backward"):
         dx_TD = combine(dx_RD, None, routes, weights_TK.shape)
-    return Gradients(dx_TD, dw_in_EGFD, dw_out_EDF, dweights_TK.to(weights_TK.dtype), db_in_EGF, db_out_ED)
+    dw_in_EGFD, dweights_TK = dw_in_EJD.view(E, G, F, D), dweights_TK.to(weights_TK.dtype)
+    return Gradients(dx_TD, dw_in_EGFD, dw_out_EDF, dweights_TK, db_in_EGF, db_out_ED)
 
 
 def copies_rows(x_TD: Tensor, experts: Experts, n_rows: int) -> bool:
@@ -103,7 +111,12 @@ def copies_rows(x_TD: Tensor, experts: Experts, n_rows: int) -> bool:
 
 def _choose(x_TD: Tensor, experts: Experts, n_rows: int) -> tuple[ModuleType, Tiles]:
     tma = triton_tma.fits(x_TD, experts)
-    sizes = tiles.choose(x_TD.device, x_TD.dtype, n_rows, len(experts.w_in_EGFD), tma)
+    sizes = tiles.choose(x_TD.device, x_TD.dtype, n_rows, experts.w_in_EGFD.shape[0], tma)
+    if sizes.tma and tiles.GLUON:
+        from moe.kernels.experts import triton_gluon  # which no one else needs to import
+
+        if triton_gluon.fits(sizes, x_TD.device):
+            return triton_gluon, sizes
     return (triton_tma if sizes.tma else triton_pointer), sizes
 
 

@@ -14,17 +14,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe.kernels.experts.triton_routes import Routes
+from moe.kernels.arguments import float32_precision
+from moe.kernels.experts.triton_routes import VIEWS, Routes
+from moe.kernels.launcher import cdiv, remembered
 from moe.kernels.tiles import Tile, Tiles
 
 
 class Experts(NamedTuple):
-    """The experts' weights, in any strides; biases are contiguous, or None."""
+    """The experts' weights, in any strides; biases are contiguous, or None; `precision` as of `ops.expert_mlp`."""
 
     w_in_EGFD: Tensor
     w_out_EDF: Tensor
     b_in_EGF: Tensor | None = None
     b_out_ED: Tensor | None = None
+    precision: str | None = None
 
 
 @triton.jit
@@ -107,16 +110,12 @@ def activate_backward(g, u, ACT: tl.constexpr):
 
 @triton.jit
 def _product(
-    acc, a_rows, a_mask, a_columns, a_step, w_columns, w_mask, stride_wk, depth,
+    acc, a_rows, a_mask, w_columns, w_mask, stride_wk, depth,
     BK: tl.constexpr, EVEN_K: tl.constexpr, K_FIRST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """acc + a @ w over `depth`. K_FIRST: w is contiguous along k.
-
-    `a_rows` [BM] and `w_columns` [BN] point at k = 0; `a_columns` [BK] are the offsets of the first step in a row of
-    a, and each step is `a_step` further.
-    """
+    """acc + a @ w over `depth`; `a_rows` [BM] and `w_columns` [BN] point at k = 0. K_FIRST: w is contiguous along k."""
     k = tl.arange(0, BK)
-    a_at = a_rows[:, None] + a_columns[None, :]
+    a_at = a_rows[:, None] + k[None, :]
     if K_FIRST:
         w_at = w_columns[:, None] + (k.to(tl.int64) * stride_wk)[None, :]
     else:
@@ -138,12 +137,13 @@ def _product(
                 w_live = w_live & inside[:, None]
             w = tl.load(w_at, mask=w_live, other=0.0)
         acc = tl.dot(a, w, acc, input_precision=PRECISION)
-        a_at += a_step
+        a_at += BK
         w_at += BK * stride_wk
     return acc
 
 
-@triton.jit
+@remembered
+@triton.jit(do_not_specialize_on_alignment=VIEWS)
 def up_kernel(
     x, w, bias, h, act, order, tile_expert, tile_row, offsets, D, F,
     stride_x, stride_we, stride_wg, stride_wf, stride_wd,
@@ -153,8 +153,7 @@ def up_kernel(
 ):  # fmt: skip
     """h = x[token] @ w_in.T + bias (stored on request), act = activation(h).
 
-    The columns of a tile alternate gate, up, gate, up: one accumulator holds both, and a split parts them. PAIRS: so
-    do the weights in memory.
+    One accumulator holds gates, then ups; with PAIRS in turns: as in memory, so that neighbours are read together.
     """
     BH: tl.constexpr = BN // G
     num_n = tl.cdiv(F, BH)
@@ -165,25 +164,33 @@ def up_kernel(
     rows = row + tl.arange(0, BM)
     live = rows < first + size
     token = tl.load(order + rows, mask=live, other=0) // K
-    column = pn * BN + tl.arange(0, BN)
-    f = column // G
-    g = column % G
     if PAIRS:
+        column = pn * BN + tl.arange(0, BN)
+        f = column // G
+        g = column % G
+        inside_w = column < G * F
         w_columns = w + e.to(tl.int64) * stride_we + column.to(tl.int64) * stride_wg
     else:
+        column = tl.arange(0, BN)
+        f = pn * BH + column % BH
+        g = column // BH
+        inside_w = f < F
         w_columns = w + e.to(tl.int64) * stride_we + f.to(tl.int64) * stride_wf + g.to(tl.int64) * stride_wg
     acc = tl.zeros((BM, BN), dtype=tl.float32)
     acc = _product(
-        acc, x + token.to(tl.int64) * stride_x, live, tl.arange(0, BK), BK, w_columns, f < F, stride_wd, D,
+        acc, x + token.to(tl.int64) * stride_x, live, w_columns, inside_w, stride_wd, D,
         BK, EVEN_K, K_FIRST, PRECISION,
     )  # fmt: skip
     if HAS_BIAS:
-        acc += tl.load(bias + e * (G * F) + g * F + f, mask=f < F, other=0.0).to(tl.float32)[None, :]
+        acc += tl.load(bias + e * (G * F) + g * F + f, mask=inside_w, other=0.0).to(tl.float32)[None, :]
     f = pn * BH + tl.arange(0, BH)
     inside = live[:, None] & (f < F)[None, :]
     h_at = h + rows[:, None].to(tl.int64) * (G * F) + f[None, :]
     if G == 2:
-        gate, up = tl.split(acc.reshape(BM, BH, 2))
+        if PAIRS:
+            gate, up = tl.split(acc.reshape(BM, BH, 2))
+        else:
+            gate, up = tl.split(acc.reshape(BM, 2, BH).permute(0, 2, 1))
         if STORE_H:
             tl.store(h_at, gate.to(h.dtype.element_ty), mask=inside)
             tl.store(h_at + F, up.to(h.dtype.element_ty), mask=inside)
@@ -196,17 +203,15 @@ def up_kernel(
         tl.store(act + rows[:, None].to(tl.int64) * F + f[None, :], y.to(act.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@remembered
+@triton.jit(do_not_specialize_on_alignment=VIEWS)
 def down_kernel(
     a, w, bias, y, tile_expert, tile_row, offsets, N, depth,
     stride_a, stride_we, stride_wn, stride_wk,
-    PAIRS: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr, K_FIRST: tl.constexpr,
+    HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr, K_FIRST: tl.constexpr,
     PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """y = a @ w + bias: the down-projection, and the gradient of x from that of h.
-
-    PAIRS: w has gate and up in turns along k, while a has all gates, then all ups.
-    """
+    """y = a @ w + bias: the down-projection, and the gradient of x from that of h."""
     num_n = tl.cdiv(N, BN)
     e = tl.load(tile_expert + tl.program_id(0) // num_n)
     if e < 0:
@@ -215,15 +220,10 @@ def down_kernel(
     rows = row + tl.arange(0, BM)
     live = rows < first + size
     n = pn * BN + tl.arange(0, BN)
-    a_columns = tl.arange(0, BK)
-    a_step = BK
-    if PAIRS:
-        a_columns = (a_columns % 2) * (depth // 2) + a_columns // 2
-        a_step = BK // 2
     w_columns = w + e.to(tl.int64) * stride_we + n.to(tl.int64) * stride_wn
     acc = tl.zeros((BM, BN), dtype=tl.float32)
     acc = _product(
-        acc, a + rows.to(tl.int64) * stride_a, live, a_columns, a_step, w_columns, n < N, stride_wk, depth,
+        acc, a + rows.to(tl.int64) * stride_a, live, w_columns, n < N, stride_wk, depth,
         BK, EVEN_K, K_FIRST, PRECISION,
     )  # fmt: skip
     if HAS_BIAS:
@@ -233,63 +233,59 @@ def down_kernel(
 
 
 @triton.jit
-def _epilogue(da, h, dh, act, rows, live, weight, first, F, G: tl.constexpr, ACT: tl.constexpr, BN: tl.constexpr):
-    """From da, the gradient of the unweighted activation: stores dh and weight * act; returns <da, act> per row."""
-    f = first + tl.arange(0, BN)
-    inside = live[:, None] & (f < F)[None, :]
-    at = rows[:, None].to(tl.int64) * (G * F) + f[None, :]
-    gate = tl.load(h + at, mask=inside, other=0.0).to(tl.float32)
-    up = gate
-    if G == 2:
-        up = tl.load(h + at + F, mask=inside, other=0.0).to(tl.float32)
-    y, dgate, dup = activate_backward(gate, up, ACT)
-    part = tl.sum(tl.where(inside, da * y, 0.0), axis=1)
-    tl.store(
-        act + rows[:, None].to(tl.int64) * F + f[None, :], (weight[:, None] * y).to(act.dtype.element_ty), mask=inside
-    )
-    da = da * weight[:, None]
-    tl.store(dh + at, (da * dgate).to(dh.dtype.element_ty), mask=inside)
-    if G == 2:
-        tl.store(dh + at + F, (da * dup).to(dh.dtype.element_ty), mask=inside)
-    return part
-
-
-@triton.jit
-def _epilogue_in_halves(
-    da, h, dh, act, rows, live, weight, first, F,
-    G: tl.constexpr, ACT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    BH: tl.constexpr = BN // 2
-    left, right = tl.split(da.reshape(BM, 2, BH).permute(0, 2, 1))
-    part = _epilogue(left, h, dh, act, rows, live, weight, first, F, G, ACT, BH)
-    return part + _epilogue(right, h, dh, act, rows, live, weight, first + BH, F, G, ACT, BH)
-
-
-@triton.jit
 def down_backward_epilogue(
     da, h, dh, act, rows, live, weight, first, F,
-    G: tl.constexpr, ACT: tl.constexpr, SPLIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    G: tl.constexpr, ACT: tl.constexpr, PAIRS: tl.constexpr, SPLIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """`_epilogue` of a tile [BM, BN] in SPLIT pieces (1, 2 or 4), which need fewer registers."""
-    if SPLIT == 1:
-        part = _epilogue(da, h, dh, act, rows, live, weight, first, F, G, ACT, BN)
-    elif SPLIT == 2:
-        part = _epilogue_in_halves(da, h, dh, act, rows, live, weight, first, F, G, ACT, BM, BN)
-    else:
+    """From da, the gradient of the unweighted activation: stores dh and weight * act; returns <da, act> per row.
+
+    Takes the tile [BM, BN] in SPLIT pieces, a power of two: fewer registers. PAIRS: dh has gate and up in turns.
+    """
+    if SPLIT > 1:
         BH: tl.constexpr = BN // 2
+        HALF: tl.constexpr = SPLIT // 2
         left, right = tl.split(da.reshape(BM, 2, BH).permute(0, 2, 1))
-        part = _epilogue_in_halves(left, h, dh, act, rows, live, weight, first, F, G, ACT, BM, BH)
-        part += _epilogue_in_halves(right, h, dh, act, rows, live, weight, first + BH, F, G, ACT, BM, BH)
+        part = down_backward_epilogue(left, h, dh, act, rows, live, weight, first, F, G, ACT, PAIRS, HALF, BM, BH)
+        part += down_backward_epilogue(
+            right, h, dh, act, rows, live, weight, first + BH, F, G, ACT, PAIRS, HALF, BM, BH
+        )
+    else:
+        f = first + tl.arange(0, BN)
+        inside = live[:, None] & (f < F)[None, :]
+        at = rows[:, None].to(tl.int64) * (G * F) + f[None, :]
+        gate = tl.load(h + at, mask=inside, other=0.0).to(tl.float32)
+        up = gate
+        if G == 2:
+            up = tl.load(h + at + F, mask=inside, other=0.0).to(tl.float32)
+        y, dgate, dup = activate_backward(gate, up, ACT)
+        part = tl.sum(tl.where(inside, da * y, 0.0), axis=1)
+        y = (weight[:, None] * y).to(act.dtype.element_ty)
+        tl.store(act + rows[:, None].to(tl.int64) * F + f[None, :], y, mask=inside)
+        da = da * weight[:, None]
+        dgate = (da * dgate).to(dh.dtype.element_ty)
+        if G == 1:
+            tl.store(dh + at, dgate, mask=inside)
+        else:
+            dup = (da * dup).to(dh.dtype.element_ty)
+            if PAIRS:
+                column = first * 2 + tl.arange(0, 2 * BN)
+                inside = live[:, None] & (column < 2 * F)[None, :]
+                at = rows[:, None].to(tl.int64) * (2 * F) + column[None, :]
+                tl.store(dh + at, tl.join(dgate, dup).reshape(BM, 2 * BN), mask=inside)
+            else:
+                tl.store(dh + at, dgate, mask=inside)
+                tl.store(dh + at + F, dup, mask=inside)
     return part
 
 
-@triton.jit
+@remembered
+@triton.jit(do_not_specialize=["R"], do_not_specialize_on_alignment=VIEWS)
 def down_backward_kernel(
     dy, w, h, weights, dh, act, dweights, order, tile_expert, tile_row, offsets, R, D, F,
     stride_dy, stride_we, stride_wd, stride_wf,
-    K: tl.constexpr, G: tl.constexpr, ACT: tl.constexpr, EVEN_K: tl.constexpr, K_FIRST: tl.constexpr,
-    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr,
-    SPLIT: tl.constexpr,
+    K: tl.constexpr, G: tl.constexpr, ACT: tl.constexpr, PAIRS: tl.constexpr, EVEN_K: tl.constexpr,
+    K_FIRST: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """da = dy[token] @ w_out; then dh, weight * act(h), and this column tile's share of the weights' gradient.
 
@@ -307,22 +303,26 @@ def down_backward_kernel(
     w_columns = w + e.to(tl.int64) * stride_we + n.to(tl.int64) * stride_wf
     acc = tl.zeros((BM, BN), dtype=tl.float32)
     acc = _product(
-        acc, dy + (flat // K).to(tl.int64) * stride_dy, live, tl.arange(0, BK), BK, w_columns, n < F, stride_wd, D,
+        acc, dy + (flat // K).to(tl.int64) * stride_dy, live, w_columns, n < F, stride_wd, D,
         BK, EVEN_K, K_FIRST, PRECISION,
     )  # fmt: skip
     weight = tl.load(weights + flat, mask=live, other=0.0).to(tl.float32)
-    part = down_backward_epilogue(acc, h, dh, act, rows, live, weight, pn * BN, F, G, ACT, SPLIT, BM, BN)
+    part = down_backward_epilogue(acc, h, dh, act, rows, live, weight, pn * BN, F, G, ACT, PAIRS, SPLIT, BM, BN)
     tl.store(dweights + pn.to(tl.int64) * R + flat, part, mask=live)
 
 
-@triton.jit
+@remembered
+@triton.jit(do_not_specialize_on_alignment=VIEWS)
 def weight_gradient_kernel(
     a, b, dw, order, offsets, N, C,
     stride_a, stride_b,
-    K: tl.constexpr, GATHER_A: tl.constexpr, GATHER_B: tl.constexpr, PRECISION: tl.constexpr,
+    K: tl.constexpr, GATHER_A: tl.constexpr, GATHER_B: tl.constexpr, PAIRS: tl.constexpr, PRECISION: tl.constexpr,
     BN: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """dw[e] = a.T @ b over the rows of expert e, [N, C]; zeros where it has none. GATHER: read by token."""
+    """dw[e] = a.T @ b over the rows of expert e, [N, C]; zeros where it has none. GATHER: read by token.
+
+    PAIRS: the columns of a are gate and up in turns; dw gets all gates, then all ups.
+    """
     num_n = tl.cdiv(N, BN)
     num_c = tl.cdiv(C, BC)
     e = tl.program_id(0) // (num_n * num_c)
@@ -343,13 +343,16 @@ def weight_gradient_kernel(
                 row_a = token
             if GATHER_B:
                 row_b = token
-        a_at = a + row_a[:, None].to(tl.int64) * stride_a + n[None, :]
+        a_at = a + row_a[None, :].to(tl.int64) * stride_a + n[:, None]
         b_at = b + row_b[:, None].to(tl.int64) * stride_b + c[None, :]
-        a_tile = tl.load(a_at, mask=live[:, None] & (n < N)[None, :], other=0.0)
+        a_tile = tl.load(a_at, mask=live[None, :] & (n < N)[:, None], other=0.0)
         b_tile = tl.load(b_at, mask=live[:, None] & (c < C)[None, :], other=0.0)
-        acc = tl.dot(a_tile.T, b_tile, acc, input_precision=PRECISION)
+        acc = tl.dot(a_tile, b_tile, acc, input_precision=PRECISION)
+    inside = (n < N)[:, None] & (c < C)[None, :]
+    if PAIRS:
+        n = n % 2 * (N // 2) + n // 2
     at = e.to(tl.int64) * N * C + n[:, None].to(tl.int64) * C + c[None, :]
-    tl.store(dw + at, acc.to(dw.dtype.element_ty), mask=(n < N)[:, None] & (c < C)[None, :])
+    tl.store(dw + at, acc.to(dw.dtype.element_ty), mask=inside)
 
 
 # ------------------------------------------------------------------------------------------------------- the launches
@@ -371,17 +374,17 @@ def up(
     store_act: bool,
 ) -> tuple[Tensor, Tensor]:
     """Pre-activations h_RJ and activations [R, F]; empty where not to be stored."""
-    (_, G, F, D), R = experts.w_in_EGFD.shape, len(routes.order_R)
+    (_, G, F, D), R = experts.w_in_EGFD.shape, routes.order_R.shape[0]
     w, pairs = _gate_layout(experts.w_in_EGFD)
-    tile, M = sizes.up, len(routes.tile_row_M)
+    tile, M = sizes.up, routes.tile_row_M.shape[0]
     h_RJ, act_RF = x_TD.new_empty(R if store_h else 0, G * F), x_TD.new_empty(R if store_act else 0, F)
     if M:
-        up_kernel[(M * triton.cdiv(F, tile.columns // G),)](
+        up_kernel[(M * cdiv(F, tile.columns // G),)](
             x_TD, w, experts.b_in_EGF, h_RJ, act_RF, routes.order_R, routes.tile_expert_M, routes.tile_row_M,
             routes.offsets, D, F, x_TD.stride(0), *w.stride(),
             K=top_k, G=G, ACT=ACTIVATION_CODES[activation], HAS_BIAS=experts.b_in_EGF is not None,
-            STORE_H=store_h, STORE_ACT=store_act, PAIRS=pairs, EVEN_K=D % tile.depth == 0,
-            K_FIRST=w.stride(3) <= min(w.stride(1), w.stride(2)), PRECISION=_precision(), BM=sizes.rows,
+            STORE_H=store_h, STORE_ACT=store_act, PAIRS=pairs, EVEN_K=D % tile.depth == 0, BM=sizes.rows,
+            K_FIRST=w.stride(3) <= min(w.stride(1), w.stride(2)), PRECISION=float32_precision(experts.precision, x_TD),
             BN=tile.columns, BK=tile.depth, GROUP_M=tile.group, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return h_RJ, act_RF
@@ -390,14 +393,14 @@ def up(
 def down(act_RF: Tensor, experts: Experts, routes: Routes, sizes: Tiles) -> Tensor:
     """The experts' outputs, [R, D], not yet weighted."""
     w = experts.w_out_EDF
-    return _rows_by_weights(act_RF, w, w.stride(1), w.stride(2), False, experts.b_out_ED, routes, sizes, sizes.down)
+    return _rows_by_weights(act_RF, w, *w.stride()[1:], experts.b_out_ED, routes, sizes, sizes.down, experts.precision)
 
 
 def dx(dh_RJ: Tensor, experts: Experts, routes: Routes, sizes: Tiles) -> Tensor:
     """The gradient of x before the rows of a token are summed, [R, D]."""
     w, pairs = _gate_layout(experts.w_in_EGFD)
-    stride_j = w.stride(1) if pairs else w.stride(2)
-    return _rows_by_weights(dh_RJ, w, w.stride(3), stride_j, pairs, None, routes, sizes, sizes.dx)
+    stride_j = w.stride(1 if pairs else 2)
+    return _rows_by_weights(dh_RJ, w, w.stride(3), stride_j, None, routes, sizes, sizes.dx, experts.precision)
 
 
 def _rows_by_weights(
@@ -405,31 +408,37 @@ def _rows_by_weights(
     w: Tensor,
     stride_n: int,
     stride_k: int,
-    pairs: bool,
     bias: Tensor | None,
     routes: Routes,
     sizes: Tiles,
     tile: Tile,
+    precision: str | None,
 ) -> Tensor:
     """a [R, depth] @ each expert's [depth, N] + bias -> [R, N]."""
-    (R, depth), M = a.shape, len(routes.tile_row_M)
+    (R, depth), M = a.shape, routes.tile_row_M.shape[0]
     N = w[0].numel() // depth
     y_RN = a.new_empty(R, N)
     if M:
-        down_kernel[(M * triton.cdiv(N, tile.columns),)](
+        down_kernel[(M * cdiv(N, tile.columns),)](
             a, w, bias, y_RN, routes.tile_expert_M, routes.tile_row_M, routes.offsets, N, depth,
             a.stride(0), w.stride(0), stride_n, stride_k,
-            PAIRS=pairs, HAS_BIAS=bias is not None, EVEN_K=depth % tile.depth == 0, K_FIRST=stride_k <= stride_n,
-            PRECISION=_precision(), BM=sizes.rows, BN=tile.columns, BK=tile.depth, GROUP_M=tile.group,
-            num_warps=tile.warps, num_stages=tile.stages,
+            HAS_BIAS=bias is not None, EVEN_K=depth % tile.depth == 0, K_FIRST=stride_k <= stride_n,
+            PRECISION=float32_precision(precision, a), BM=sizes.rows, BN=tile.columns, BK=tile.depth,
+            GROUP_M=tile.group, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return y_RN
+
+
+def in_pairs(w_EGFD: Tensor) -> bool:
+    """Whether gate and up stand in turns. Then dh does, too, so that dx reads both in the order of memory."""
+    _, G, F, _ = w_EGFD.shape
+    return G == 2 and F > 1 and w_EGFD.stride(2) == 2 * w_EGFD.stride(1)
 
 
 def _gate_layout(w_EGFD: Tensor) -> tuple[Tensor, bool]:
     """The weights, copied if their layout is none of two, and whether it is pairs of gate and up, not halves."""
     _, G, F, _ = w_EGFD.shape
-    if G == 2 and F > 1 and w_EGFD.stride(2) == 2 * w_EGFD.stride(1):
+    if in_pairs(w_EGFD):
         return w_EGFD, True
     if G == 1 or w_EGFD.stride(1) == F * w_EGFD.stride(2):
         return w_EGFD, False
@@ -445,38 +454,47 @@ def down_backward(
     activation: str,
     sizes: Tiles,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dh_RJ, routing weight * act(h) [R, F], and the routing weights' gradient, float32 [T, K]."""
-    w, (_, D, F), R = experts.w_out_EDF, experts.w_out_EDF.shape, len(routes.order_R)
-    tile, M, G = sizes.down_backward, len(routes.tile_row_M), experts.w_in_EGFD.shape[1]
+    """dh_RJ (see `in_pairs`), routing weight * act(h) [R, F], and the routing weights' gradient, float32 [T, K]."""
+    w, (_, D, F), R = experts.w_out_EDF, experts.w_out_EDF.shape, routes.order_R.shape[0]
+    tile, M, G = sizes.down_backward, routes.tile_row_M.shape[0], experts.w_in_EGFD.shape[1]
     dh_RJ, act_RF = torch.empty_like(h_RJ), h_RJ.new_empty(R, F)
-    parts_NR = h_RJ.new_empty(triton.cdiv(F, tile.columns), R, dtype=torch.float32)
+    parts_NR = h_RJ.new_empty(cdiv(F, tile.columns), R, dtype=torch.float32)
     if M:
         down_backward_kernel[(M * len(parts_NR),)](
             dy_TD, w, h_RJ, weights_TK, dh_RJ, act_RF, parts_NR, routes.order_R, routes.tile_expert_M,
             routes.tile_row_M, routes.offsets, R, D, F, dy_TD.stride(0), *w.stride(),
-            K=weights_TK.shape[1], G=G, ACT=ACTIVATION_CODES[activation], EVEN_K=D % tile.depth == 0,
-            K_FIRST=w.stride(1) < w.stride(2), PRECISION=_precision(), BM=sizes.rows,
-            BN=tile.columns, BK=tile.depth, GROUP_M=tile.group, SPLIT=tile.split,
+            K=weights_TK.shape[1], G=G, ACT=ACTIVATION_CODES[activation], PAIRS=in_pairs(experts.w_in_EGFD),
+            EVEN_K=D % tile.depth == 0, K_FIRST=w.stride(1) < w.stride(2),
+            PRECISION=float32_precision(experts.precision, dy_TD), SPLIT=tile.split, BM=sizes.rows,
+            BN=tile.columns, BK=tile.depth, GROUP_M=tile.group,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return dh_RJ, act_RF, parts_NR.sum(0).view_as(weights_TK)
 
 
 def weight_gradient(
-    a: Tensor, b: Tensor, routes: Routes, top_k: int, n_experts: int, sizes: Tiles, gathered: str
+    a: Tensor,
+    b: Tensor,
+    routes: Routes,
+    top_k: int,
+    n_experts: int,
+    sizes: Tiles,
+    gathered: str,
+    pairs: bool = False,
+    precision: str | None = None,
 ) -> Tensor:
-    """a.T @ b over each expert's rows -> [E, columns of a, columns of b]. `gathered`: which of the two `rows` made."""
+    """a.T @ b over each expert's rows -> [E, columns of a, columns of b].
+
+    Args:
+        gathered: which of the two `rows` made.
+        pairs: a has gate and up in turns; the result has all gates, then all ups.
+    """
     N, C, tile = a.shape[1], b.shape[1], sizes.dw
     dw = a.new_empty(n_experts, N, C)
-    weight_gradient_kernel[(n_experts * triton.cdiv(N, tile.rows) * triton.cdiv(C, tile.columns),)](
+    weight_gradient_kernel[(n_experts * cdiv(N, tile.rows) * cdiv(C, tile.columns),)](
         a, b, dw, routes.order_R, routes.offsets, N, C, a.stride(0), b.stride(0),
-        K=top_k, GATHER_A=gathered == "a", GATHER_B=gathered == "b", PRECISION=_precision(),
-        BN=tile.rows, BC=tile.columns, BR=tile.depth, GROUP_M=tile.group,
+        K=top_k, GATHER_A=gathered == "a", GATHER_B=gathered == "b", PAIRS=pairs,
+        PRECISION=float32_precision(precision, a), BN=tile.rows, BC=tile.columns, BR=tile.depth, GROUP_M=tile.group,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return dw
-
-
-def _precision() -> str:
-    """Float32 products are exact unless the caller allows TF32, as in torch."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"

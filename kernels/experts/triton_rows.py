@@ -8,9 +8,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe.kernels.experts.triton_routes import Routes
+from moe.kernels.experts.triton_routes import VIEWS, Routes
+from moe.kernels.launcher import cdiv, power_of_2, remembered
 
 
+@remembered
 @triton.jit
 def gather_kernel(x, out, order, D, stride_x, K: tl.constexpr, BD: tl.constexpr):
     """out[row] = x[token of the row]: the copy in sorted order that TMA reads."""
@@ -20,6 +22,7 @@ def gather_kernel(x, out, order, D, stride_x, K: tl.constexpr, BD: tl.constexpr)
     tl.store(out + row * D + d, tl.load(x + token * stride_x + d, mask=d < D), mask=d < D)
 
 
+@remembered
 @triton.jit
 def bias_gradient_kernel(
     a, weights, db, order, offsets, N, stride_a,
@@ -46,7 +49,8 @@ def bias_gradient_kernel(
     tl.store(db + e * N + n, acc.to(db.dtype.element_ty), mask=n < N)
 
 
-@triton.jit
+@remembered
+@triton.jit(do_not_specialize_on_alignment=["weights", *VIEWS])
 def combine_kernel(y, weights, inverse, out, D, K: tl.constexpr, HAS_WEIGHTS: tl.constexpr, BD: tl.constexpr):
     """out[t] = sum over the slots of (weight *) y[row], in float32, in the order of the slots."""
     t = tl.program_id(0).to(tl.int64)
@@ -68,16 +72,16 @@ def gather(x_TD: Tensor, routes: Routes, top_k: int) -> Tensor:
     """The tokens in the order of the rows, [R, D]."""
     R, D = len(routes.order_R), x_TD.shape[1]
     x_TD = x_TD if x_TD.stride(1) == 1 else x_TD.contiguous()
-    out_RD, BD = x_TD.new_empty(R, D), min(1024, triton.next_power_of_2(D))
+    out_RD, BD = x_TD.new_empty(R, D), min(1024, power_of_2(D))
     if R:
-        gather_kernel[(R, triton.cdiv(D, BD))](x_TD, out_RD, routes.order_R, D, x_TD.stride(0), K=top_k, BD=BD)
+        gather_kernel[(R, cdiv(D, BD))](x_TD, out_RD, routes.order_R, D, x_TD.stride(0), K=top_k, BD=BD)
     return out_RD
 
 
 def bias_gradient(a: Tensor, weights_TK: Tensor | None, bias: Tensor, routes: Routes, top_k: int) -> Tensor:
     """The sum of each expert's rows of `a` [R, ...]; with weights, of the tokens' rows of `a` [T, ...], weighted."""
     db, N = torch.empty_like(bias), a.shape[1]
-    bias_gradient_kernel[(len(bias), triton.cdiv(N, 128))](
+    bias_gradient_kernel[(len(bias), cdiv(N, 128))](
         a, weights_TK, db, routes.order_R, routes.offsets, N, a.stride(0),
         K=top_k, GATHER=weights_TK is not None, BN=128, BR=32,
     )  # fmt: skip
@@ -89,8 +93,8 @@ def combine(y_RD: Tensor, weights_TK: Tensor | None, routes: Routes, shape_TK: t
     (T, K), D = shape_TK, y_RD.shape[1]
     out_TD = y_RD.new_empty(T, D)
     if T:
-        BD = min(1024, triton.next_power_of_2(D))
-        combine_kernel[(T, triton.cdiv(D, BD))](
+        BD = min(1024, power_of_2(D))
+        combine_kernel[(T, cdiv(D, BD))](
             y_RD, weights_TK, routes.inverse_R, out_TD, D, K=K, HAS_WEIGHTS=weights_TK is not None, BD=BD
         )
     return out_TD

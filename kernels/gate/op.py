@@ -7,7 +7,14 @@ import torch
 from torch import Tensor
 
 from moe.kernels import tiles
-from moe.kernels.arguments import check_device, check_kinds, checked_choice, no_second_derivative, transformed
+from moe.kernels.arguments import (
+    check_device,
+    check_kinds,
+    checked_choice,
+    no_second_derivative,
+    on_device_of,
+    transformed,
+)
 from moe.kernels.gate import reference
 
 
@@ -56,11 +63,13 @@ def topk_gate(
         raise ValueError(f'impl = {impl!r}: must be "reference" or "triton", or None for the fastest')
     if impl == "triton" and reason:
         raise ValueError(f'impl = "triton": {reason}; use "reference"')
-    if given_TK is not None:
-        given_TK = checked_choice(given_TK, n_experts, "given_TK")
     if transformed():
         impl = "reference"
-    if impl == "triton" or (impl is None and reason is None and logits_TE.device.type != "cpu"):
+    on_cpu = logits_TE.device.type == "cpu"
+    fused = impl == "triton" or (impl is None and reason is None and not on_cpu)
+    if given_TK is not None and (on_cpu or not fused):  # else the kernel asserts as much
+        given_TK = checked_choice(given_TK, n_experts, "given_TK")
+    if fused:
         return _topk_gate(logits_TE, bias_E, given_TK, top_k)
     return reference.topk_gate(logits_TE, top_k, bias_E, given_TK)
 
@@ -69,8 +78,8 @@ def topk_gate(
 def _topk_gate(logits: Tensor, bias: Tensor | None, given: Tensor | None, top_k: int) -> tuple[Tensor, Tensor]:
     from moe.kernels.gate import triton_gate
 
-    weights, ids, _ = triton_gate.gate(logits, top_k, bias, given)
-    return weights, ids
+    with on_device_of(logits):
+        return triton_gate.gate(logits, top_k, bias, given)
 
 
 @_topk_gate.register_fake
@@ -83,7 +92,8 @@ def _(logits, bias, given, top_k):
 def _topk_gate_backward(dweights: Tensor, weights: Tensor, ids: Tensor, n_experts: int) -> Tensor:
     from moe.kernels.gate import triton_gate
 
-    return triton_gate.gate_backward(dweights, weights, ids, n_experts)
+    with on_device_of(weights):
+        return triton_gate.gate_backward(dweights, weights, ids, n_experts)
 
 
 @_topk_gate_backward.register_fake

@@ -1,8 +1,6 @@
 """The top-k gate in Triton: one launch forward, one backward. No sort, no atomics, no host sync.
 
-Tokens are taken in blocks, and each block counts its rows per expert on the way, which the placing of rows
-(experts/triton_routes.py) can start from. Shape suffixes as in reference.py; Z token blocks, P experts rounded up to a
-power of two.
+Shape suffixes as in reference.py; P experts rounded up to a power of two.
 """
 
 import torch
@@ -10,23 +8,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe.kernels.launcher import cdiv, power_of_2, remembered
+
 
 def block_tokens(n_experts: int) -> int:
     """How many tokens one program takes: their one-hot matrix must fit its registers."""
-    return max(16, min(128, 4096 // triton.next_power_of_2(n_experts)))
+    return max(16, min(128, 4096 // power_of_2(n_experts)))
 
 
-@triton.jit
+@remembered
+@triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=["given"], debug=True)
 def _gate_kernel(
-    logits, bias, given, weights, ids, counts, T, stride_t,
+    logits, bias, given, weights, ids, T, stride_t,
     E: tl.constexpr, P: tl.constexpr, K: tl.constexpr, HAS_BIAS: tl.constexpr, GIVEN: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    """Choose K experts per token, weigh them by a softmax over the chosen, count the rows per expert of the block.
+    """Choose K experts per token, and weigh them by a softmax over the chosen.
 
-    GIVEN: the choice is made already, and the rest is the same.
+    GIVEN: the choice is made already, and the rest is the same; that it is one is asserted.
     """
-    block = tl.program_id(0)
-    t = block * BT + tl.arange(0, BT)
+    t = tl.program_id(0) * BT + tl.arange(0, BT)
     e = tl.arange(0, P)
     inside = (t < T)[:, None] & (e < E)[None, :]
     x = tl.load(logits + t[:, None].to(tl.int64) * stride_t + e[None, :], mask=inside, other=0.0).to(tl.float32)
@@ -35,6 +35,8 @@ def _gate_kernel(
         for j in tl.static_range(K):
             i = tl.load(given + t.to(tl.int64) * K + j, mask=t < T, other=0)
             slot = tl.where(e[None, :] == i[:, None], j, slot)
+        n_taken = tl.sum((slot < K).to(tl.int32), axis=1)
+        tl.device_assert((n_taken == K) | (t >= T), "given_TK: an id outside [0, E), or twice in one row")
     else:
         score = tl.where(inside, x, -float("inf"))
         if HAS_BIAS:
@@ -58,10 +60,10 @@ def _gate_kernel(
     keep = taken & inside
     tl.store(weights + at, w, mask=keep)
     tl.store(ids + at, tl.broadcast_to(e[None, :], (BT, P)).to(tl.int64), mask=keep)
-    tl.store(counts + block * P + e, tl.sum(keep.to(tl.int32), axis=0))
 
 
-@triton.jit
+@remembered
+@triton.jit(do_not_specialize=["T"])
 def _gate_backward_kernel(
     dweights, weights, ids, dlogits, T, E: tl.constexpr, P: tl.constexpr, K: tl.constexpr, BT: tl.constexpr
 ):
@@ -85,21 +87,21 @@ def _gate_backward_kernel(
 
 def gate(
     logits_TE: Tensor, top_k: int, bias_E: Tensor | None = None, given_TK: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As reference.topk_gate, in one launch -> weights_TK float32, ids_TK int64, and int32 counts [Z, P] per block."""
+) -> tuple[Tensor, Tensor]:
+    """As reference.topk_gate, in one launch -> weights_TK float32, ids_TK int64."""
     T, E = logits_TE.shape
-    P, BT = triton.next_power_of_2(E), block_tokens(E)
+    P, BT = power_of_2(E), block_tokens(E)
     logits_TE = logits_TE if logits_TE.stride(1) == 1 else logits_TE.contiguous()
     bias_E, given_TK = (None if t is None else t.contiguous() for t in (bias_E, given_TK))
     weights_TK = logits_TE.new_empty(T, top_k, dtype=torch.float32)
     ids_TK = logits_TE.new_empty(T, top_k, dtype=torch.int64)
-    counts_ZP = logits_TE.new_empty(triton.cdiv(T, BT), P, dtype=torch.int32)
     if T:
-        _gate_kernel[(len(counts_ZP),)](
-            logits_TE, bias_E, given_TK, weights_TK, ids_TK, counts_ZP, T,
+        _gate_kernel[(cdiv(T, BT),)](
+            logits_TE, bias_E, given_TK, weights_TK, ids_TK, T,
             logits_TE.stride(0), E=E, P=P, K=top_k, HAS_BIAS=bias_E is not None, GIVEN=given_TK is not None, BT=BT,
+            sanitize_overflow=False,
         )  # fmt: skip
-    return weights_TK, ids_TK, counts_ZP
+    return weights_TK, ids_TK
 
 
 def gate_backward(dweights_TK: Tensor, weights_TK: Tensor, ids_TK: Tensor, n_experts: int) -> Tensor:
@@ -108,8 +110,8 @@ def gate_backward(dweights_TK: Tensor, weights_TK: Tensor, ids_TK: Tensor, n_exp
     dlogits_TE = weights_TK.new_empty(T, n_experts)
     if T:
         BT = block_tokens(n_experts)
-        _gate_backward_kernel[(triton.cdiv(T, BT),)](
+        _gate_backward_kernel[(cdiv(T, BT),)](
             dweights_TK.contiguous(), weights_TK, ids_TK, dlogits_TE, T,
-            E=n_experts, P=triton.next_power_of_2(n_experts), K=K, BT=BT,
+            E=n_experts, P=power_of_2(n_experts), K=K, BT=BT,
         )  # fmt: skip
     return dlogits_TE

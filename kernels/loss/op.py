@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from moe.kernels import tiles
-from moe.kernels.arguments import autocast, check_kinds, no_second_derivative, transformed
+from moe.kernels.arguments import autocast, check_kinds, no_second_derivative, on_device_of, transformed
 from moe.kernels.loss import IGNORE_INDEX, chunked, reference
 
 
@@ -92,7 +92,8 @@ def _linear_cross_entropy(
         return chunked.linear_cross_entropy(x, w, targets, want_grad)
     from moe.kernels.loss import triton_chunked
 
-    return triton_chunked.linear_cross_entropy(x, w, targets, want_grad)
+    with on_device_of(x):
+        return triton_chunked.linear_cross_entropy(x, w, targets, want_grad)
 
 
 @_linear_cross_entropy.register_fake

@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe.kernels.launcher import cdiv, power_of_2, remembered
 from moe.kernels.loss import IGNORE_INDEX
 from moe.kernels.loss.chunked import accumulate, accumulator
 
@@ -31,6 +32,7 @@ _REGISTER_ROW = 16_384
 _IGNORE = tl.constexpr(IGNORE_INDEX)
 
 
+@remembered
 @triton.jit
 def loss_kernel(logits, targets, losses, V, stride, WANT_GRAD: tl.constexpr, ONE_BLOCK: tl.constexpr, BV: tl.constexpr):
     """The loss of one token; with WANT_GRAD its logits become their gradient, softmax - one_hot(target), in place.
@@ -101,9 +103,9 @@ def linear_cross_entropy(
     losses_T = x_TD.new_empty(T, dtype=torch.float32)
     dx_TD = torch.empty_like(x_TD) if want_grad else x_TD.new_empty(0)
     chunk = chunk_tokens(T)
-    dw_VD = accumulator(w_VD, x_TD.dtype, n_chunks=triton.cdiv(T, chunk)) if want_grad else w_VD.new_empty(0)
+    dw_VD = accumulator(w_VD, x_TD.dtype, n_chunks=cdiv(T, chunk)) if want_grad else w_VD.new_empty(0)
     # Rows begin at multiples of 16 elements, as tensor cores and wide loads want them, whatever the vocabulary.
-    buffer = x_TD.new_empty(chunk, triton.cdiv(V, 16) * 16)
+    buffer = x_TD.new_empty(chunk, cdiv(V, 16) * 16)
     for start in range(0, T, chunk):
         rows = slice(start, start + chunk)
         x_CD = x_TD[rows]
@@ -134,12 +136,12 @@ def block_and_warps(V: int) -> tuple[int, int]:
     """
     if V > _REGISTER_ROW:
         return 8192, 16
-    BV = max(128, triton.next_power_of_2(V))
+    BV = max(128, power_of_2(V))
     return BV, max(1, BV // 1024)
 
 
 def chunk_tokens(T: int) -> int:
     """Tokens of a chunk: equal shares of T, none larger than CHUNK_TOKENS, in multiples of a tile's 128 rows."""
-    n_chunks = max(1, triton.cdiv(T, CHUNK_TOKENS))
-    share = triton.cdiv(T, n_chunks)
-    return max(1, share if n_chunks == 1 else min(CHUNK_TOKENS, triton.cdiv(share, 128) * 128))
+    n_chunks = max(1, cdiv(T, CHUNK_TOKENS))
+    share = cdiv(T, n_chunks)
+    return max(1, share if n_chunks == 1 else min(CHUNK_TOKENS, cdiv(share, 128) * 128))

@@ -1,9 +1,12 @@
 """Our expert kernels inside Hugging Face's MoE models: one registered name, no copy of a weight.
 
-transformers (5 or newer) dispatches the experts of its MoE models through an interface; after `register_experts()`,
-`experts_implementation="gpt4_moe"` runs `moe.kernels.ops.expert_mlp` there, forward and backward.
+transformers dispatches the experts of its MoE models through an interface; after `register_experts()`,
+`experts_implementation="gpt4_moe"` runs `moe.kernels.ops.expert_mlp` there, forward and backward. What a release can do
+is asked of its names and not of its number.
 """
 
+import importlib.metadata
+import inspect
 from typing import Any
 
 from torch import Tensor
@@ -11,6 +14,10 @@ from torch import Tensor
 from moe.kernels import ops
 
 NAME = "gpt4_moe"
+# The oldest transformers that the tests pass with; the extra `hf` of pyproject.toml promises the same.
+OLDEST = "5.7"
+# What a model's experts say of how their weights are stored.
+_LAYOUT = ("is_concatenated", "is_transposed", "has_bias", "has_gate")
 
 
 def register_experts(impl: str | None = None) -> None:
@@ -24,17 +31,33 @@ def register_experts(impl: str | None = None) -> None:
         impl: as in `moe.kernels.ops.expert_mlp`; None takes the fastest that is eligible.
 
     Raises:
-        ImportError: transformers is missing or too old.
+        ImportError: transformers is missing, or its models do not say how their experts are stored.
     """
     try:
-        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-    except ImportError as error:
-        raise ImportError('register_experts needs transformers >= 5: pip install "gpt4-moe[hf]"') from error
+        from transformers.integrations import moe as theirs
+
+        experts_functions = theirs.ALL_EXPERTS_FUNCTIONS
+        told = inspect.signature(theirs.use_experts_implementation).parameters
+    except (ImportError, AttributeError) as error:
+        raise ImportError(_remedy()) from error
+    if not told.keys() >= {*_LAYOUT}:
+        raise ImportError(_remedy())
 
     def forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         return experts_forward(module, hidden_states, top_k_index, top_k_weights, impl)
 
-    ALL_EXPERTS_FUNCTIONS.register(NAME, forward)
+    experts_functions.register(NAME, forward)
+
+
+def _remedy() -> str:
+    try:
+        found = f"{importlib.metadata.version('transformers')} is installed"
+    except importlib.metadata.PackageNotFoundError:
+        found = "none is installed"
+    return (
+        f"register_experts needs the interface for experts that transformers has from {OLDEST} on, and {found}: "
+        f'pip install "transformers>={OLDEST}"'
+    )
 
 
 def experts_forward(
@@ -52,8 +75,9 @@ def experts_forward(
     b_in_EGF = b_out_ED = None
     if module.has_bias:
         b_in_EGF, b_out_ED = _gates(getattr(module, b_in), module).contiguous(), module.down_proj_bias
-    if module._is_expert_parallel:
-        # Ids past the last expert mark slots that another rank serves.
+    # Ids past the last expert mark slots that another rank serves. A release whose modules do not say whether there are
+    # other ranks may have such ids at any time.
+    if getattr(module, "_is_expert_parallel", True):
         elsewhere_TK = top_k_index >= len(w_in)
         top_k_index = top_k_index.clamp(max=len(w_in) - 1)
         top_k_weights = top_k_weights.masked_fill(elsewhere_TK, 0)
@@ -80,6 +104,11 @@ def _gates(t_EJ: Tensor, module: Any) -> Tensor:
     return t_EJ.unflatten(1, (-1, 2)).transpose(1, 2)
 
 
+def _has_own_gate(module: Any) -> bool:
+    """Whether it may do more than act(gate) * up. Asked as Dynamo of torch 2.11 can follow: not of a bound method."""
+    return "_apply_gate" in module.__dict__ or type(module)._apply_gate.__name__ != "_default_apply_gate"
+
+
 def _activation(module: Any) -> str:
     """Our name of the module's activation."""
     name, why = type(module).__name__, ""
@@ -91,11 +120,10 @@ def _activation(module: Any) -> str:
         if (module.alpha, module.limit) == (1.702, 7.0):
             return "swiglu_oai"
         why = f"swiglu_alpha = {module.alpha}, swiglu_limit = {module.limit}, not 1.702 and 7"
-    elif module.has_gate and function in ("silu", "siluactivation"):
-        # A model's own `_apply_gate` may do more than act(gate) * up.
-        if type(module)._apply_gate.__name__ == "_default_apply_gate":
-            return "swiglu"
+    elif module.has_gate and _has_own_gate(module):
         why = "a gate function of its own"
+    elif module.has_gate and function in ("silu", "siluactivation"):
+        return "swiglu"
     elif not module.has_gate and function in ("gelutanh", "newgeluactivation"):
         return "gelu"
     else:

@@ -9,6 +9,11 @@ import torch
 import torch.nn as nn
 
 
+def computes_again() -> bool:
+    """Whether this runs inside a backward: activation checkpointing runs a layer again there."""
+    return torch._C._current_graph_task_id() != -1
+
+
 class Hook:
     """A hook that belongs to one module: what `copy.deepcopy` or a pickle makes of it takes itself away when called."""
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from moe.errors import NotObservable
 from moe.experts import Router
 from moe.hf import routers as foreign
-from moe.profile.hooks import Hook, called_module, uncompiled
+from moe.profile.hooks import Hook, called_module, computes_again, uncompiled
 
 
 class Pass(NamedTuple):
@@ -140,13 +140,13 @@ class _Watch:
 
     def end(self, _module: nn.Module, _args: Any, output: Any) -> None:
         self._own.called = {}
-        if output is not None and not _computes_again():  # None: it ended in an exception
+        if output is not None and not computes_again():  # None: it ended in an exception
             with self._lock:
                 self.calls += 1
 
     def router(self, layer: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         own = self._own
-        if _computes_again():
+        if computes_again():
             return
         if layer == 0:
             own.spoken.clear()
@@ -175,11 +175,6 @@ class _Thread(threading.local):
     def __init__(self) -> None:
         self.spoken: list[tuple[Tensor, Tensor, Tensor]] = []
         self.called: dict[str, Tensor] = {}
-
-
-def _computes_again() -> bool:
-    """Whether this runs inside a backward: activation checkpointing."""
-    return torch._C._current_graph_task_id() != -1
 
 
 def _routing(module: nn.Module, output: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -24,7 +24,7 @@ from moe.errors import NotObservable, TraceError
 from moe.experts import Router
 from moe.hf import routers as foreign
 from moe.kernels import ops
-from moe.profile.hooks import Hook, Shared, called_module, uncompiled
+from moe.profile.hooks import Hook, Shared, called_module, computes_again, uncompiled
 from moe.profile.observe import called_with, placed, routers
 
 # The experts of one pass for (layer, T, N, device), N of whose T tokens are text: int64 [T, K] or [N, K].
@@ -102,7 +102,7 @@ class _Override:
             return  # another thread computes a pass again; this one is none of ours
         else:
             given = None
-            if torch._C._current_graph_task_id() == -1:
+            if not computes_again():
                 self.began = True
                 with self._lock:
                     given = self.next_pass()
@@ -137,7 +137,7 @@ class _Override:
                 return _with_experts(module, output, layer, this)
             if not self.open or _AGAIN.get(None) is not None:
                 return None  # of another block's pass, computed again
-            if torch._C._current_graph_task_id() != -1:
+            if computes_again():
                 raise TraceError(
                     f"router {layer} runs again inside a backward, and which pass that repeats is not known here: "
                     "run the pass inside the block, and checkpoint with torch.utils.checkpoint"
@@ -209,11 +209,17 @@ def _remembering() -> Iterator[None]:
     """Meanwhile both kinds of torch's checkpointing remember what a function first ran in.
 
     They offer no other way in: whoever checkpoints has long imported `checkpoint` itself.
+
+    Raises:
+        TraceError: this torch's checkpointing is another than that of 2.11 to 2.13.
     """
-    without_reentrant, reentrant = (
-        checkpoint._checkpoint_without_reentrant_generator,
-        checkpoint.CheckpointFunction.apply,
-    )
+    without_reentrant = getattr(checkpoint, "_checkpoint_without_reentrant_generator", None)
+    if without_reentrant is None:
+        raise TraceError(
+            f"routes cannot be replayed with torch {torch.__version__}, whose checkpointing is another than that of "
+            "2.11 to 2.13: use one of these"
+        )
+    reentrant = checkpoint.CheckpointFunction.apply
 
     def generator(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Iterator[Any]:
         def again(*args: Any, **kwargs: Any) -> Any:

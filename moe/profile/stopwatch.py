@@ -24,7 +24,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from moe.kernels.spans import listening
 from moe.layers import INDIFFERENT
-from moe.profile.hooks import Hook
+from moe.profile.hooks import Hook, computes_again
 
 Part = tuple[str, str]  # component, phase
 OTHER: Part = ("other", "")
@@ -207,8 +207,7 @@ def _backward_from_output(t: Timing, component: str) -> Callable[..., None]:
 
 
 def _forward_phase() -> str:
-    # Inside a backward: activation checkpointing runs the layer again.
-    return "forward" if torch._C._current_graph_task_id() == -1 else "recompute"
+    return "recompute" if computes_again() else "forward"
 
 
 def _do(act: Callable[[Part], None], part: Part) -> Callable[..., None]:

@@ -1,17 +1,19 @@
 """Hugging Face's MoE models with our experts against the same models with their own, forward and backward."""
 
+import importlib.metadata
+import tomllib
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from moe.hf.experts import OLDEST, register_experts
+from moe.kernels import ops
 from tests.conftest import rel
 from tests.hf_models import MODELS, build
 
-pytest.importorskip("transformers", minversion="5.0")
-
-from moe.hf.experts import register_experts
-from moe.kernels import ops
+theirs = pytest.importorskip("transformers.integrations.moe")
 
 
 def run(model: Any, experts: str) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -63,19 +65,53 @@ def test_models_that_do_not_fit_say_why() -> None:
     register_experts()
     with pytest.raises(ValueError, match=r"MixtralExperts has the activation gelu.* with a gate; use \"grouped_mm\""):
         run(build("Mixtral", hidden_act="gelu"), "gpt4_moe")
-    with pytest.raises(ValueError, match=r"GptOssExperts has swiglu_alpha = 1.0, swiglu_limit = 7.0, not 1.702 and 7"):
-        run(build("GptOss", swiglu_alpha=1.0), "gpt4_moe")
-
-
-def test_slots_of_other_ranks_count_nothing() -> None:
-    """Under expert parallelism transformers marks them with an id past the last expert."""
     model = build("Mixtral")
-    experts = model.model.layers[0].mlp.experts
+    model.model.layers[1].mlp.experts._apply_gate = lambda gate_up: gate_up.chunk(2, dim=-1)[0]
+    with pytest.raises(ValueError, match=r"MixtralExperts has a gate function of its own; use \"grouped_mm\""):
+        run(model, "gpt4_moe")
+    model = build("GptOss")
+    model.model.layers[0].mlp.experts.alpha = 1.0  # a key of the configuration in later releases
+    with pytest.raises(ValueError, match=r"GptOssExperts has swiglu_alpha = 1.0, swiglu_limit = 7.0, not 1.702 and 7"):
+        run(model, "gpt4_moe")
+
+
+@pytest.mark.parametrize("impl", ["reference", "grouped", "triton"])
+@pytest.mark.parametrize("said", [True, None])
+def test_slots_of_other_ranks_count_nothing(said: bool | None, impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under expert parallelism transformers marks them with an id past the last expert; older releases do not say when
+    they do."""
+    experts = build("Mixtral").model.layers[0].mlp.experts
     g = torch.Generator().manual_seed(3)
     x, weights = torch.randn(5, 32, generator=g), torch.rand(5, 2, generator=g)
     ids = torch.tensor([[0, 6], [6, 6], [1, 2], [5, 6], [3, 4]])
-    want = experts(x, ids, weights)
-    register_experts()
-    model.set_experts_implementation("gpt4_moe")
-    experts._is_expert_parallel = True
-    assert rel(experts(x, ids, weights), want) < 1e-6
+    elsewhere = ids == 6
+    want = experts(x, ids.masked_fill(elsewhere, 0), weights.masked_fill(elsewhere, 0))
+    register_experts(impl)
+    experts.config._experts_implementation = "gpt4_moe"
+    if said is None:
+        monkeypatch.delattr(experts, "_is_expert_parallel", raising=False)
+    else:
+        experts._is_expert_parallel = said
+    weights.requires_grad_()
+    got = experts(x, ids, weights)
+    assert rel(got, want) < 1e-6
+    (gradient,) = torch.autograd.grad(got.square().sum(), weights)
+    assert not gradient[elsewhere].any()
+    assert gradient[~elsewhere].all()
+
+
+def test_a_release_without_what_is_needed_says_which_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = importlib.metadata.version("transformers")
+    needs = rf"transformers has from {OLDEST} on, and {found} is installed: pip install \"transformers>={OLDEST}\""
+    # As in 5.0: experts that do not say how their weights are stored.
+    monkeypatch.setattr(theirs, "use_experts_implementation", lambda experts_class: experts_class)
+    with pytest.raises(ImportError, match=needs):
+        register_experts()
+    monkeypatch.delattr(theirs, "ALL_EXPERTS_FUNCTIONS")
+    with pytest.raises(ImportError, match=needs):
+        register_experts()
+
+
+def test_the_oldest_release_is_the_one_promised() -> None:
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["optional-dependencies"]["hf"] == [f"transformers>={OLDEST}"]

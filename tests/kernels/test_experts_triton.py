@@ -183,14 +183,3 @@ def test_one_expert_takes_all_and_the_others_get_zeros() -> None:
 
 def test_shape_classes() -> None:
     assert [tiles.shape_class(r, 16) for r in (2, 256, 257, 1024, 1025)] == ["few", "few", "some", "some", "many"]
-
-
-def test_tuned_tiles_are_read_back_and_a_damaged_file_says_so(tmp_path: Any) -> None:
-    table = {"sm_90 tma many": tiles.TABLE["sm_90 tma"]["many"], "sm_80 few": tiles.TABLE["sm_80"]["few"]}
-    path = tmp_path / "cache" / "tiles.json"
-    tiles.save(path, table)
-    assert tiles.load(path) == table
-    assert [p.name for p in path.parent.iterdir()] == ["tiles.json"]
-    path.write_text('{"sm_80 few": {"rows": 16}}')
-    with pytest.raises(ValueError, match=r"tiles.json: not a file of tile sizes .*delete it"):
-        tiles.load(path)

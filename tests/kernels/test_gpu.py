@@ -1,15 +1,49 @@
-"""What needs a CUDA GPU: large shapes, bfloat16, offsets beyond 2^31, bitwise repeatability, graphs, the model."""
+"""What needs a CUDA GPU: large shapes, bfloat16, offsets beyond 2^31, bitwise repeatability, graphs, the model.
+
+On any card: which kernels it takes is for kernels/tiles.py to say, and asserted only where a test is about one of them.
+The shapes stand here by name because benchmarks/precompile.py compiles them on all cores beforehand.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from moe.kernels import ops
 from moe.kernels.experts import op
 from tests.conftest import rel, tiny_config
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+ROOT = Path(__file__).parent.parent.parent
 LIMIT = {torch.bfloat16: 2e-2, torch.float16: 5e-3, torch.float32: 1e-5}
+SHAPES = [  # T, E, K, D, F: some rows an expert; odd widths; many rows; many experts; one token; all experts
+    (64, 4, 2, 64, 128),
+    (727, 5, 2, 577, 859),
+    (8192, 16, 2, 512, 1024),
+    (4096, 64, 8, 256, 128),
+    (1, 16, 2, 512, 1024),
+    (300, 7, 7, 256, 512),
+]
+GRAPH_TOKENS = (256, 2048)  # 32 and 256 rows an expert
+GRAPH_SHAPE = (16, 2, 512, 1024)
+WRAPPED_SHAPE = (512, 8, 2, 256, 512)
+HEADS = [(1, 257), (515, 8192), (4500, 50257), (4300, 100352)]  # T, V
+
+
+def named(values: tuple[int, ...]) -> str:
+    return "-".join(f"{letter}{n}" for letter, n in zip("TEKDF", values, strict=True))
+
+
+def copies_rows(inputs: list[torch.Tensor]) -> bool:
+    """Whether these go through TMA."""
+    from moe.kernels.experts import triton_mlp
+
+    return triton_mlp.copies_rows(inputs[0], triton_mlp.Experts(inputs[1], inputs[2]), inputs[4].numel())
 
 
 def tensors(T: int, E: int, K: int, D: int, width: int, dtype: torch.dtype, gates: int = 2) -> list[torch.Tensor]:
@@ -31,28 +65,15 @@ def run(inputs: list[torch.Tensor], activation: str = "swiglu", impl: str | None
 def step(inputs: list[torch.Tensor], activation: str, impl: str | None, recompute: bool = False) -> list[torch.Tensor]:
     leaves = x, w_in, w_out, weights = [t.detach().requires_grad_() for t in inputs[:4]]
     y = ops.expert_mlp(x, w_in, w_out, weights, inputs[4], activation, impl, recompute=recompute)
-    dy = torch.randn(y.shape, generator=torch.Generator("cuda").manual_seed(1), device="cuda").to(y.dtype)
+    dy = torch.randn(y.shape, generator=torch.Generator("cuda").manual_seed(1), device="cuda").to(y)
     return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize(
-    ("T", "E", "K", "D", "width"),
-    [
-        (64, 4, 2, 64, 128),
-        (727, 5, 2, 577, 859),
-        (8192, 16, 2, 512, 1024),
-        (4096, 64, 8, 256, 128),
-        (1, 16, 2, 512, 1024),
-        (300, 7, 7, 256, 512),
-    ],
-    ids=lambda v: str(v),
-)
+@pytest.mark.parametrize("dtype", LIMIT, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=named)
 @pytest.mark.parametrize("activation", ["swiglu", "gelu"])
-def test_small_and_large_against_float64(
-    T: int, E: int, K: int, D: int, width: int, dtype: torch.dtype, activation: str
-) -> None:
-    inputs = tensors(T, E, K, D, width, dtype, ops.ACTIVATIONS[activation])
+def test_small_and_large_against_float64(shape: tuple[int, ...], dtype: torch.dtype, activation: str) -> None:
+    inputs = tensors(*shape, dtype=dtype, gates=ops.ACTIVATIONS[activation])
     want = step([t.double() if t.is_floating_point() else t for t in inputs], activation, "reference")
     for name, a, b in zip(
         ("y", "dx", "dw_in", "dw_out", "dweights"), step(inputs, activation, "triton"), want, strict=True
@@ -82,10 +103,13 @@ def test_rows_beyond_the_reach_of_32_bits() -> None:
     assert rel(y[last], want) < 2e-2
 
 
-def test_a_cuda_graph_replays_with_new_routing() -> None:
-    inputs = tensors(256, 16, 2, 512, 1024, torch.bfloat16)
-    other = tensors(256, 16, 2, 512, 1024, torch.bfloat16)
+@pytest.mark.parametrize("tokens", GRAPH_TOKENS)
+def test_a_cuda_graph_replays_with_new_routing(tokens: int) -> None:
+    inputs = tensors(tokens, *GRAPH_SHAPE, dtype=torch.bfloat16)
+    other = tensors(tokens, *GRAPH_SHAPE, dtype=torch.bfloat16)
     other[4] = (other[4] + 3) % 16
+    if torch.cuda.get_device_capability() == (9, 0):
+        assert copies_rows(inputs) == (tokens == 2048), "one of the two is to be about TMA"
     with torch.no_grad():
         for _ in range(2):
             run(inputs)
@@ -99,19 +123,46 @@ def test_a_cuda_graph_replays_with_new_routing() -> None:
         assert torch.equal(y, run(other))
 
 
-def test_compiled_and_checkpointed() -> None:
-    inputs = tensors(512, 8, 2, 256, 512, torch.bfloat16)
-    plain = step(inputs, "swiglu", "triton")
+@pytest.mark.parametrize("how", ["checkpointed", "compiled"])
+def test_wrapped_it_gives_the_same_bits(how: str) -> None:
+    inputs = tensors(*WRAPPED_SHAPE, dtype=torch.bfloat16)
+    leaves = [t.detach().requires_grad_() for t in inputs[:4]]
+    calls = []
+
+    def counted(*given: Any) -> torch.Tensor:
+        calls.append(given)
+        return ops.expert_mlp(*given, activation="swiglu", impl="triton")
 
     @torch.compile(fullgraph=True)
-    def compiled(x, w_in, w_out, weights, ids):
-        return ops.expert_mlp(x, w_in, w_out, weights, ids, "swiglu", "triton")
+    def compiled(*given: Any) -> torch.Tensor:
+        return ops.expert_mlp(*given, activation="swiglu", impl="triton")
 
-    leaves = x, w_in, w_out, weights = [t.detach().requires_grad_() for t in inputs[:4]]
-    y = compiled(x, w_in, w_out, weights, inputs[4])
-    dy = torch.randn(y.shape, generator=torch.Generator("cuda").manual_seed(1), device="cuda").to(y.dtype)
-    for a, b in zip([y, *torch.autograd.grad(y, leaves, dy)], plain, strict=True):
+    if how == "checkpointed":
+        y = checkpoint(counted, *leaves, inputs[4], use_reentrant=False)
+    else:
+        y = compiled(*leaves, inputs[4])
+    dy = torch.randn(y.shape, generator=torch.Generator("cuda").manual_seed(1), device="cuda").to(y)
+    got = [y, *torch.autograd.grad(y, leaves, dy)]
+    assert len(calls) == (2 if how == "checkpointed" else 0), "the forward runs again for the backward"
+    for a, b in zip(got, step(inputs, "swiglu", "triton"), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
+def test_tensors_of_another_gpu_than_the_current_one() -> None:
+    inputs = [t.to("cuda:1") for t in tensors(*WRAPPED_SHAPE, dtype=torch.bfloat16)]
+    assert torch.cuda.current_device() == 0
+    for a, b in zip(step(inputs, "swiglu", "triton"), step(inputs, "swiglu", "reference"), strict=True):
+        assert a.device == inputs[0].device
+        assert rel(a, b) < LIMIT[torch.bfloat16]
+    logits = torch.randn(70, 16, device="cuda:1")
+    for a, b in zip(ops.topk_gate(logits, 2, impl="triton"), ops.topk_gate(logits, 2, impl="reference"), strict=True):
+        assert rel(a, b) < 1e-6
+    outer = [t.to("cuda:1") for t in head(515, 192, 8192, torch.bfloat16)]
+    for a, b in zip(head_step(outer), head_step(outer, "torch"), strict=True):
+        assert a.device == logits.device
+        assert rel(a, b) < 1e-2
+    assert torch.cuda.current_device() == 0
 
 
 def test_the_default_on_cuda_is_triton_and_the_model_trains_with_it() -> None:
@@ -148,8 +199,8 @@ def head_step(inputs: list[torch.Tensor], impl: str | None = None) -> list[torch
     return [total.detach(), *torch.autograd.grad(total, (x, w))]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize(("T", "V"), [(1, 257), (515, 8192), (4500, 50257), (4300, 100352)], ids=str)
+@pytest.mark.parametrize("dtype", LIMIT, ids=str)
+@pytest.mark.parametrize(("T", "V"), HEADS, ids=str)
 def test_cross_entropy_against_float64(T: int, V: int, dtype: torch.dtype) -> None:
     x, w, targets = head(T, 192, V, dtype)
     if T == 1:
@@ -189,3 +240,46 @@ def test_cross_entropy_under_autocast_sums_in_float32_and_never_holds_all_logits
     want = head_step([x.detach().bfloat16(), w.detach().bfloat16(), targets], "torch")
     for a, b in zip((total, dx, dw), want, strict=True):
         assert rel(a, b) < 1e-2
+
+
+# ----------------------------------------------------------------------------------------------------- launches
+
+
+def launched(inputs: list[torch.Tensor], **settings: Any) -> list[torch.Tensor]:
+    """y and all gradients for an upstream gradient of ones."""
+    leaves = x, w_in, w_out, weights = [t.detach().requires_grad_() for t in inputs[:4]]
+    impl = "reference" if x.dtype == torch.float64 else "triton"
+    y = ops.expert_mlp(x, w_in, w_out, weights, inputs[4], "swiglu", impl, **settings)
+    return [y.detach(), *torch.autograd.grad(y, leaves, torch.ones_like(y))]
+
+
+@pytest.mark.parametrize(
+    ("precision", "least", "most"), [("ieee", 0.0, 1e-5), ("tf32x3", 0.0, 1e-5), ("tf32", 2e-5, 2e-3)]
+)
+def test_float32_is_as_exact_as_was_asked(precision: str, least: float, most: float) -> None:
+    """Rounded to 10 bits, operands are off by up to 2^-11; what is left of them, taken along, leaves 2^-21."""
+    inputs = tensors(512, 8, 2, 512, 1024, torch.float32)
+    want = launched([t.double() if t.is_floating_point() else t for t in inputs])
+    for name, a, b in zip(
+        ("y", "dx", "dw_in", "dw_out", "dweights"), launched(inputs, precision=precision), want, strict=True
+    ):
+        assert least <= rel(a, b) < most, name
+
+
+@pytest.mark.parametrize("tokens", [1, 8192])
+@pytest.mark.parametrize("wrong", [-1, 16, 2**32])
+def test_an_id_outside_is_an_assertion_on_the_device(tokens: int, wrong: int) -> None:
+    """In a process of its own, which has no use for CUDA any more."""
+    script = f"""
+import torch
+from moe.kernels import ops
+empty = lambda *shape: torch.zeros(shape, device="cuda", dtype=torch.bfloat16)
+ids = torch.zeros({tokens}, 2, dtype=torch.int64, device="cuda")
+ids[-1, -1] = {wrong}
+weights = torch.ones({tokens}, 2, device="cuda")
+ops.expert_mlp(empty({tokens}, 64), empty(16, 2, 64, 64), empty(16, 64, 64), weights, ids)
+torch.cuda.synchronize()
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "device-side assert" in done.stderr

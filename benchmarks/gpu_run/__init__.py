@@ -1,0 +1,1 @@
+"""The pieces of benchmarks/gpu.py: what it runs, how it ends it, what it writes down."""

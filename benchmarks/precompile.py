@@ -1,0 +1,226 @@
+"""Compile on all cores, before it begins, what a part of the GPU run will launch: one process would take minutes.
+
+The host code of the kernels runs on tensors without storage, and every launch goes through Triton's own launcher, short
+of the launch: so the cache holds just what the part will look for. What is not foreseen here is compiled there.
+Run: python benchmarks/precompile.py tests|peers|layers [--dry-run] [--json FILE]
+
+--dry-run counts the launches, as for an H100, and compiles nothing.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+os.environ.pop("TRITON_INTERPRET", None)  # it would make functions of the kernels
+
+import torch
+from duel import write_record
+from triton.knobs import runtime
+
+from moe.kernels import ahead, cards
+from moe.kernels.experts import triton_mlp
+from moe.kernels.experts.triton_pointer import Experts
+from moe.kernels.gate import triton_gate
+from moe.kernels.loss import triton_chunked
+
+BFLOAT16 = torch.bfloat16
+
+
+def meta(*shape: int, dtype: torch.dtype = BFLOAT16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+# ----------------------------------------------------------------------------------------------- what will be launched
+
+
+def experts(
+    T: int,
+    E: int,
+    K: int,
+    D: int,
+    F: int,
+    dtype: torch.dtype = BFLOAT16,
+    activation: str = "swiglu",
+    train: bool = True,
+    recompute: bool = False,
+) -> None:
+    """A forward and, to train, a backward of the expert MLP, from pre-activations that were kept, or not."""
+    G = 1 if activation == "gelu" else 2
+    weights = Experts(meta(E, G, F, D, dtype=dtype), meta(E, D, F, dtype=dtype))
+    x, gate = meta(T, D, dtype=dtype), meta(T, K, dtype=torch.float32)
+    y, h, order, offsets = triton_mlp.forward(x, weights, gate, meta(T, K, dtype=torch.int64), activation, train)
+    if train:
+        triton_mlp.backward(y, x, weights, gate, h, order, offsets, activation)
+        if recompute:
+            triton_mlp.forward(x, weights, gate, meta(T, K, dtype=torch.int64), activation, False)
+            triton_mlp.backward(y, x, weights, gate, h[:0], order, offsets, activation)
+
+
+def loss(T: int, D: int, V: int, dtype: torch.dtype = BFLOAT16) -> None:
+    x, w = meta(T, D, dtype=dtype), meta(V, D, dtype=dtype)
+    triton_chunked.linear_cross_entropy(x, w, meta(T, dtype=torch.int64), True)
+
+
+def gate(T: int, E: int, K: int) -> None:
+    weights, ids = triton_gate.gate(meta(T, E, dtype=torch.float32), K)
+    triton_gate.gate_backward(weights, weights, ids, E)
+
+
+def tests() -> None:
+    from tests.kernels import test_gpu as cases
+
+    for shape in cases.SHAPES:
+        for dtype in cases.LIMIT:
+            for activation in ("swiglu", "gelu"):
+                experts(*shape, dtype=dtype, activation=activation)
+    for T in cases.GRAPH_TOKENS:
+        experts(T, *cases.GRAPH_SHAPE, train=False)
+    experts(8192, *cases.GRAPH_SHAPE, recompute=True)  # twice the same bits
+    experts(*cases.WRAPPED_SHAPE)
+    for T, V in cases.HEADS:
+        for dtype in cases.LIMIT:
+            loss(T, 192, V, dtype)
+
+
+def peers() -> None:
+    import expert_mlp
+    import linear_cross_entropy
+
+    for name, shape in expert_mlp.SHAPES.items():
+        for T in shape.tokens:
+            experts(T, shape.n_experts, shape.top_k, shape.d_model, shape.d_ff, train=name not in expert_mlp.FEW)
+    for head in linear_cross_entropy.SHAPES.values():
+        loss(head.tokens, head.d_model, head.vocab_size)
+
+
+def layers() -> None:
+    from moe import load_config
+
+    for T in (512, 8192):  # hf_layer.py
+        experts(T, 8, 2, 4096, 14336)
+    for name, sizes in (("gpt4-8k", (64, 8192)), ("replica-1b", (16384, 32768))):  # step.py, replica_1b.py
+        cfg = load_config(name)
+        E, K, F = cfg.experts.n_experts, cfg.experts.top_k, cfg.experts.d_ff
+        for T in sizes:
+            experts(T, E, K, cfg.d_model, F, train=T > 64, recompute=name == "replica-1b")
+            gate(T, E, K)
+            loss(T, cfg.d_model, cfg.vocab_size)
+
+
+GROUPS: dict[str, Callable[[], None]] = {"tests": tests, "peers": peers, "layers": layers}
+
+# ---------------------------------------------------------------------------------------------------------- compiling
+
+
+class _NotLaunched:
+    """Stands in for a kernel: what is launched is compiled, unless another process has taken it, and loaded."""
+
+    def __init__(self, kernel: Any, rows: list[dict[str, Any]]) -> None:
+        self.kernel, self.rows = getattr(kernel, "jit", kernel), rows
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        def compiled(*args: Any, **kwargs: Any) -> None:
+            start = time.perf_counter()
+            name = ".".join((self.kernel.fn.__module__.rpartition(".")[2], self.kernel.fn.__name__))
+            try:
+                made = self.kernel.run(*args, grid=grid, warmup=True, **kwargs)
+                if made is None:
+                    return  # another process's
+                _ = made.run  # the launcher, which is compiled too
+            except Exception as error:
+                self.rows.append({"kernel": name, "error": f"{type(error).__name__}: {str(error)[:300]}"})
+                return
+            seconds = time.perf_counter() - start
+            if seconds > 0.01:  # else it has been compiled before
+                self.rows.append({"kernel": name, "seconds": round(seconds, 3)})
+
+        return compiled
+
+
+@contextmanager
+def compiling(claims: Path, device: torch.device) -> Iterator[list[dict[str, Any]]]:
+    """Inside, launches on tensors without storage are compiled for `device`; `claims` says by whom."""
+    rows: list[dict[str, Any]] = []
+
+    def taken(*_: Any, fn: Any, key: Any, **__: Any) -> bool:
+        """A hook of Triton's: whether not to compile."""
+        name = hashlib.sha256(f"{fn.module}.{fn.name} {key}".encode()).hexdigest()
+        try:
+            os.close(os.open(claims / name, os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            return True
+        return False
+
+    with ExitStack() as stack:
+        for module in ahead.MODULES:
+            for name, kernel in list(vars(module).items()):
+                if name.endswith("_kernel"):
+                    stack.enter_context(patch.object(module, name, _NotLaunched(kernel, rows)))
+        # Tiles are chosen by the card of a tensor's device; these have none.
+        card = cards.card(device)
+        stack.enter_context(patch.object(cards, "card", lambda device: card))
+        stack.enter_context(patch.object(runtime, "jit_cache_hook", taken))
+        yield rows
+
+
+def in_parallel(group: str) -> dict[str, Any]:
+    """Compile on all cores; returns the record."""
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as claims:
+        command = [sys.executable, __file__, group, "--claims", claims]
+        workers = [
+            subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(min(16, os.cpu_count() or 1))
+        ]
+        outputs = [worker.communicate()[0] for worker in workers]
+    if any(worker.returncode for worker in workers):
+        raise SystemExit("a process of the compilation failed; see above")
+    rows = [row for output in outputs for row in json.loads(output.splitlines()[-1])]
+    seconds = [row["seconds"] for row in rows if "seconds" in row]
+    return {
+        "processes": len(workers),
+        "kernels": len(seconds),
+        "wall_s": time.perf_counter() - start,
+        "compile_s": sum(seconds),
+        "slowest_s": max(seconds, default=0.0),
+        "compiled": rows,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("group", choices=GROUPS)
+    parser.add_argument("--dry-run", action="store_true", help="count the launches, compile nothing")
+    parser.add_argument("--json", type=Path, help="also write the record here")
+    parser.add_argument("--claims", type=Path, help=argparse.SUPPRESS)  # of one of the processes
+    arguments = parser.parse_args()
+    if arguments.claims:
+        with compiling(arguments.claims, torch.device("cuda", 0)) as rows:
+            GROUPS[arguments.group]()
+        print(json.dumps(rows))
+        return
+    if arguments.dry_run:
+        with ahead.recording("sm_90") as launches:
+            GROUPS[arguments.group]()
+        record: dict[str, Any] = {"launches": len(launches), "different": len(set(launches))}
+    else:
+        record = in_parallel(arguments.group)
+    print(", ".join(f"{k} {v:.4g}" for k, v in record.items() if isinstance(v, int | float)))
+    errors = {row["kernel"]: row["error"] for row in record.get("compiled", []) if "error" in row}
+    for kernel, error in errors.items():
+        print(f"  {kernel}: {error}")
+    write_record(arguments.json, record)
+    sys.exit(1 if errors else 0)
+
+
+if __name__ == "__main__":
+    main()
