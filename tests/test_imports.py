@@ -57,8 +57,9 @@ ONLY = {
     "moe.kernels": {"torch", "triton"},
     "moe.plan": {"moe.config", "moe.errors", "moe.io.toml"},
     "moe.plan.pictures": {"moe.config", "moe.errors", "moe.plan", "moe.io.figures", "moe.io.page", "matplotlib"},
-    "moe.serve.scheduler": {"moe.config", "moe.errors"},
-    "moe.serve.blocks": {"moe.config", "moe.errors"},
+    "moe.serve.request": {"moe.errors"},
+    "moe.serve.blocks": {"moe.errors"},
+    "moe.serve.scheduler": {"moe.errors", "moe.serve.blocks", "moe.serve.request"},
 }
 # Packages that hold constants and import nothing: every module may read them.
 FACTS = {"moe.kernels.loss"}
