@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain, islice
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,8 @@ from torch import Tensor
 from moe.errors import ConfigError, ServeError
 from moe.model import Transformer
 from moe.serve.blocks import BlockPool
-from moe.serve.output import Answer, Delta, Group, Listener, Logprobs, Output
+from moe.serve.logprobs import Logprobs, logprobs_of
+from moe.serve.output import Answer, Delta, Group, Listener, Output
 from moe.serve.pages import Pages, Segment
 from moe.serve.request import FinishReason, Request, SamplingParams
 from moe.serve.runner import Runner
@@ -86,11 +88,11 @@ class Stats:
 
 
 class _Choice(NamedTuple):
-    """What follows from a pass for one work: tokens, and the log-probabilities that were asked for."""
+    """What follows from a pass for one work; -1 for a token whose logits are no numbers."""
 
     tokens: list[int]
-    logprobs: list[Logprobs] | None = None
-    prompt_logprobs: Sequence[Logprobs] = ()
+    prompt_logprobs: list[Logprobs]
+    logprobs: list[Logprobs]
 
 
 class Engine:
@@ -281,19 +283,41 @@ class Engine:
         return plan
 
     def _run(self, works: Sequence[Work]) -> Tensor:
-        """The logits [N, V] after each work's `_rows`, one after the other."""
+        """The logits [N, V] that the works want, in the order of `_logits`."""
         segments, wanted, row = [], [], 0
         for work in works:
             segments.append(Segment(work.token_ids, work.start, work.request.blocks))
-            wanted += [row + i for i in _rows(work)]
+            wanted += [row + i for i in (*_scored(work), *_sampled(work))]
             row += work.n
         return self.runner(segments, wanted)
 
     def _choose(self, works: Sequence[Work], logits_NV: Tensor) -> list[_Choice]:
         """What follows from the logits. Changes nothing."""
-        sampling = [work for work in works if work.samples]
-        found = iter(verify(logits_NV, [_guess(work) for work in sampling]) if sampling else [])
-        return [_Choice(next(found) if work.samples else []) for work in works]
+        scored, sampled, row = [], [], 0  # each work's rows of the logits
+        for work in works:
+            scored.append(range(row, row := row + len(_scored(work))))
+            sampled.append(range(row, row := row + len(_sampled(work))))
+        guesses = [_guess(work) for work in works if work.samples]
+        own_NV = logits_NV[[*chain(*sampled)]] if any(scored) else logits_NV
+        found = iter(verify(own_NV, guesses) if guesses else [])
+        tokens = [next(found) if work.samples else [] for work in works]
+        asked = []  # rows, the tokens that follow them, and how many more are wanted
+        for work, new, before, after in zip(works, tokens, scored, sampled, strict=True):
+            p, read = work.request.params, _scored(work)
+            following = work.request.tokens[work.start + read.start + 1 : work.start + read.stop + 1]
+            asked.append((before, following, p.prompt_logprobs))
+            asked.append((after, [] if p.logprobs is None or -1 in new else new, p.logprobs))
+        scores = iter(self._scores(logits_NV, asked))
+        return [_Choice(new, next(scores), next(scores)) for new in tokens]
+
+    def _scores(
+        self, logits_NV: Tensor, asked: Sequence[tuple[range, list[int], int | None]]
+    ) -> Iterator[list[Logprobs]]:
+        rows = [row for own, tokens, _ in asked for row in own[: len(tokens)]]
+        tops = [top or 0 for _, tokens, top in asked for _ in tokens]
+        every = [token for _, tokens, _ in asked for token in tokens]
+        scores = iter(logprobs_of(logits_NV[rows], every, tops, self.tokenizer) if rows else [])
+        return (list(islice(scores, len(tokens))) for _, tokens, _ in asked)
 
     def _take(self, works: Sequence[Work], choices: Sequence[_Choice]) -> None:
         """Writes down what a pass has brought."""
@@ -302,25 +326,32 @@ class Engine:
         if self._calm % _CALM == 0:
             self._budget = min(2 * self._budget, self.scheduler.max_batch_tokens)
         for work, choice in zip(works, choices, strict=True):
-            request, answer = work.request, work.request.extra
-            self.stats.tokens += work.n
-            if request.finish_reason:  # aborted by who listens
-                continue
-            if not work.samples:
-                self.scheduler.advance(work, [])
-                continue
-            n, text, reason = answer.take(request, choice.tokens)
-            tokens = choice.tokens[:n]
-            self.scheduler.advance(work, tokens)
-            self.stats.drafted += work.n_drafts
-            self.stats.accepted += len(choice.tokens) - 1
-            self.stats.new_tokens += n
-            self._release(answer.group)
-            delta = Delta(answer.group.id, answer.index, tokens, text, choice.logprobs)
-            if reason:
-                self._finish(request, reason, delta)
-            else:
-                self._deliver(answer.group, delta)
+            if not work.request.finish_reason:  # it may have been aborted by who listens
+                self._take_one(work, choice)
+
+    def _take_one(self, work: Work, choice: _Choice) -> None:
+        request, answer, group = work.request, work.request.extra, work.request.extra.group
+        if -1 in choice.tokens:
+            self._fail([work], ArithmeticError("the model's logits are no numbers (NaN): look at weights and dtype"))
+            return
+        self.stats.tokens += work.n
+        answer.prompt_logprobs += choice.prompt_logprobs
+        if not work.samples:
+            self.scheduler.advance(work, [])
+            return
+        n, text, reason = answer.take(request, choice.tokens)
+        self.scheduler.advance(work, choice.tokens[:n])
+        self.stats.drafted += work.n_drafts
+        self.stats.accepted += len(choice.tokens) - 1
+        self.stats.new_tokens += n
+        answer.logprobs += choice.logprobs[:n]
+        self._release(group)
+        logprobs = None if request.params.logprobs is None else choice.logprobs[:n]
+        delta = Delta(group.id, answer.index, choice.tokens[:n], text, logprobs)
+        if reason:
+            self._finish(request, reason, delta)
+        else:
+            self._deliver(group, delta)
 
     def _propose(self, requests: Sequence[Request]) -> None:
         """Drafts for the next pass, of requests that are at their newest token."""
@@ -455,9 +486,18 @@ def _proposer(speculative: str | Proposer | None) -> Proposer | None:
     return speculative
 
 
-def _rows(work: Work) -> range:
-    """Of a work's tokens, those after which logits are wanted."""
+def _sampled(work: Work) -> range:
+    """Which of a work's tokens have their next token chosen from the logits."""
     return range(work.n - 1 - work.n_drafts, work.n) if work.samples else range(0)
+
+
+def _scored(work: Work) -> range:
+    """Which of a work's tokens have their next token in the prompt, and its log-probability not yet."""
+    if work.request.params.prompt_logprobs is None:
+        return range(0)
+    begin = work.request.extra.n_scored - work.start  # after a preemption some are computed again
+    end = min(work.n, work.request.prompt_length - 1 - work.start)
+    return range(begin, end) if begin < end else range(0)
 
 
 def _guess(work: Work) -> Guess:
