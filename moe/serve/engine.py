@@ -18,13 +18,14 @@ from torch import Tensor
 from moe.errors import ConfigError, ServeError
 from moe.model import Transformer
 from moe.serve.blocks import BlockPool
+from moe.serve.draft import proposer_of
 from moe.serve.output import Answer, Delta, Group, Listener, Logprobs, Output
 from moe.serve.pages import Pages, Segment
 from moe.serve.request import FinishReason, Request, SamplingParams
 from moe.serve.runner import Runner
 from moe.serve.sampling import Guess, Position, verify
 from moe.serve.scheduler import Scheduler, StepPlan, Work
-from moe.serve.speculative import NGram, Proposer
+from moe.serve.speculative import Proposer
 from moe.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
@@ -102,7 +103,8 @@ class Engine:
         max_batch_tokens: tokens of one pass at most. max_running: requests in a pass at most.
         max_waiting: requests that wait at most; None: any number.
         prefix_cache: keep keys and values for prompts that begin alike.
-        speculative: who guesses tokens ahead: "ngram", the request's own text; None: no one.
+        speculative: who guesses tokens ahead: "ngram", the request's own text; a smaller model with the same
+            vocabulary; None: no one.
         num_drafts: guesses a step, at most.
 
     Attributes:
@@ -124,7 +126,7 @@ class Engine:
         max_running: int = 64,
         max_waiting: int | None = None,
         prefix_cache: bool = True,
-        speculative: str | Proposer | None = None,
+        speculative: str | Transformer | Proposer | None = None,
         num_drafts: int = 4,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
@@ -137,7 +139,7 @@ class Engine:
         self.scheduler = Scheduler(
             pool, max_batch_tokens=max_batch_tokens, max_running=max_running, max_waiting=max_waiting
         )
-        self.proposer = _proposer(speculative)
+        self.proposer = proposer_of(speculative, model, self.scheduler)
         self.num_drafts = num_drafts
         self.listeners: list[Callable[[Step], Any]] = []
         self.stats = Stats()
@@ -445,14 +447,6 @@ def check_served(outputs: Iterable[Output]) -> None:
         for one in output.outputs:
             if one.error is not None:
                 raise ServeError(f"{one.id}: {type(one.error).__name__}: {one.error}") from one.error
-
-
-def _proposer(speculative: str | Proposer | None) -> Proposer | None:
-    if speculative == "ngram":
-        return NGram()
-    if isinstance(speculative, str):
-        raise ConfigError(f'speculative = {speculative!r}: must be "ngram", a model, a proposer, or None')
-    return speculative
 
 
 def _rows(work: Work) -> range:
