@@ -9,9 +9,9 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import chain, islice
-from typing import Any, NamedTuple
+from dataclasses import replace
+from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,80 +19,21 @@ from torch import Tensor
 from moe.errors import ConfigError, ServeError
 from moe.model import Transformer
 from moe.serve.blocks import BlockPool
-from moe.serve.logprobs import Logprobs, logprobs_of
+from moe.serve.choice import Choice, choose, wanted
+from moe.serve.draft import proposer_of
 from moe.serve.output import Answer, Delta, Group, Listener, Output
 from moe.serve.pages import Pages, Segment
 from moe.serve.request import FinishReason, Request, SamplingParams
 from moe.serve.runner import Runner
-from moe.serve.sampling import Guess, Position, verify
 from moe.serve.scheduler import Scheduler, StepPlan, Work
-from moe.serve.speculative import NGram, Proposer
+from moe.serve.speculative import Proposer
+from moe.serve.step import Stats, Step
 from moe.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
 
 # After so many passes that went through, a budget that was halved for want of memory is doubled again.
 _CALM = 64
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One pass that went through, for `Engine.listeners`.
-
-    Attributes:
-        number: 1 for the engine's first.
-        works: what it computed, in rank order.
-        accepted: of each work's drafts, how many.
-        schedule_s, forward_s, sample_s: seconds of planning, of the model, and of choosing tokens. On CUDA the model's
-            time is in part in the next one's, who waits for it.
-        routing: for each MoE layer the chosen experts and their weights, (ids_TK, weights_TK), of the pass's tokens in
-            the order of the works; None where `Engine.runner.record` is off.
-    """
-
-    number: int
-    works: Sequence[Work]
-    accepted: Sequence[int]
-    schedule_s: float
-    forward_s: float
-    sample_s: float
-    routing: Sequence[tuple[Tensor, Tensor]] | None
-
-    @property
-    def n_tokens(self) -> int:
-        """Tokens that went through the model."""
-        return sum(work.n for work in self.works)
-
-    @property
-    def drafted(self) -> list[int]:
-        """How many of each work's tokens were drafts."""
-        return [work.n_drafts for work in self.works]
-
-    @property
-    def contexts(self) -> list[int]:
-        """How many positions the last token of each work saw."""
-        return [work.start + work.n for work in self.works]
-
-
-@dataclass(slots=True)
-class Stats:
-    """Counts since the engine was made."""
-
-    steps: int = 0
-    tokens: int = 0
-    new_tokens: int = 0
-    drafted: int = 0
-    accepted: int = 0
-    preemptions: int = 0
-    out_of_memory: int = 0
-    finished: dict[str, int] = field(default_factory=dict)
-
-
-class _Choice(NamedTuple):
-    """What follows from a pass for one work; -1 for a token whose logits are no numbers."""
-
-    tokens: list[int]
-    prompt_logprobs: list[Logprobs]
-    logprobs: list[Logprobs]
 
 
 class Engine:
@@ -104,7 +45,8 @@ class Engine:
         max_batch_tokens: tokens of one pass at most. max_running: requests in a pass at most.
         max_waiting: requests that wait at most; None: any number.
         prefix_cache: keep keys and values for prompts that begin alike.
-        speculative: who guesses tokens ahead: "ngram", the request's own text; None: no one.
+        speculative: who guesses tokens ahead: "ngram", the request's own text; a smaller model with the same
+            vocabulary; None: no one.
         num_drafts: guesses a step, at most.
 
     Attributes:
@@ -126,7 +68,7 @@ class Engine:
         max_running: int = 64,
         max_waiting: int | None = None,
         prefix_cache: bool = True,
-        speculative: str | Proposer | None = None,
+        speculative: str | Transformer | Proposer | None = None,
         num_drafts: int = 4,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
@@ -139,7 +81,7 @@ class Engine:
         self.scheduler = Scheduler(
             pool, max_batch_tokens=max_batch_tokens, max_running=max_running, max_waiting=max_waiting
         )
-        self.proposer = _proposer(speculative)
+        self.proposer = proposer_of(speculative, model, self.scheduler)
         self.num_drafts = num_drafts
         self.listeners: list[Callable[[Step], Any]] = []
         self.stats = Stats()
@@ -262,7 +204,7 @@ class Engine:
             try:
                 logits_NV = self._run(plan.works)
                 ran = time.perf_counter()
-                choices = self._choose(plan.works, logits_NV)
+                choices = choose(plan.works, logits_NV, self.tokenizer)
             except Exception as error:  # nothing is written down yet, so the requests are as they were
                 self._fail(plan.works, error)
             else:
@@ -283,43 +225,15 @@ class Engine:
         return plan
 
     def _run(self, works: Sequence[Work]) -> Tensor:
-        """The logits [N, V] that the works want, in the order of `_logits`."""
-        segments, wanted, row = [], [], 0
+        """The logits after the `wanted` tokens of each work, [N, V]."""
+        segments, rows, row = [], [], 0
         for work in works:
             segments.append(Segment(work.token_ids, work.start, work.request.blocks))
-            wanted += [row + i for i in (*_scored(work), *_sampled(work))]
+            rows += [row + i for i in chain(*wanted(work))]
             row += work.n
-        return self.runner(segments, wanted)
+        return self.runner(segments, rows)
 
-    def _choose(self, works: Sequence[Work], logits_NV: Tensor) -> list[_Choice]:
-        """What follows from the logits. Changes nothing."""
-        scored, sampled, row = [], [], 0  # each work's rows of the logits
-        for work in works:
-            scored.append(range(row, row := row + len(_scored(work))))
-            sampled.append(range(row, row := row + len(_sampled(work))))
-        guesses = [_guess(work) for work in works if work.samples]
-        own_NV = logits_NV[[*chain(*sampled)]] if any(scored) else logits_NV
-        found = iter(verify(own_NV, guesses) if guesses else [])
-        tokens = [next(found) if work.samples else [] for work in works]
-        asked = []  # rows, the tokens that follow them, and how many more are wanted
-        for work, new, before, after in zip(works, tokens, scored, sampled, strict=True):
-            p, read = work.request.params, _scored(work)
-            following = work.request.tokens[work.start + read.start + 1 : work.start + read.stop + 1]
-            asked.append((before, following, p.prompt_logprobs))
-            asked.append((after, [] if p.logprobs is None or -1 in new else new, p.logprobs))
-        scores = iter(self._scores(logits_NV, asked))
-        return [_Choice(new, next(scores), next(scores)) for new in tokens]
-
-    def _scores(
-        self, logits_NV: Tensor, asked: Sequence[tuple[range, list[int], int | None]]
-    ) -> Iterator[list[Logprobs]]:
-        rows = [row for own, tokens, _ in asked for row in own[: len(tokens)]]
-        tops = [top or 0 for _, tokens, top in asked for _ in tokens]
-        every = [token for _, tokens, _ in asked for token in tokens]
-        scores = iter(logprobs_of(logits_NV[rows], every, tops, self.tokenizer) if rows else [])
-        return (list(islice(scores, len(tokens))) for _, tokens, _ in asked)
-
-    def _take(self, works: Sequence[Work], choices: Sequence[_Choice]) -> None:
+    def _take(self, works: Sequence[Work], choices: Sequence[Choice]) -> None:
         """Writes down what a pass has brought."""
         self.stats.steps += 1
         self._calm += 1
@@ -329,7 +243,7 @@ class Engine:
             if not work.request.finish_reason:  # it may have been aborted by who listens
                 self._take_one(work, choice)
 
-    def _take_one(self, work: Work, choice: _Choice) -> None:
+    def _take_one(self, work: Work, choice: Choice) -> None:
         request, answer, group = work.request, work.request.extra, work.request.extra.group
         if -1 in choice.tokens:
             self._fail([work], ArithmeticError("the model's logits are no numbers (NaN): look at weights and dtype"))
@@ -363,7 +277,7 @@ class Engine:
         for request, proposal in zip(requests, self.proposer.propose(requests, counts), strict=True):
             request.drafts, request.extra.q_KV = proposal
 
-    def _report(self, works: Sequence[Work], choices: Sequence[_Choice], seconds: tuple[float, float, float]) -> None:
+    def _report(self, works: Sequence[Work], choices: Sequence[Choice], seconds: tuple[float, float, float]) -> None:
         if self.listeners:
             accepted = [max(0, len(choice.tokens) - 1) for choice in choices]
             step = Step(self.stats.steps, works, accepted, *seconds, getattr(self.runner, "routing", None))
@@ -476,38 +390,6 @@ def check_served(outputs: Iterable[Output]) -> None:
         for one in output.outputs:
             if one.error is not None:
                 raise ServeError(f"{one.id}: {type(one.error).__name__}: {one.error}") from one.error
-
-
-def _proposer(speculative: str | Proposer | None) -> Proposer | None:
-    if speculative == "ngram":
-        return NGram()
-    if isinstance(speculative, str):
-        raise ConfigError(f'speculative = {speculative!r}: must be "ngram", a model, a proposer, or None')
-    return speculative
-
-
-def _sampled(work: Work) -> range:
-    """Which of a work's tokens have their next token chosen from the logits."""
-    return range(work.n - 1 - work.n_drafts, work.n) if work.samples else range(0)
-
-
-def _scored(work: Work) -> range:
-    """Which of a work's tokens have their next token in the prompt, and its log-probability not yet."""
-    if work.request.params.prompt_logprobs is None:
-        return range(0)
-    begin = work.request.extra.n_scored - work.start  # after a preemption some are computed again
-    end = min(work.n, work.request.prompt_length - 1 - work.start)
-    return range(begin, end) if begin < end else range(0)
-
-
-def _guess(work: Work) -> Guess:
-    r, answer = work.request, work.request.extra
-    drafts = r.drafts[: work.n_drafts]
-    positions = [
-        Position(r.params, r.tokens, r.prompt_length, answer.seed, answer.ends, tuple(drafts[:i]))
-        for i in range(len(drafts) + 1)
-    ]
-    return Guess(positions, drafts, answer.q_KV[: len(drafts)] if drafts and answer.q_KV is not None else None)
 
 
 def _out_of_memory(error: Exception) -> bool:
