@@ -11,7 +11,9 @@ from moe.kernels.experts.op import (
     expert_mlp_forward,
     expert_mlp_gradients,
     expert_mlp_inference,
+    expert_mlp_quantized,
 )
+from moe.kernels.experts.quantized import QuantizedExperts, quantize_experts
 from moe.kernels.experts.reference import activate
 from moe.kernels.gate.op import topk_gate
 from moe.kernels.loss import IGNORE_INDEX
@@ -23,11 +25,14 @@ __all__ = [
     "HAS_TRITON",
     "IGNORE_INDEX",
     "IMPLEMENTATIONS",
+    "QuantizedExperts",
     "activate",
     "expert_mlp",
     "expert_mlp_forward",
     "expert_mlp_gradients",
     "expert_mlp_inference",
+    "expert_mlp_quantized",
     "linear_cross_entropy",
+    "quantize_experts",
     "topk_gate",
 ]
