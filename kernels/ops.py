@@ -4,6 +4,7 @@ They have fakes, autograd and autocast, and work under `torch.compile(fullgraph=
 folder per op holds its specification (reference.py), the op (op.py) and its fast implementations.
 """
 
+from moe.kernels.attention.op import paged_attention
 from moe.kernels.experts.op import (
     ACTIVATIONS,
     IMPLEMENTATIONS,
@@ -18,6 +19,7 @@ from moe.kernels.experts.reference import activate
 from moe.kernels.gate.op import topk_gate
 from moe.kernels.loss import IGNORE_INDEX
 from moe.kernels.loss.op import linear_cross_entropy
+from moe.kernels.quantization import quantize
 from moe.kernels.tiles import HAS_TRITON
 
 __all__ = [
@@ -33,6 +35,8 @@ __all__ = [
     "expert_mlp_inference",
     "expert_mlp_quantized",
     "linear_cross_entropy",
+    "paged_attention",
+    "quantize",
     "quantize_experts",
     "topk_gate",
 ]

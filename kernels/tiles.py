@@ -68,6 +68,17 @@ class Tiles:
     tma: bool = False  # the products of triton_tma.py, where the operands allow it
 
 
+@dataclass(frozen=True)
+class PagedTile:
+    """Attention over a paged cache: rows of one key head, positions at a time, and positions of one program."""
+
+    rows: int
+    positions: int
+    split: int
+    warps: int
+    stages: int
+
+
 PRODUCTS = ("up", "down", "down_backward", "dx", "dw")
 
 _TINY = Tile(32, 32, warps=4, stages=2, group=2)
@@ -224,6 +235,21 @@ def few_rows(dtype: torch.dtype, n_tokens: int, batch_invariant: bool) -> int:
 def choose_few(dtype: torch.dtype, n_rows: int) -> Tile:
     """The tile of triton_few.py for that many rows, the same for both products and every number of tokens."""
     return _TINY_FEW if INTERPRETED else (FEW_FLOAT32 if dtype == torch.float32 else FEW)[n_rows]
+
+
+def choose_paged(dtype: torch.dtype, n_shared: int, width: int) -> PagedTile:
+    """The tile of triton_paged.py for `n_shared` query heads of each key head, all of that width.
+
+    As many rows as fill tiles to within an eighth of what sixteens would, at most 64; and splits whose parts are a
+    sixth of the keys and values at most, where those are of two bytes: write and read 8 bytes for 4 times SPLIT /
+    n_shared of them.
+    """
+    if INTERPRETED:
+        return PagedTile(rows=16, positions=16, split=32, warps=4, stages=2)
+    few = dtype == torch.float32 or width > 128
+    fits = [n for n in (16, 32, 64) if -(-n_shared // n) * n <= 9 / 8 * -(-n_shared // 16) * 16]
+    split = max(512, 1 << (12 * n_shared - 1).bit_length())
+    return PagedTile(16 if few else fits[-1], 32 if few else 64, split, warps=4, stages=2)
 
 
 def programs(device: torch.device) -> int:

@@ -27,7 +27,8 @@ def forward(
     if impl != "triton" or ids.device.type == "cpu":  # elsewhere its kernels assert as much
         check_ids(ids, len(w_in), "ids")
     if impl == "reference":
-        assert s_in is not None and s_out is not None
+        assert s_in is not None
+        assert s_out is not None
         return quantized.expert_mlp(x, QuantizedExperts(w_in, s_in, w_out, s_out), weights, ids, activation)
     from moe.kernels.experts import triton_few, triton_mlp
     from moe.kernels.experts.triton_pointer import Experts

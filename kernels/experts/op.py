@@ -179,8 +179,8 @@ def expert_mlp_quantized(
         )
     if s_in.shape != w_in.shape[:-1] or s_out.shape != w_out.shape[:-1] or not all(t.is_contiguous() for t in experts):
         raise ValueError(
-            f"s_in {list(s_in.shape)} and s_out {list(s_out.shape)} must have one scale for each output channel of w_in "
-            f"{list(w_in.shape)} and w_out {list(w_out.shape)}, all contiguous; quantize_experts makes them"
+            f"s_in {list(s_in.shape)} and s_out {list(s_out.shape)} must have one scale for each output channel of "
+            f"w_in {list(w_in.shape)} and w_out {list(w_out.shape)}, all contiguous; quantize_experts makes them"
         )
     if impl not in (None, "reference", "triton"):
         raise ValueError(f'impl = {impl!r}: must be "reference" or "triton", or None for the fastest')

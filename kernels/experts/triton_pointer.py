@@ -382,9 +382,9 @@ def _rows_by_weights(
         down_kernel[(M * cdiv(N, tile.columns),)](
             a, w, scale, bias, y_RN, routes.tile_expert_M, routes.tile_row_M, routes.offsets, N, depth,
             a.stride(0), w.stride(0), stride_n, stride_k,
-            HAS_SCALE=scale is not None, HAS_BIAS=bias is not None, EVEN_K=depth % tile.depth == 0, K_FIRST=stride_k <= stride_n,
-            PRECISION=float32_precision(precision, a), BM=sizes.rows, BN=tile.columns, BK=tile.depth,
-            GROUP_M=tile.group, num_warps=tile.warps, num_stages=tile.stages,
+            HAS_SCALE=scale is not None, HAS_BIAS=bias is not None, EVEN_K=depth % tile.depth == 0,
+            K_FIRST=stride_k <= stride_n, PRECISION=float32_precision(precision, a), BM=sizes.rows, BN=tile.columns,
+            BK=tile.depth, GROUP_M=tile.group, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return y_RN
 
