@@ -39,15 +39,19 @@ class TextStream:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._held = ""
 
-    def push(self, token_id: int) -> str:
-        """Takes one token; returns what may be printed now, often nothing. After `done` it takes no more."""
+    def push(self, token_id: int, may_end: bool = True) -> str:
+        """Takes one token; returns what may be printed now, often nothing. After `done` it takes no more.
+
+        Args:
+            may_end: whether a stop string that this token completes ends the text.
+        """
         if self.done:
             return ""
         if token_id in self._ends:
             return self.finish()
         if token_id >= self._tokenizer.vocab_size:
             return ""  # a model may have more ids than its tokenizer; they stand for no text
-        return self._release(self._decoder.decode(self._tokenizer.token_bytes(token_id)))
+        return self._release(self._decoder.decode(self._tokenizer.token_bytes(token_id)), may_end)
 
     def finish(self) -> str:
         """Ends the text; returns what was held back."""
@@ -58,10 +62,11 @@ class TextStream:
             text, self._held, self.done = text + self._held, "", True
         return text
 
-    def _release(self, new: str) -> str:
-        text = self._held + new
-        begins = [text.find(s) for s in self._stop if s in text]
-        if begins:
+    def _release(self, new: str, may_end: bool = True) -> str:
+        text, held = self._held + new, len(self._held)
+        # Only what the new text completes: another stop string may stand in what was held, from when none could end.
+        begins = [i for s in self._stop if (i := text.find(s, max(0, held + 1 - len(s)))) >= 0]
+        if begins and may_end:
             self.done, self._held = True, ""
             return text[: min(begins)]
         keep = max((_overlap(text, s) for s in self._stop), default=0)
