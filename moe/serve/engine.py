@@ -45,6 +45,7 @@ class Step:
             time is in part in the next one's, who waits for it.
         routing: for each MoE layer the chosen experts and their weights, (ids_TK, weights_TK), of the pass's tokens in
             the order of the works; None where `Engine.runner.record` is off.
+        blocks: of the cache, that each work's request held during the pass.
     """
 
     number: int
@@ -54,6 +55,7 @@ class Step:
     forward_s: float
     sample_s: float
     routing: Sequence[tuple[Tensor, Tensor]] | None
+    blocks: Sequence[Sequence[int]]
 
     @property
     def n_tokens(self) -> int:
@@ -104,6 +106,7 @@ class Engine:
         prefix_cache: keep keys and values for prompts that begin alike.
         speculative: who guesses tokens ahead: "ngram", the request's own text; None: no one.
         num_drafts: guesses a step, at most.
+        device: of keys and values; None: that of the weights.
 
     Attributes:
         listeners: called with a `Step` after every pass.
@@ -126,6 +129,7 @@ class Engine:
         prefix_cache: bool = True,
         speculative: str | Proposer | None = None,
         num_drafts: int = 4,
+        device: torch.device | None = None,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.context = model.cfg.max_seq_len
@@ -133,7 +137,7 @@ class Engine:
         n_blocks = max_running * per_request if num_blocks is None else num_blocks
         pool = BlockPool(n_blocks, block_size, prefix_cache=prefix_cache)
         weight = model.embedding.weight
-        self.runner = Runner(model, Pages(model.cfg, pool.n_blocks, block_size, weight.dtype, weight.device))
+        self.runner = Runner(model, Pages(model.cfg, pool.n_blocks, block_size, weight.dtype, device or weight.device))
         self.scheduler = Scheduler(
             pool, max_batch_tokens=max_batch_tokens, max_running=max_running, max_waiting=max_waiting
         )
@@ -207,7 +211,8 @@ class Engine:
         """One of the answers to a prompt; all but the first take the prompt's keys and values from the cache."""
         if index:
             params = replace(params, prompt_logprobs=None)
-        limit = self.context if params.max_tokens is None else min(self.context, len(tokens) + params.max_tokens)
+        # The last token comes from a full context, and needs no place in it.
+        limit = self.context + 1 if params.max_tokens is None else min(self.context + 1, len(tokens) + params.max_tokens)
         name = group.id if params.n == 1 else f"{group.id}/{index}"
         eot = set() if self.tokenizer is None or params.ignore_eos else {self.tokenizer.eot_id}
         answer = Answer(group, index, seed + index, self.tokenizer, eot | set(params.stop_token_ids), params.stop)
@@ -222,10 +227,10 @@ class Engine:
         if not tokens:
             raise ConfigError("prompt = []: must have at least one token")
         self._check_ids("prompt", tokens)
-        if len(tokens) >= self.context:
+        if len(tokens) > self.context:
             raise ConfigError(
-                f"prompt of {len(tokens)} tokens: the context of {self.model.cfg.name} is {self.context}, and one must "
-                "be left for the answer; cut the prompt"
+                f"prompt of {len(tokens)} tokens: the context of {self.model.cfg.name} is {self.context}; "
+                "cut the prompt"
             )
         return tokens
 
@@ -265,9 +270,10 @@ class Engine:
                 self._fail(plan.works, error)
             else:
                 seconds = planned - began, ran - planned, time.perf_counter() - ran
+                blocks = [work.request.blocks for work in plan.works]  # a request that ends gives its own back
                 self._take(plan.works, choices)
                 self._propose([work.request for work in plan.works if work.samples])
-                self._report(plan.works, choices, seconds)
+                self._report(plan.works, choices, seconds, blocks)
         deltas, self._deltas = self._deltas, []
         return deltas
 
@@ -332,10 +338,16 @@ class Engine:
         for request, proposal in zip(requests, self.proposer.propose(requests, counts), strict=True):
             request.drafts, request.extra.q_KV = proposal
 
-    def _report(self, works: Sequence[Work], choices: Sequence[_Choice], seconds: tuple[float, float, float]) -> None:
+    def _report(
+        self,
+        works: Sequence[Work],
+        choices: Sequence[_Choice],
+        seconds: tuple[float, float, float],
+        blocks: Sequence[Sequence[int]],
+    ) -> None:
         if self.listeners:
             accepted = [max(0, len(choice.tokens) - 1) for choice in choices]
-            step = Step(self.stats.steps, works, accepted, *seconds, getattr(self.runner, "routing", None))
+            step = Step(self.stats.steps, works, accepted, *seconds, getattr(self.runner, "routing", None), blocks)
             for listener in self.listeners:
                 listener(step)
 

@@ -66,7 +66,7 @@ class Roofline:
         """Takes a step: its counts stay on the device."""
         spans = [(work.start, work.n) for work in step.works]
         wanted = sum(work.n_drafts + 1 for work in step.works if work.samples)
-        counts = [_counts(ids_TK, self.shape.n_experts) for ids_TK, _ in step.routing]
+        counts = [_counts(ids_TK, self.shape.n_experts) for ids_TK, _ in step.routing or ()]
         self._seen.append((spans, wanted, torch.stack(counts), step.forward_s))
 
     def passes(self) -> list[Pass]:

@@ -8,7 +8,7 @@ Shape suffixes: L layers, T tokens of a pass, S positions of a request, P slots 
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -67,21 +67,24 @@ class _Watch:
         self.held: dict[Request, _Held] = {}
 
     def __call__(self, step: Step) -> None:
+        if not step.routing:
+            return
         ids_TLK = torch.stack([ids for ids, _ in step.routing], 1).cpu()
         weights_TLK = torch.stack([weights for _, weights in step.routing], 1).cpu()
         if self.ids_PLK is None or self.weights_PLK is None:
             shape = (self.n_slots, *ids_TLK.shape[1:])
             self.ids_PLK, self.weights_PLK = ids_TLK.new_zeros(shape), weights_TLK.new_zeros(shape)
         row = 0
-        for work, segment in zip(step.works, step.segments, strict=True):
-            slots_S = self._slots(segment.blocks, segment.end)
+        for work, blocks in zip(step.works, step.blocks, strict=True):
+            end = work.start + work.n
+            slots_S = self._slots(blocks, end)
             new = slots_S[work.start :]
             self.ids_PLK[new], self.weights_PLK[new] = (x[row : row + work.n] for x in (ids_TLK, weights_TLK))
             self.known_P[new] = True
             row += work.n
             r = work.request
             # What follows the last of these is not computed, or was a draft that is refused.
-            self._take(r, slots_S, min(segment.end, len(r.tokens) - work.samples))
+            self._take(r, slots_S, min(end, len(r.tokens) - work.samples))
             if r.finish_reason is not None:
                 self._add(self.held.pop(r))
 
@@ -91,7 +94,7 @@ class _Watch:
             self._add(held)
         self.held.clear()
 
-    def _slots(self, blocks: "list[int] | tuple[int, ...]", end: int) -> Tensor:
+    def _slots(self, blocks: Sequence[int], end: int) -> Tensor:
         used = torch.tensor(blocks[: -(-end // self.block_size)])
         return (used.unsqueeze(1) * self.block_size + torch.arange(self.block_size)).flatten()[:end]
 
