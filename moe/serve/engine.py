@@ -151,7 +151,9 @@ class Engine:
         """One of the answers to a prompt; all but the first take the prompt's keys and values from the cache."""
         if index:
             params = replace(params, prompt_logprobs=None)
-        limit = self.context if params.max_tokens is None else min(self.context, len(tokens) + params.max_tokens)
+        # The last token of all comes from a full context, and needs no place in it.
+        most = self.context + 1
+        limit = most if params.max_tokens is None else min(most, len(tokens) + params.max_tokens)
         name = group.id if params.n == 1 else f"{group.id}/{index}"
         eot = set() if self.tokenizer is None or params.ignore_eos else {self.tokenizer.eot_id}
         answer = Answer(group, index, seed + index, self.tokenizer, eot | set(params.stop_token_ids), params.stop)
@@ -166,11 +168,9 @@ class Engine:
         if not tokens:
             raise ConfigError("prompt = []: must have at least one token")
         self._check_ids("prompt", tokens)
-        if len(tokens) >= self.context:
-            raise ConfigError(
-                f"prompt of {len(tokens)} tokens: the context of {self.model.cfg.name} is {self.context}, and one must "
-                "be left for the answer; cut the prompt"
-            )
+        if len(tokens) > self.context:
+            name = self.model.cfg.name
+            raise ConfigError(f"prompt of {len(tokens)} tokens: the context of {name} is {self.context}; cut the prompt")
         return tokens
 
     def _check(self, params: SamplingParams) -> None:
@@ -209,9 +209,10 @@ class Engine:
                 self._fail(plan.works, error)
             else:
                 seconds = planned - began, ran - planned, time.perf_counter() - ran
+                blocks = [work.request.blocks for work in plan.works]  # whoever is done gives them back
                 self._take(plan.works, choices)
                 self._propose([work.request for work in plan.works if work.samples])
-                self._report(plan.works, choices, seconds)
+                self._report(plan.works, choices, blocks, seconds)
         deltas, self._deltas = self._deltas, []
         return deltas
 
@@ -277,10 +278,16 @@ class Engine:
         for request, proposal in zip(requests, self.proposer.propose(requests, counts), strict=True):
             request.drafts, request.extra.q_KV = proposal
 
-    def _report(self, works: Sequence[Work], choices: Sequence[Choice], seconds: tuple[float, float, float]) -> None:
+    def _report(
+        self,
+        works: Sequence[Work],
+        choices: Sequence[Choice],
+        blocks: Sequence[Sequence[int]],
+        seconds: tuple[float, float, float],
+    ) -> None:
         if self.listeners:
             accepted = [max(0, len(choice.tokens) - 1) for choice in choices]
-            step = Step(self.stats.steps, works, accepted, *seconds, getattr(self.runner, "routing", None))
+            step = Step(self.stats.steps, works, accepted, *seconds, self.runner.routing, blocks)
             for listener in self.listeners:
                 listener(step)
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from moe.generate import TextStream
+from moe.serve.detokenize import TextStream
 from moe.serve.logprobs import Logprobs
 from moe.serve.request import FinishReason, Request
 from moe.tokenizer import Tokenizer

@@ -19,7 +19,8 @@ class Step:
         schedule_s, forward_s, sample_s: seconds of planning, of the model, and of choosing tokens. On CUDA the model's
             time is in part in the next one's, who waits for it.
         routing: for each MoE layer the chosen experts and their weights, (ids_TK, weights_TK), of the pass's tokens in
-            the order of the works; None where `Engine.runner.record` is off.
+            the order of the works; empty where `Engine.runner.record` is off.
+        blocks: of the cache, that each work's request held during the pass.
     """
 
     number: int
@@ -28,7 +29,8 @@ class Step:
     schedule_s: float
     forward_s: float
     sample_s: float
-    routing: Sequence[tuple[Tensor, Tensor]] | None
+    routing: Sequence[tuple[Tensor, Tensor]]
+    blocks: Sequence[Sequence[int]]
 
     @property
     def n_tokens(self) -> int:
