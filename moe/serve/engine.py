@@ -24,6 +24,7 @@ from moe.serve.draft import proposer_of
 from moe.serve.output import Answer, Delta, Group, Listener, Output
 from moe.serve.pages import Pages, Segment
 from moe.serve.request import FinishReason, Request, SamplingParams
+from moe.serve.room import blocks_that_fit
 from moe.serve.runner import Runner
 from moe.serve.scheduler import Scheduler, StepPlan, Work
 from moe.serve.speculative import Proposer
@@ -41,13 +42,16 @@ class Engine:
 
     Args:
         tokenizer: for prompts that are text, and answers as text.
-        block_size: tokens of a block of the cache. num_blocks: how many; None: what `max_running` full contexts need.
+        block_size: tokens of a block of the cache.
+        num_blocks: how many; None: as many as `max_running` full contexts need, or as there is memory for.
         max_batch_tokens: tokens of one pass at most. max_running: requests in a pass at most.
         max_waiting: requests that wait at most; None: any number.
         prefix_cache: keep keys and values for prompts that begin alike.
+        kv_cache_dtype: of keys and values, see `moe.serve.pages`. quantization, batch_invariant: see `Runner`.
         speculative: who guesses tokens ahead: "ngram", the request's own text; a smaller model with the same
             vocabulary; None: no one.
         num_drafts: guesses a step, at most.
+        device: of keys and values; None: that of the weights.
 
     Attributes:
         listeners: called with a `Step` after every pass.
@@ -68,16 +72,23 @@ class Engine:
         max_running: int = 64,
         max_waiting: int | None = None,
         prefix_cache: bool = True,
+        kv_cache_dtype: str = "auto",
+        quantization: str | None = None,
+        batch_invariant: bool = False,
         speculative: str | Transformer | Proposer | None = None,
         num_drafts: int = 4,
+        device: torch.device | None = None,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.context = model.cfg.max_seq_len
-        per_request = -(-self.context // block_size)
-        n_blocks = max_running * per_request if num_blocks is None else num_blocks
-        pool = BlockPool(n_blocks, block_size, prefix_cache=prefix_cache)
         weight = model.embedding.weight
-        self.runner = Runner(model, Pages(model.cfg, pool.n_blocks, block_size, weight.dtype, weight.device))
+        device = weight.device if device is None else device
+        if num_blocks is None:
+            models = [model, speculative] if isinstance(speculative, Transformer) else [model]
+            num_blocks = blocks_that_fit(models, block_size, max_running, device, kv_cache_dtype)
+        pool = BlockPool(num_blocks, block_size, prefix_cache=prefix_cache)
+        pages = Pages(model.cfg, num_blocks, block_size, weight.dtype, device, kv_cache_dtype)
+        self.runner = Runner(model, pages, quantization=quantization, batch_invariant=batch_invariant)
         self.scheduler = Scheduler(
             pool, max_batch_tokens=max_batch_tokens, max_running=max_running, max_waiting=max_waiting
         )
@@ -140,6 +151,11 @@ class Engine:
         for request in [] if group is None else [*group.active]:
             self._finish(request, "abort")
 
+    def abort_all(self) -> None:
+        """Nothing is left to do."""
+        for request_id in [*self._groups]:
+            self.abort(request_id)
+
     @property
     def idle(self) -> bool:
         """Whether there is nothing to do."""
@@ -170,7 +186,9 @@ class Engine:
         self._check_ids("prompt", tokens)
         if len(tokens) > self.context:
             name = self.model.cfg.name
-            raise ConfigError(f"prompt of {len(tokens)} tokens: the context of {name} is {self.context}; cut the prompt")
+            raise ConfigError(
+                f"prompt of {len(tokens)} tokens: the context of {name} is {self.context}; cut the prompt"
+            )
         return tokens
 
     def _check(self, params: SamplingParams) -> None:
