@@ -185,9 +185,8 @@ class Engine:
             raise ConfigError("prompt = []: must have at least one token")
         self._check_ids("prompt", tokens)
         if len(tokens) > self.context:
-            name = self.model.cfg.name
             raise ConfigError(
-                f"prompt of {len(tokens)} tokens: the context of {name} is {self.context}; cut the prompt"
+                f"prompt of {len(tokens)} tokens: the context of {self.model.cfg.name} is {self.context}; cut the prompt"
             )
         return tokens
 
@@ -265,7 +264,7 @@ class Engine:
     def _take_one(self, work: Work, choice: Choice) -> None:
         request, answer, group = work.request, work.request.extra, work.request.extra.group
         if -1 in choice.tokens:
-            self._fail([work], ArithmeticError("the model's logits are no numbers (NaN): look at weights and dtype"))
+            self._end([request], ArithmeticError("the model's logits are no numbers (NaN): look at weights and dtype"))
             return
         self.stats.tokens += work.n
         answer.prompt_logprobs += choice.prompt_logprobs
@@ -293,7 +292,15 @@ class Engine:
             return
         # The last token of all is never worth a guess: the pass that verifies the others gives it.
         counts = [max(0, min(self.num_drafts, r.limit - len(r.tokens) - 1)) for r in requests]
-        for request, proposal in zip(requests, self.proposer.propose(requests, counts), strict=True):
+        try:
+            proposals = self.proposer.propose(requests, counts)
+        except Exception as error:
+            if _out_of_memory(error):  # then without
+                self.stats.out_of_memory += 1
+            else:
+                self._end(requests, error)
+            return
+        for request, proposal in zip(requests, proposals, strict=True):
             request.drafts, request.extra.q_KV = proposal
 
     def _report(
@@ -310,13 +317,18 @@ class Engine:
                 listener(step)
 
     def _fail(self, works: Sequence[Work], error: Exception) -> None:
+        """For want of memory the next passes are of half as many tokens; else this one's requests end."""
         n_tokens = sum(work.n for work in works)
         if _out_of_memory(error):
             self.stats.out_of_memory += 1
             if n_tokens > 1:
                 self._budget, self._calm = n_tokens // 2, 0
                 return
-        for group in {work.request.extra.group for work in works}:
+        self._end([work.request for work in works], error)
+
+    def _end(self, requests: Sequence[Request], error: Exception) -> None:
+        """These end with an error, and with each all answers to its prompt."""
+        for group in {request.extra.group for request in requests}:
             for request in [*group.active]:
                 self._finish(request, "error", error=error)
 
@@ -371,17 +383,16 @@ class Engine:
             raise ConfigError(f"params: {len(settings)} for {len(every)} prompts; give one for each, or one for all")
         names: list[str] = []
         done: dict[str, Output] = {}
-
-        def listener(delta: Delta) -> None:
-            if delta.output is not None:
-                done[delta.request_id] = delta.output
-
+        deltas: deque[Delta] = deque()
         try:
             for prompt, p in zip(every, settings, strict=True):
-                names.append(self.add(prompt, p, listener=listener))
+                names.append(self.add(prompt, p, listener=deltas.append))
             while len(done) < len(names):
                 self.step()
-                check_served(done.values())
+                outputs = [delta.output for delta in deltas if delta.output]
+                deltas.clear()
+                check_served(outputs)
+                done |= {output.id: output for output in outputs}
         finally:
             for name in names:
                 self.abort(name)
