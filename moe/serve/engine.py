@@ -152,7 +152,7 @@ class Engine:
             self._finish(request, "abort")
 
     def abort_all(self) -> None:
-        """Nothing is left to do."""
+        """Every request ends here, with reason "abort"."""
         for request_id in [*self._groups]:
             self.abort(request_id)
 
@@ -264,6 +264,8 @@ class Engine:
     def _take_one(self, work: Work, choice: Choice) -> None:
         request, answer, group = work.request, work.request.extra, work.request.extra.group
         if -1 in choice.tokens:
+            # Keys and values may be none, either, and are not to be met with by who has the blocks next.
+            self.runner.pages.wipe(self.scheduler.pool.discard(request.blocks))
             self._end([request], ArithmeticError("the model's logits are no numbers (NaN): look at weights and dtype"))
             return
         self.stats.tokens += work.n

@@ -44,7 +44,12 @@ class Scripted:
     def __init__(self, block_size: int, fault: Callable[[int], None] = lambda n: None) -> None:
         self.size, self.fault = block_size, fault
         self.slots: dict[tuple[int, int], int] = {}
-        self.record, self.routing = False, []
+        self.record, self.routing, self.pages = False, [], self
+
+    def wipe(self, blocks: Sequence[int]) -> None:
+        for block in blocks:
+            for i in range(self.size):
+                self.slots[block, i] = 0
 
     def __call__(self, segments: Sequence[Segment], wanted: Sequence[int]) -> Tensor:
         found = []

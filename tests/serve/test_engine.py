@@ -437,6 +437,28 @@ def test_logits_that_are_no_numbers_end_their_own_request_alone(monkeypatch: pyt
         assert_empty(engine)
 
 
+def test_keys_and_values_that_are_no_numbers_are_met_with_by_nobody_else() -> None:
+    model = Transformer(tiny_config(), seed=3)
+    with torch.no_grad():
+        model.embedding.weight[60] = torch.nan
+    engine = Engine(model, block_size=8, num_blocks=10, max_running=2)
+    start = prompts(1)[0][:9]
+    good = [p for p in ([*start, *p] for p in prompts(12, 1)) if 60 not in p]
+    want = [model.generate(torch.tensor([p]), 4, temperature=0)[0, len(p) :].tolist() for p in good]
+    params = SamplingParams(temperature=0, max_tokens=4)
+    for prompt, tokens in zip(good, want, strict=True):
+        bad = engine.add([*start, *[60] * 12], params)
+        name = engine.add(prompt, params)
+        found = {}
+        while not engine.idle:
+            found |= {d.request_id: d.output for d in engine.step() if d.output}
+        assert found[bad].finish_reason == "error"
+        assert found[name].token_ids == tokens
+    with pytest.raises(ServeError, match="no numbers"):
+        engine.generate([[60]], params)
+    assert_empty(engine)
+
+
 def test_a_proposer_that_fails_for_want_of_memory_is_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = scripted_engine(speculative="ngram")
     error: Exception = MemoryError()

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from moe.serve import sampling
 from moe.serve.request import SamplingParams
 from moe.serve.sampling import DRAFT, Guess, Position, distributions, draw, uniform, verify
 
@@ -337,3 +338,24 @@ def test_greedy_requests_get_the_greedy_tokens_whatever_the_drafts() -> None:
         positions = [Position(p, history, 2, 0, drafts=tuple(drafts[:i])) for i in range(4)]
         logits = torch.tensor([logits_of((*history, *at.drafts)) for at in positions])
         assert verify(logits, [Guess(positions, drafts, None)]) == [best[: right + 1]]
+
+
+@pytest.mark.parametrize("number", [0.0, 1 - 2**-53])
+def test_at_the_edges_of_chance_no_impossible_token_comes(number: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling, "uniform", lambda *_: number)
+    p = SamplingParams(top_k=2)
+    logits = torch.tensor([[3.0, 2.9, 1.0, 0.0], [3.0, 2.9, 1.0, 0.0]])
+    p_V = distributions(logits[:1], [Position(p, [1], 1, 0)])[0]
+    # Drafts that the target never gives; and q that are the target's but for rounding: nothing is left of p - q.
+    for draft, q_V in (
+        (2, torch.full((4,), 0.25)),
+        (2, None),
+        (0, p_V * (1 + 1e-6)),
+        (1, p_V.nextafter(torch.ones(4))),
+    ):
+        guess = Guess(
+            [Position(p, [1], 1, 0, drafts=(draft,) * i) for i in range(2)], [draft], None if q_V is None else q_V[None]
+        )
+        for lenience in (1.0, 0.5):
+            (tokens,) = verify(logits, [guess], lenience)
+            assert set(tokens) <= {0, 1}
