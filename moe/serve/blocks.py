@@ -96,11 +96,6 @@ class BlockPool:
             self._forget(block)
         return own
 
-    def clear(self) -> None:
-        """Forget every prefix: the weights have changed."""
-        self._hash_of.clear()
-        self._block_of.clear()
-
     def check(self) -> None:
         """For tests: that every block is either free or held, and named at most once.
 

@@ -254,7 +254,7 @@ def test_the_last_token_of_all_comes_from_a_full_context() -> None:
     for length in (39, 40):
         (output,) = engine.generate([[1] * length], SamplingParams(max_tokens=None, temperature=0))
         assert output.token_ids == greedy_answer([1] * length, 41 - length)
-    with pytest.raises(ConfigError, match="prompt of 41 tokens: the context of tiny is 40"):
+    with pytest.raises(ConfigError, match="prompt: the context of tiny is 40, and it has 41 tokens; cut it"):
         engine.add([1] * 41)
 
 
