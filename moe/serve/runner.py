@@ -8,14 +8,15 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe.experts import MoE
-from moe.generate import DecodeStep
+from moe.experts import Experts, MoE, Router
 from moe.kernels import ops
-from moe.layers import MLP, at_least_fp32, cast, rotate, untouched
-from moe.model import Transformer
+from moe.kernels.arguments import autocasts
+from moe.layers import MLP, Attention, Head, Linear, RMSNorm, at_least_fp32, cast, rotate, untouched
+from moe.model import Block, Embedding, Transformer
 from moe.serve.pages import Pages, Pass, Segment
 
 
@@ -25,6 +26,21 @@ class _Layer(NamedTuple):
     wo_AD: Tensor
     mlp_norm_D: Tensor
     mlp: MoE | MLP
+
+
+_KINDS = {Transformer, nn.ModuleList, Embedding, Block, RMSNorm, Attention, Linear, MoE, Router, Experts, MLP, Head}
+
+
+def fits(model: Transformer) -> bool:
+    """Whether every module is exactly ours and as the configuration says, and no autocast is on: what is not has to be
+    called."""
+    if autocasts(next(model.parameters()).device.type):
+        return False
+    if isinstance(model.embedding, Embedding) and model.embedding.max_norm is not None:
+        return False
+    if any(isinstance(m, RMSNorm) and m.eps != model.cfg.norm_eps for m in model.modules()):
+        return False
+    return all(type(m) in _KINDS and untouched(m, type(m)) for m in model.modules())
 
 
 class Choice(NamedTuple):
@@ -49,7 +65,7 @@ class Runner:
         self.model, self.pages = model, pages
         self.record = False
         self.routing: list[Choice] = []
-        self._fused = _Fused(model) if DecodeStep.fits(model) else None
+        self._fused = _Fused(model) if fits(model) else None
 
     @torch.no_grad()
     def __call__(self, segments: Sequence[Segment], wanted: Sequence[int]) -> Tensor:
