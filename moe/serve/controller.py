@@ -290,7 +290,8 @@ class Controller:
         asked = [self._asked.get(work.request, 0) for work, _ in pairs]
         drafted, accepted = [work.n_drafts for work, _ in pairs], [n for _, n in pairs]
         others = step.n_tokens - sum(drafted) - len(pairs)
-        experts = distinct_experts(step.routing) if step.routing and self._step % REFRESH in (0, self._tried % REFRESH) else None
+        count = step.routing and (self._try is not None or self._step % REFRESH == 0)
+        experts = distinct_experts(step.routing) if count else None
         seconds = step.schedule_s + step.forward_s + step.sample_s
         tokens = self._draft_tokens if any(asked) else 0
         context = sum(step.contexts)

@@ -39,19 +39,23 @@ class DraftModel:
         scheduler: of the engine, whose blocks it shares.
 
     Raises:
-        ConfigError: another vocabulary than the served model's, or a shorter context.
+        ConfigError: another vocabulary than the served model's, a shorter context, or another device.
     """
 
     def __init__(self, draft: Transformer, model: Transformer, scheduler: Scheduler) -> None:
         for name in ("vocab_size", "max_seq_len"):
             of_draft, needed = getattr(draft.cfg, name), getattr(model.cfg, name)
-            if of_draft != needed if name == "vocab_size" else of_draft < needed:
-                rule = "the same" if name == "vocab_size" else "no less"
+            same = name == "vocab_size"
+            if of_draft < needed or (same and of_draft != needed):
                 raise ConfigError(
                     f"speculative: the draft model {draft.cfg.name} has {name} = {of_draft}, and {model.cfg.name} has "
-                    f"{needed}; it must be {rule}: choose another draft model"
+                    f"{needed}; it must be {'the same' if same else 'no less'}: choose another draft model"
                 )
-        pool, weight = scheduler.pool, draft.embedding.weight
+        pool, weight, device = scheduler.pool, draft.embedding.weight, model.embedding.weight.device
+        if weight.device != device:
+            raise ConfigError(
+                f"speculative: the draft model is on {weight.device}, and the model on {device}; move it there: .to(...)"
+            )
         self.runner = Runner(draft, Pages(draft.cfg, pool.n_blocks, pool.block_size, weight.dtype, weight.device))
         self._scheduler = scheduler
         self._computed: dict[Request, _Computed] = {}
@@ -82,11 +86,16 @@ class DraftModel:
         live = list(range(len(requests)))
         while True:
             tokens, q_NV = _draw(logits_NV, [_position(requests[i], drafts[i]) for i in live])
+            going = []
             for row, (i, token) in enumerate(zip(live, tokens, strict=True)):
+                if token < 0:  # of logits that are no numbers: a draft model that is broken guesses nothing
+                    continue
                 drafts[i].append(token)
                 if q_NV is not None and not requests[i].params.greedy:
                     rows[i].append(q_NV[row])
-            live = [i for i in live if len(drafts[i]) < counts[i]]
+                if len(drafts[i]) < counts[i]:
+                    going.append(i)
+            live = going
             if not live:
                 break
             logits_NV = self._run([_newest(requests[i], drafts[i]) for i in live], range(len(live)))

@@ -16,8 +16,8 @@ class Step:
         number: 1 for the engine's first.
         works: what it computed, in rank order.
         accepted: of each work's drafts, how many.
-        schedule_s, forward_s, sample_s: seconds of planning, of the model, and of choosing tokens. On CUDA the model's
-            time is in part in the next one's, who waits for it.
+        propose_s, schedule_s, forward_s, sample_s: seconds of guessing the drafts that were in it, of planning, of the
+            model, and of choosing tokens. On CUDA the model's time is in part in the next one's, who waits for it.
         routing: for each MoE layer the chosen experts and their weights, (ids_TK, weights_TK), of the pass's tokens in
             the order of the works; empty where `Engine.runner.record` is off.
         blocks: of the cache, that each work's request held during the pass.
@@ -26,6 +26,7 @@ class Step:
     number: int
     works: Sequence[Work]
     accepted: Sequence[int]
+    propose_s: float
     schedule_s: float
     forward_s: float
     sample_s: float
