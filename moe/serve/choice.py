@@ -24,7 +24,7 @@ class Choice(NamedTuple):
 
 
 class _Asked(NamedTuple):
-    """Log-probabilities that are wanted at some rows of the logits: of what follows there, and of so many of the top."""
+    """Log-probabilities wanted at some rows of the logits: of the token that follows, and of so many of the top."""
 
     rows: range
     tokens: list[int]

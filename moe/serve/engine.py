@@ -25,6 +25,7 @@ from moe.serve.draft import proposer_of
 from moe.serve.output import Answer, Delta, Group, Listener, Output
 from moe.serve.pages import Pages, Segment
 from moe.serve.request import FinishReason, Request, SamplingParams
+from moe.serve.room import blocks_that_fit
 from moe.serve.runner import Runner
 from moe.serve.scheduler import Scheduler, StepPlan, Work
 from moe.serve.speculative import Proposer
@@ -42,10 +43,12 @@ class Engine:
 
     Args:
         tokenizer: for prompts that are text, and answers as text.
-        block_size: tokens of a block of the cache. num_blocks: how many; None: what `max_running` full contexts need.
+        block_size: tokens of a block of the cache.
+        num_blocks: how many; None: as many as `max_running` full contexts need, or as there is memory for.
         max_batch_tokens: tokens of one pass at most. max_running: requests in a pass at most.
         max_waiting: requests that wait at most; None: any number.
         prefix_cache: keep keys and values for prompts that begin alike.
+        kv_cache_dtype: of keys and values, see `moe.serve.pages`. quantization, batch_invariant: see `Runner`.
         speculative: who guesses tokens ahead: "ngram", the request's own text; a smaller model with the same
             vocabulary; None: no one.
         num_drafts: guesses a step, at most.
@@ -55,6 +58,7 @@ class Engine:
         lenience: 1: tokens are distributed as without guesses. Below 1, a guess is accepted with probability
             min(1, p / (lenience q)): more of them, and the answers are no longer the model's own. Greedy requests stay
             as they are.
+        device: of keys and values; None: that of the weights.
 
     Attributes:
         controller: whose `report()` says what speculation brings, with the figures; None where not `adaptive`.
@@ -76,10 +80,14 @@ class Engine:
         max_running: int = 64,
         max_waiting: int | None = None,
         prefix_cache: bool = True,
+        kv_cache_dtype: str = "auto",
+        quantization: str | None = None,
+        batch_invariant: bool = False,
         speculative: str | Transformer | Proposer | None = None,
         num_drafts: int = 4,
         adaptive: bool = True,
         lenience: float = 1.0,
+        device: torch.device | None = None,
     ) -> None:
         if num_drafts < 1:
             raise ConfigError(f"num_drafts = {num_drafts}: must be 1 or more; speculative=None turns guessing off")
@@ -87,15 +95,18 @@ class Engine:
             raise ConfigError(f"lenience = {lenience}: must be above 0, and at most 1, which is exact")
         self.model, self.tokenizer = model, tokenizer
         self.context = model.cfg.max_seq_len
-        per_request = -(-self.context // block_size)
-        n_blocks = max_running * per_request if num_blocks is None else num_blocks
-        pool = BlockPool(n_blocks, block_size, prefix_cache=prefix_cache)
         weight = model.embedding.weight
-        self.runner = Runner(model, Pages(model.cfg, pool.n_blocks, block_size, weight.dtype, weight.device))
+        device = weight.device if device is None else device
+        if num_blocks is None:
+            models = [model, speculative] if isinstance(speculative, Transformer) else [model]
+            num_blocks = blocks_that_fit(models, block_size, max_running, device, kv_cache_dtype)
+        pool = BlockPool(num_blocks, block_size, prefix_cache=prefix_cache)
+        pages = Pages(model.cfg, num_blocks, block_size, weight.dtype, device, kv_cache_dtype)
+        self.runner = Runner(model, pages, quantization=quantization, batch_invariant=batch_invariant)
         self.scheduler = Scheduler(
             pool, max_batch_tokens=max_batch_tokens, max_running=max_running, max_waiting=max_waiting
         )
-        self.proposer = proposer_of(speculative, model, self.scheduler)
+        self.proposer = proposer_of(speculative, self.runner, self.scheduler, kv_cache_dtype, quantization)
         self.num_drafts, self.lenience = num_drafts, lenience
         self.controller: Controller | None = None
         self.listeners: list[Callable[[Step], Any]] = []
@@ -160,6 +171,11 @@ class Engine:
         for request in [] if group is None else [*group.active]:
             self._finish(request, "abort")
 
+    def abort_all(self) -> None:
+        """Nothing is left to do."""
+        for request_id in [*self._groups]:
+            self.abort(request_id)
+
     @property
     def idle(self) -> bool:
         """Whether there is nothing to do."""
@@ -189,8 +205,9 @@ class Engine:
             raise ConfigError("prompt = []: must have at least one token")
         self._check_ids("prompt", tokens)
         if len(tokens) > self.context:
-            name = self.model.cfg.name
-            raise ConfigError(f"prompt of {len(tokens)} tokens: the context of {name} is {self.context}; cut the prompt")
+            raise ConfigError(
+                f"prompt of {len(tokens)} tokens: the context of {self.model.cfg.name} is {self.context}; cut the prompt"
+            )
         return tokens
 
     def _check(self, params: SamplingParams) -> None:
@@ -267,7 +284,7 @@ class Engine:
     def _take_one(self, work: Work, choice: Choice) -> None:
         request, answer, group = work.request, work.request.extra, work.request.extra.group
         if -1 in choice.tokens:
-            self._fail([work], ArithmeticError("the model's logits are no numbers (NaN): look at weights and dtype"))
+            self._end([request], ArithmeticError("the model's logits are no numbers (NaN): look at weights and dtype"))
             return
         self.stats.tokens += work.n
         answer.prompt_logprobs += choice.prompt_logprobs
@@ -300,16 +317,18 @@ class Engine:
             counts = [max(0, min(self.num_drafts, n)) for n in room]
         else:
             counts = self.controller.choose(requests, room, self.proposer.behind)
-        if any(counts):
-            try:
-                proposals = self.proposer.propose(requests, counts)
-            except Exception as error:
-                if not _out_of_memory(error):
-                    raise
-                self.stats.out_of_memory += 1  # nothing is lost but the guesses
+        if not any(counts):
+            return
+        try:
+            proposals = self.proposer.propose(requests, counts)
+        except Exception as error:
+            if _out_of_memory(error):  # then without
+                self.stats.out_of_memory += 1
             else:
-                for request, proposal in zip(requests, proposals, strict=True):
-                    request.drafts, request.extra.q_KV = proposal
+                self._end(requests, error)
+            return
+        for request, proposal in zip(requests, proposals, strict=True):
+            request.drafts, request.extra.q_KV = proposal
         self._propose_s = time.perf_counter() - began
 
     def _report(
@@ -326,13 +345,18 @@ class Engine:
                 listener(step)
 
     def _fail(self, works: Sequence[Work], error: Exception) -> None:
+        """For want of memory the next passes are of half as many tokens; else this one's requests end."""
         n_tokens = sum(work.n for work in works)
         if _out_of_memory(error):
             self.stats.out_of_memory += 1
             if n_tokens > 1:
                 self._budget, self._calm = n_tokens // 2, 0
                 return
-        for group in {work.request.extra.group for work in works}:
+        self._end([work.request for work in works], error)
+
+    def _end(self, requests: Sequence[Request], error: Exception) -> None:
+        """These end with an error, and with each all answers to its prompt."""
+        for group in {request.extra.group for request in requests}:
             for request in [*group.active]:
                 self._finish(request, "error", error=error)
 
@@ -387,17 +411,16 @@ class Engine:
             raise ConfigError(f"params: {len(settings)} for {len(every)} prompts; give one for each, or one for all")
         names: list[str] = []
         done: dict[str, Output] = {}
-
-        def listener(delta: Delta) -> None:
-            if delta.output is not None:
-                done[delta.request_id] = delta.output
-
+        deltas: deque[Delta] = deque()
         try:
             for prompt, p in zip(every, settings, strict=True):
-                names.append(self.add(prompt, p, listener=listener))
+                names.append(self.add(prompt, p, listener=deltas.append))
             while len(done) < len(names):
                 self.step()
-                check_served(done.values())
+                outputs = [delta.output for delta in deltas if delta.output]
+                deltas.clear()
+                check_served(outputs)
+                done |= {output.id: output for output in outputs}
         finally:
             for name in names:
                 self.abort(name)

@@ -147,9 +147,7 @@ class CpuExperts:
         """Each expert of its part, one after the other."""
         if sum(map(len, parts)) > PACKED_ROWS * len(parts):
             # Of many rows an expert's pre-activations are best used while they are in the processor's cache.
-            return torch.cat(
-                [self.down[e](self._activate(self.up[e](x))) for e, x in zip(experts, parts, strict=True)]
-            )
+            return torch.cat([self.down[e](self._activate(self.up[e](x))) for e, x in zip(experts, parts, strict=True)])
         act_RF = self._activate(torch.cat([self.up[e](x) for e, x in zip(experts, parts, strict=True)]))
         acts = act_RF.split([len(x) for x in parts])
         return torch.cat([self.down[e](a) for e, a in zip(experts, acts, strict=True)])
