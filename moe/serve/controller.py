@@ -11,22 +11,24 @@ promises more than there is. Seconds are a linear model of the pass (a fixed par
 seen) and of the guessing (its passes and tokens), corrected by what each number of drafts has really taken. How many
 experts so many tokens touch is measured, too; where it is not yet, E (1 - (1 - K/E)^T) is expected.
 
-What is not the best choice is tried on a budget: four steps and half a percent of the time. Nothing here reads a clock.
+What is not the best choice is tried on a budget: four steps and half a percent of the time. No torch, and no clock.
 """
 
 import operator
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch
 
 from moe.config import Config
 
+if TYPE_CHECKING:
+    from moe.serve.step import Step
+
 SHARE = 0.005  # of the time, for trying what does not seem best
 GRANT = 4  # steps that trying may cost besides, once
-EVERY = 2  # a try is followed by a step without one
+EVERY = 3  # steps from one try to the next, at least
 MEMORY = 0.99  # what a step's acceptance counts one step later
 REFRESH = 4  # steps for which a comparison is kept, and of which the experts of one are counted
 
@@ -230,7 +232,7 @@ class Controller:
 
     @classmethod
     def of_model(cls, num_drafts: int, cfg: Config, bytes_per_number: int) -> "Controller":
-        """For a model of this shape."""
+        """For a model of this shape, and numbers of this size in its experts."""
         e = cfg.experts
         gates = 2 if e.activation == "swiglu" else 1
         n_bytes = (gates + 1) * e.d_ff * cfg.d_model * bytes_per_number
@@ -273,7 +275,10 @@ class Controller:
         self._pass.add(x, seen.seconds)
         if z[0] and seen.draft_seconds > 0:
             self._guessing.add(z, seen.draft_seconds)
-        if not n or seen.other_tokens:
+        if not n or seen.other_tokens:  # not to be compared with others
+            if self._try is not None:
+                self._allowance -= self._try.loss
+            self._try = None
             return
         bucket = self._bucket(n)
         bucket.n, bucket.context = n, seen.context / n
@@ -284,14 +289,13 @@ class Controller:
         self._correct(bucket, seen, total, self._pass.predict(x) + self._guessing.predict(z))
         self._account(bucket, seen, total)
 
-    def __call__(self, step: Any) -> None:
+    def __call__(self, step: "Step") -> None:
         """The same, as one of `Engine.listeners`."""
         pairs = [(w, n) for w, n in zip(step.works, step.accepted, strict=True) if w.samples and w.n == 1 + w.n_drafts]
         asked = [self._asked.get(work.request, 0) for work, _ in pairs]
         drafted, accepted = [work.n_drafts for work, _ in pairs], [n for _, n in pairs]
         others = step.n_tokens - sum(drafted) - len(pairs)
-        count = step.routing and (self._try is not None or self._step % REFRESH == 0)
-        experts = distinct_experts(step.routing) if count else None
+        experts = step.experts if self._try is not None or self._step % REFRESH == 0 else None
         seconds = step.schedule_s + step.forward_s + step.sample_s
         tokens = self._draft_tokens if any(asked) else 0
         context = sum(step.contexts)
@@ -330,7 +334,7 @@ class Controller:
         megabytes = [row.experts * self.expert_bytes / 1e6 for row in (none, best)]
         helps = best.rate > none.rate
         return (
-            f"{n} requests, {best.drafts} drafts: {1 + best.accepted:.2f} tokens a request and step "
+            f"{n} request{'s' * (n > 1)}, {best.drafts} draft{'s' * (best.drafts > 1)}: {1 + best.accepted:.2f} tokens a request and step "
             f"(accepted at each position: {', '.join(f'{s:.2f}' for s in steps)}); "
             f"{best.experts:.1f} experts a layer instead of {none.experts:.1f} ({megabytes[1]:.1f} MB instead of "
             f"{megabytes[0]:.1f}), {best.seconds * 1e3:.2f} ms instead of {none.seconds * 1e3:.2f}: "
@@ -435,18 +439,11 @@ class Controller:
                 self._grant[1] = GRANT * min(first, total)
                 self._allowance += self._grant[1]
         tried, self._try = self._try, None
-        if tried is None or len(seen.asked) != bucket.compared[1]:
+        if tried is None:
             return
         bucket.arms[tried.drafts].last = self._step
-        bucket.rows = self.rows(len(seen.asked))
-        best = max(row.rate for row in bucket.rows)
-        tokens = sum(1 + bucket.rows[n].accepted for n in seen.asked)
-        if best:
-            self._allowance -= max(0.0, min(total, 2 * (tried.loss + tokens / best)) - tokens / best)
-
-
-def distinct_experts(routing: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> float:
-    """How many experts the tokens of a pass have touched, the mean of the layers."""
-    ids_LR = torch.stack([ids_TK.flatten() for ids_TK, _ in routing])
-    touched_LE = torch.zeros(len(ids_LR), int(ids_LR.max()) + 1, dtype=torch.bool, device=ids_LR.device)
-    return touched_LE.scatter_(1, ids_LR, True).sum().item() / len(ids_LR)
+        rows = self.rows(len(seen.asked))
+        best = max(row.rate for row in rows)
+        needed = sum(1 + rows[n].accepted for n in seen.asked) / best
+        # A step that was held up is not the try's fault.
+        self._allowance -= max(0.0, min(total, 2 * (tried.loss + needed)) - needed)

@@ -111,7 +111,7 @@ class Engine:
         self.controller: Controller | None = None
         self.listeners: list[Callable[[Step], Any]] = []
         if self.proposer is not None and adaptive:
-            self.controller = Controller.of_model(num_drafts, model.cfg, weight.element_size())
+            self.controller = Controller.of_model(num_drafts, model.cfg, 1 if quantization else weight.element_size())
             self.listeners.append(self.controller)
             self.runner.record = True
         self._propose_s = 0.0

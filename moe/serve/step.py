@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from moe.serve.scheduler import Work
@@ -47,6 +48,15 @@ class Step:
     def contexts(self) -> list[int]:
         """How many positions the last token of each work saw."""
         return [work.start + work.n for work in self.works]
+
+    @property
+    def experts(self) -> float | None:
+        """Distinct experts that the tokens touched, the mean of the layers; None where it was not recorded."""
+        if not self.routing:
+            return None
+        ids_LR = torch.stack([ids_TK.flatten() for ids_TK, _ in self.routing])
+        touched_LE = torch.zeros(len(ids_LR), int(ids_LR.max()) + 1, dtype=torch.bool, device=ids_LR.device)
+        return touched_LE.scatter_(1, ids_LR, True).sum().item() / len(ids_LR)
 
 
 @dataclass(slots=True)

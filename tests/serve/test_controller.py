@@ -1,11 +1,19 @@
 """The controller against simulated machines: what it loses where guessing loses, and what it misses where it helps."""
 
 import random
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 
+from moe import Transformer
 from moe.serve.controller import Controller, Observed
+from moe.serve.draft import DraftModel
+from moe.serve.engine import Engine
+from moe.serve.request import SamplingParams
+from moe.serve.step import Step
+from tests.conftest import tiny_config
 
 K = 8
 
@@ -111,3 +119,103 @@ def test_where_guessing_helps_it_comes_within_ten_percent_of_the_best_number(mac
     best, rate = machine.best(n)
     tokens, seconds, controller, chosen = machine.run(n, 1000)
     assert tokens / seconds >= 0.9 * rate, (best, controller.report())
+
+
+def test_one_rate_for_all_positions_would_promise_more() -> None:
+    """The second machine's first draft is nearly always right and its third seldom: the curve says so."""
+    machine = WINNING["good at first"]
+    _, _, controller, _ = machine.run(8, 600)
+    rows = controller.rows(8)
+    gains = [b.accepted - a.accepted for a, b in zip(rows, rows[1:], strict=False)]
+    assert gains[:3] == pytest.approx([0.95, 0.95 * 0.9, 0.95 * 0.9 * 0.3], abs=0.08)
+
+
+def test_it_knows_the_experts_and_the_bytes() -> None:
+    machine = LOSING["a random draft"]
+    _, _, controller, _ = machine.run(1, 400)
+    rows = controller.rows(1)
+    for row in (rows[0], rows[4]):
+        assert row.experts == pytest.approx(machine.experts(1 + row.drafts), rel=0.15)
+        assert row.seconds == pytest.approx(machine.seconds(1, row.drafts) + machine.guessing(row.drafts, row.drafts), rel=0.2)
+    report = controller.report()
+    assert report.startswith("1 request, ")
+    assert "2.0 " in report or "1.9 " in report  # experts of one token
+
+
+def test_it_follows_when_the_text_changes() -> None:
+    poor, good = Machine((0.02,) * K, fixed=4.0), Machine((0.9,) * K, fixed=4.0)
+    _, _, controller, chosen = poor.run(8, 300)
+    assert sum(k == 0 for k in chosen[-50:]) >= 45
+    tokens, seconds, controller, chosen = good.run(8, 1500, controller)
+    assert min(sorted(chosen[-50:])[10:]) >= 4
+    _, _, controller, chosen = poor.run(8, 600, controller)
+    assert sum(k == 0 for k in chosen[-50:]) >= 45
+
+
+# ------------------------------------------------------------------------------------------------- within the engine
+
+
+class Clock:
+    """Stands between the engine and its controller, and gives each step the seconds of a formula."""
+
+    def __init__(self, engine: Engine, seconds: Callable[[Step], float], guessing: float) -> None:
+        assert engine.controller is not None
+        self.controller, self.seconds, self.guessing = engine.controller, seconds, guessing
+        self.steps: list[Step] = []
+        engine.listeners[engine.listeners.index(engine.controller)] = self
+
+    def __call__(self, step: Step) -> None:
+        self.steps.append(step)
+        drafts = max(step.drafted)
+        self.controller(
+            replace(step, schedule_s=0.0, sample_s=0.0, forward_s=self.seconds(step), propose_s=drafts * self.guessing)
+        )
+
+
+def serve(engine: Engine) -> None:
+    p = SamplingParams(temperature=0, max_tokens=20)
+    engine.generate([[i % 61, i % 7, 3] for i in range(60)], [p] * 60)
+
+
+def test_the_engine_stops_guessing_where_it_does_not_help() -> None:
+    target = Transformer(tiny_config(), seed=3)
+    engine = Engine(target, max_running=4, speculative=Transformer(tiny_config(n_layers=1), seed=9))
+    clock = Clock(engine, lambda step: 1e-3 * step.n_tokens, 1e-3)
+    proposer = engine.proposer
+    assert isinstance(proposer, DraftModel)
+    calls, runner = [], proposer.runner
+
+    def counted(*arguments: Any) -> Any:
+        calls.append(engine.stats.steps)
+        return runner(*arguments)
+
+    proposer.runner = counted  # type: ignore[assignment]
+    serve(engine)
+    assert engine.stats.accepted < 0.2 * engine.stats.drafted
+    late = [n for n in calls if n > engine.stats.steps // 2]
+    # A draft model that is not asked does not run, nor keep up: a try or two.
+    assert len(set(late)) <= engine.stats.steps // 20
+    assert sum(sum(step.drafted) for step in clock.steps[len(clock.steps) // 2 :]) <= 20
+    assert "Speculation will not help here" in engine.controller.report()  # type: ignore[union-attr]
+
+
+def test_the_engine_guesses_where_it_helps() -> None:
+    target = Transformer(tiny_config(), seed=3)
+    engine = Engine(target, max_running=4, speculative=target, num_drafts=4)
+    clock = Clock(engine, lambda step: 1e-3, 1e-5)
+    serve(engine)
+    decoding = [w for step in clock.steps[len(clock.steps) // 2 :] for w in step.works if w.samples and w.n == 1 + w.n_drafts]
+    # All but what the end of an answer cuts off.
+    assert sum(w.n_drafts for w in decoding) / len(decoding) > 3
+    assert "Speculation helps" in engine.controller.report()  # type: ignore[union-attr]
+
+
+def test_prompt_lookup_is_chosen_from_its_own_curve() -> None:
+    """A draft that is not there costs nothing, and brings nothing."""
+    target = Transformer(tiny_config(), seed=3)
+    engine = Engine(target, max_running=4, speculative="ngram")
+    Clock(engine, lambda step: 1e-3 * (1 + 0.01 * step.n_tokens), 0.0)
+    serve(engine)
+    assert engine.stats.drafted > 0
+    assert engine.controller is not None
+    assert engine.controller.rows(4)[4].accepted < 4
