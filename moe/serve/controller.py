@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 SHARE = 0.005  # of the time, for trying what does not seem best
 GRANT = 4  # steps that trying may cost besides, once
 EVERY = 3  # steps from one try to the next, at least
-MEMORY = 0.99  # what a step's acceptance counts one step later
+MEMORY, LEAST = 0.99, 0.88  # what acceptance counts one request later, and at least one step later
 REFRESH = 4  # steps for which a comparison is kept, and of which the experts of one are counted
 
 
@@ -75,9 +75,10 @@ class _Curve:
     def __init__(self, n: int) -> None:
         self.asked, self.there, self.reached, self.accepted = (np.zeros(n) for _ in range(4))
 
-    def add(self, counts: "_Curve") -> None:
-        for mine, new in zip(self._counts, counts._counts, strict=True):
-            mine *= MEMORY
+    def add(self, step: "_Curve") -> None:
+        kept = max(LEAST, MEMORY ** step.asked.max())
+        for mine, new in zip(self._counts, step._counts, strict=True):
+            mine *= kept
             mine += new
 
     @classmethod

@@ -145,11 +145,11 @@ def test_it_knows_the_experts_and_the_bytes() -> None:
 def test_it_follows_when_the_text_changes() -> None:
     poor, good = Machine((0.02,) * K, fixed=4.0), Machine((0.9,) * K, fixed=4.0)
     _, _, controller, chosen = poor.run(8, 300)
-    assert sum(k == 0 for k in chosen[-50:]) >= 45
-    tokens, seconds, controller, chosen = good.run(8, 1500, controller)
-    assert min(sorted(chosen[-50:])[10:]) >= 4
-    _, _, controller, chosen = poor.run(8, 600, controller)
-    assert sum(k == 0 for k in chosen[-50:]) >= 45
+    assert sum(k == 0 for k in chosen[-50:]) >= 40
+    _, _, controller, chosen = good.run(8, 600, controller)
+    assert sorted(chosen[-50:])[10] >= 4
+    _, _, controller, chosen = poor.run(8, 100, controller)
+    assert sum(k == 0 for k in chosen[-50:]) >= 40
 
 
 # ------------------------------------------------------------------------------------------------- within the engine

@@ -174,6 +174,21 @@ def test_a_prefix_that_the_draft_model_has_computed_is_not_computed_again(model:
     assert (passes[0][0].start, passes[0][0].end) == (20, 22)
 
 
+@pytest.mark.parametrize("kind", ["near", "ngram"])
+def test_logprobs_are_those_of_an_uncached_pass(model: Transformer, drafts: dict[str, Transformer], kind: str) -> None:
+    engine = Engine(model, speculative=drafts.get(kind, "ngram"), adaptive=False)
+    p = SamplingParams(max_tokens=12, seed=5, temperature=0.7, logprobs=2)
+    for output in engine.generate([[3, 4, 5, 3, 4], [7] * 6], p):
+        text = torch.tensor([output.prompt_token_ids + output.token_ids])
+        want = model(text).logits_BSV[0].log_softmax(-1)
+        assert output.logprobs is not None
+        for i, (token, given) in enumerate(zip(output.token_ids, output.logprobs, strict=True)):
+            row = want[len(output.prompt_token_ids) + i - 1]
+            assert {*given} == {token, *row.topk(2).indices.tolist()}
+            assert all(given[t].logprob == pytest.approx(row[t].item(), abs=1e-5) for t in given)
+    assert engine.stats.accepted > 0
+
+
 def test_a_draft_model_has_to_fit() -> None:
     model = Transformer(tiny_config())
     for changes, words in (({"vocab_size": 60}, "vocab_size = 60"), ({"max_seq_len": 39}, "max_seq_len = 39")):
