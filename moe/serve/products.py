@@ -8,7 +8,7 @@ Shape suffixes: T tokens, I inputs, O outputs, D model width, E experts, K exper
 expert hidden width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from torch import Tensor
 from moe.experts import Experts
 from moe.kernels import ops
 from moe.kernels.experts.grouped import combine, inverse
+from moe.kernels.spans import span
 
 # Rows that a weight is packed for. From 1 to 256 rows a weight packed for 16 lost to one packed for the very number
 # nowhere by more than a tenth, and one packed for 1 was up to twice as slow (float32, AVX2).
@@ -132,27 +133,32 @@ class CpuExperts:
         """-> y [T, D] in the dtype of x."""
         T, K = ids_TK.shape
         if T == 1 and not self.tile:
-            ids = ids_TK[0].tolist()
-            y_KD = self._mlps(ids, [x_TD] * K)
-            return torch.mm(weights_TK.to(y_KD.dtype), y_KD)
-        ids_R = ids_TK.flatten()
-        order_R = ids_R.sort(stable=True).indices
-        counts = torch.bincount(ids_R, minlength=len(self.up)).tolist()
-        x_RD = x_TD.index_select(0, order_R // K)
-        touched = [e for e, n in enumerate(counts) if n]
-        y_RD = self._mlps(touched, x_RD.split([counts[e] for e in touched]))
-        return combine(y_RD, inverse(order_R), K, weights_TK)
+            y_KD = self._mlps(ids_TK[0].tolist(), [x_TD] * K)
+            with span("combine"):
+                return torch.mm(weights_TK.to(y_KD.dtype), y_KD)
+        with span("permute"):
+            ids_R = ids_TK.flatten()
+            order_R = ids_R.sort(stable=True).indices
+            counts = torch.bincount(ids_R, minlength=len(self.up)).tolist()
+            touched = [e for e, n in enumerate(counts) if n]
+            parts = x_TD.index_select(0, order_R // K).split([counts[e] for e in touched])
+        y_RD = self._mlps(touched, parts)
+        with span("combine"):
+            return combine(y_RD, inverse(order_R), K, weights_TK)
 
-    def _mlps(self, experts: list[int], parts: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
+    def _mlps(self, experts: list[int], parts: Sequence[Tensor]) -> Tensor:
         """Each expert of its part, one after the other."""
         if sum(map(len, parts)) > PACKED_ROWS * len(parts):
             # Of many rows an expert's pre-activations are best used while they are in the processor's cache.
-            return torch.cat(
-                [self.down[e](self._activate(self.up[e](x))) for e, x in zip(experts, parts, strict=True)]
-            )
-        act_RF = self._activate(torch.cat([self.up[e](x) for e, x in zip(experts, parts, strict=True)]))
-        acts = act_RF.split([len(x) for x in parts])
-        return torch.cat([self.down[e](a) for e, a in zip(experts, acts, strict=True)])
+            with span("up"):
+                return torch.cat(
+                    [self.down[e](self._activate(self.up[e](x))) for e, x in zip(experts, parts, strict=True)]
+                )
+        with span("up"):
+            act_RF = self._activate(torch.cat([self.up[e](x) for e, x in zip(experts, parts, strict=True)]))
+            acts = act_RF.split([len(x) for x in parts])
+        with span("down"):
+            return torch.cat([self.down[e](a) for e, a in zip(experts, acts, strict=True)])
 
     def _activate(self, h_RH: Tensor) -> Tensor:
         h_RGF = h_RH.unflatten(1, (self.gates, -1))

@@ -4,6 +4,7 @@ Shape suffixes: T tokens, N wanted positions, D model width, H query heads, C he
 token.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -82,7 +83,7 @@ class Runner:
             if value and not ours:
                 raise ConfigError(
                     f"{name} = {value!r}: needs a model of plain modules, and this one has others in their place "
-                    f"(adapters, hooks, imported parts) or runs under autocast; leave it at {None if name[0] == 'q' else False}"
+                    "(adapters, hooks, imported parts) or runs under autocast; merge them, or leave the setting out"
                 )
         self.model, self.pages, self.batch_invariant = model, pages, batch_invariant
         self.record = False
@@ -164,9 +165,11 @@ class _Fused:
         if self.on_cpu:
             return CpuExperts(experts, quantization, tile)
         if quantization is None:
-            return lambda x, weights, ids: ops.expert_mlp_inference(x, w_in, w_out, weights, ids, activation)
+            run = functools.partial(ops.expert_mlp_inference, activation=activation, batch_invariant=tile > 0)
+            return lambda x, weights, ids: run(x, w_in, w_out, weights, ids)
         small = ops.quantize_experts(w_in, w_out, torch.int8 if quantization == "int8" else torch.float8_e4m3fn)
-        return lambda x, weights, ids: ops.expert_mlp_quantized(x, small, weights, ids, activation)
+        run = functools.partial(ops.expert_mlp_quantized, activation=activation, batch_invariant=tile > 0)
+        return lambda x, weights, ids: run(x, small, weights, ids)
 
     def __call__(self, one: Pass, rows_N: Tensor) -> tuple[Tensor, list[Choice]]:
         T, H, C, routing = len(one.tokens_T), self.n_heads, self.head_dim, []
