@@ -154,7 +154,7 @@ class _Group:
             self.blocks = slice(first, first + most)
         else:
             padded = [b for blocks in used for b in (*blocks, *[unread] * (most - len(blocks)))]
-            self.blocks = _on(pages.device, padded)
+            self.blocks = on_device(pages.device, padded)
         # Of one request what lies behind its last position is cut off, of several it is masked.
         self.length = self.ends[0] if self.n == 1 else most * size
         self.masks: dict[torch.dtype, Tensor | None] = {}
@@ -184,18 +184,23 @@ class _Paged:
         self.longest = self.most_blocks * size
         padded = [[*blocks, *[pages.n_blocks] * (self.most_blocks - len(blocks))] for blocks in used]
         starts = [*accumulate(counts, initial=0)]
-        self.blocks_QB = _on(pages.device, padded, torch.int32)
-        self.starts, self.lengths_Q = (_on(pages.device, x, torch.int32) for x in (starts, [s.end for s in segments]))
+        self.blocks_QB = on_device(pages.device, padded, torch.int32)
+        self.starts = on_device(pages.device, starts, torch.int32)
+        self.lengths_Q = on_device(pages.device, [s.end for s in segments], torch.int32)
 
     def attention(self, pages: Pages, layer: int, q_RHC: Tensor) -> Tensor:
         scales = (None, None) if pages.scales is None else pages.scales[layer]
-        return ops.paged_attention(
+        dtype = q_RHC.dtype
+        if pages.scales is None:
+            q_RHC = cast(q_RHC, pages.dtype)
+        y_RHC = ops.paged_attention(
             q_RHC, *pages.layers[layer], self.blocks_QB, self.starts, self.lengths_Q, pages.block_size,
             max_query_len=self.most_rows, max_seq_len=self.longest, k_scale_PN=scales[0], v_scale_PN=scales[1],
         )  # fmt: skip
+        return cast(y_RHC, dtype)
 
 
-def _on(device: torch.device, values: Sequence[Any], dtype: torch.dtype = torch.int64) -> Tensor:
+def on_device(device: torch.device, values: Sequence[Any], dtype: torch.dtype = torch.int64) -> Tensor:
     """Numbers on the device; no one waits for their transfer."""
     x = torch.tensor(values, dtype=dtype)
     return x if device.type == "cpu" else x.pin_memory().to(device, non_blocking=True)
@@ -216,7 +221,7 @@ class Pass:
             tokens += s.token_ids
             positions += range(s.start, s.end)
             slots += [s.blocks[p // size] * size + p % size for p in range(s.start, s.end)]
-        self.tokens_T, self._positions_T, self._slots_T = _on(pages.device, [tokens, positions, slots])
+        self.tokens_T, self._positions_T, self._slots_T = on_device(pages.device, [tokens, positions, slots])
         self._groups = self._grouped(segments)
         # What KVCache says of itself: one sequence, whose last position is the last of any.
         self.batch, self.length = 1, max(positions) + 1 - len(positions)
@@ -272,7 +277,7 @@ class Pass:
                 continue
             rows = slice(group.low, group.low + group.n * group.S)
             q_THC = q_1THC[0, rows]
-            if not self._row_by_row and group.n == 1 and group.S == group.length and self._pages.dtype == k_1TNC.dtype:
+            if not self._row_by_row and group.n == 1 and group.length == group.S and self._pages.dtype == k_1TNC.dtype:
                 kv_ANC = k_1TNC[0, rows], v_1TNC[0, rows]  # a prompt from its beginning: nothing is to be fetched
             else:
                 kv_ANC = self._pages.load(layer, group.blocks, q_THC.dtype)
@@ -284,9 +289,9 @@ def _together(group: _Group, q_THC: Tensor, k_ANC: Tensor, v_ANC: Tensor) -> Ten
     """Attention of a group's tokens. The heads that share a key head, and few tokens, are rows of one query."""
     (T, H, C), N, Q, S = q_THC.shape, k_ANC.shape[1], group.n, group.S
     k_QANC, v_QANC = (x.view(Q, -1, N, C)[:, : group.length] for x in (k_ANC, v_ANC))
-    if S > TOGETHER_TOKENS or (S == group.length and Q == 1):
+    if S > TOGETHER_TOKENS or (group.length == S and Q == 1):
         batch = q_THC.unsqueeze(0), k_QANC, v_QANC
-        if S == group.length:
+        if group.length == S:
             return attention_of(*batch, is_causal=True)[0]
         sees_SA = torch.ones(S, group.length, dtype=torch.bool, device=q_THC.device).tril(group.length - S)
         return attention_of(*batch, attn_mask=sees_SA)[0]

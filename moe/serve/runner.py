@@ -20,7 +20,7 @@ from moe.kernels.arguments import autocasts
 from moe.kernels.spans import span
 from moe.layers import MLP, Attention, Head, Linear, RMSNorm, at_least_fp32, cast, rotate, untouched
 from moe.model import Block, Embedding, Transformer
-from moe.serve.pages import Pages, Pass, Segment
+from moe.serve.pages import Pages, Pass, Segment, on_device
 from moe.serve.products import CpuExperts, Multiply, product
 
 QUANTIZATIONS = (None, "int8", "fp8")
@@ -95,7 +95,7 @@ class Runner:
     def __call__(self, segments: Sequence[Segment], wanted: Sequence[int]) -> Tensor:
         """Stores the tokens' keys and values; the logits [N, V] after the `wanted` rows of the pass."""
         one = Pass(self.pages, segments, row_by_row=self.batch_invariant)
-        rows_N = torch.tensor(wanted, dtype=torch.int64, device=self.pages.device)
+        rows_N = on_device(self.pages.device, [*wanted])
         logits_NV, routing = (self._modules if self._fused is None else self._fused)(one, rows_N)
         self.routing = routing if self.record else []
         return logits_NV
