@@ -83,16 +83,16 @@ class Pages:
         vector = cfg.attention.head_dim * kept + (4 if kept == 1 else 0)
         return 2 * cfg.n_layers * block_size * cfg.attention.n_kv_heads * vector
 
-    def store(self, layer: int, slots_T: Tensor, k_TNC: Tensor, v_TNC: Tensor) -> None:
+    def store(self, layer: int, slots: Tensor | slice, k_TNC: Tensor, v_TNC: Tensor) -> None:
         """Put a pass's keys and values into their slots."""
         for i, (x_TNC, kept_PNC) in enumerate(zip((k_TNC, v_TNC), self.layers[layer], strict=True)):
             if self.scales is None:
-                kept_PNC.index_copy_(0, slots_T, cast(x_TNC, self.dtype))
+                _put(kept_PNC, slots, x_TNC)
                 continue
             data_TNC, scale_TN = quantize(x_TNC, self.dtype)
-            self.scales[layer][i].index_copy_(0, slots_T, scale_TN)
+            _put(self.scales[layer][i], slots, scale_TN)
             # As bytes: torch moves those of every kind.
-            kept_PNC.view(torch.int8).index_copy_(0, slots_T, data_TNC.view(torch.int8))
+            _put(kept_PNC.view(torch.int8), slots, data_TNC.view(torch.int8))
 
     def load(self, layer: int, blocks: Tensor | slice, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The keys and values of these blocks, [n * block_size, N, C] each, in `dtype`; of a slice, if they are kept in
@@ -112,6 +112,13 @@ class Pages:
             return x_P[blocks.start * size : blocks.stop * size]
         in_blocks = x_P.view(len(x_P) // size, -1)
         return in_blocks.index_select(0, blocks).view(-1, *x_P.shape[1:])
+
+
+def _put(kept_P: Tensor, slots: Tensor | slice, x_T: Tensor) -> None:
+    if isinstance(slots, slice):
+        kept_P[slots] = x_T
+    else:
+        kept_P.index_copy_(0, slots, cast(x_T, kept_P.dtype))
 
 
 def _kept_in(dtype: torch.dtype, kv_cache_dtype: str) -> torch.dtype:
@@ -221,7 +228,10 @@ class Pass:
             tokens += s.token_ids
             positions += range(s.start, s.end)
             slots += [s.blocks[p // size] * size + p % size for p in range(s.start, s.end)]
-        self.tokens_T, self._positions_T, self._slots_T = on_device(pages.device, [tokens, positions, slots])
+        self.tokens_T, self._positions_T, slots_T = on_device(pages.device, [tokens, positions, slots])
+        first, n = slots[0], len(slots)
+        in_one_run = len(segments) == 1 and slots == [*range(first, first + n)]
+        self._slots = slice(first, first + n) if in_one_run else slots_T
         self._groups = self._grouped(segments)
         # What KVCache says of itself: one sequence, whose last position is the last of any.
         self.batch, self.length = 1, max(positions) + 1 - len(positions)
@@ -269,7 +279,7 @@ class Pass:
         """What a request has is the scheduler's to know."""
 
     def _attend(self, layer: int, q_1THC: Tensor, k_1TNC: Tensor, v_1TNC: Tensor) -> Tensor:
-        self._pages.store(layer, self._slots_T, k_1TNC[0], v_1TNC[0])
+        self._pages.store(layer, self._slots, k_1TNC[0], v_1TNC[0])
         parts = []
         for group in self._groups:
             if isinstance(group, _Paged):

@@ -24,6 +24,8 @@ from moe.kernels.spans import span
 PACKED_ROWS = 16
 # Up to so many rows int8 weights are multiplied as they are; of more, taking them to float32 first is faster.
 INT8_ROWS = 12
+# Up to so many rows Python sorts them sooner than four operations of torch are started.
+SORTED_IN_PYTHON = 256
 
 Multiply = Callable[[Tensor], Tensor]
 
@@ -94,12 +96,17 @@ def _in_tiles(multiply: Multiply, tile: int) -> Multiply:
         return multiply
 
     def tiled(x_TI: Tensor) -> Tensor:
-        T = len(x_TI)
+        T, width = x_TI.shape
         rows = -(-T // tile) * tile
-        # New memory, so that every tile begins where a new tensor does: libraries choose by alignment, too.
-        padded_TI = x_TI.new_zeros(rows, x_TI.shape[1])
+        padded_TI = x_TI.new_zeros(rows, width)
         padded_TI[:T] = x_TI
-        return torch.cat([multiply(part.clone()) for part in padded_TI.split(tile)])[:T]
+        if rows == tile:
+            return multiply(padded_TI)[:T]
+        parts = padded_TI.split(tile)
+        if tile * width * x_TI.itemsize % 64:
+            # Every tile begins where a new tensor does: libraries choose by alignment, too.
+            parts = [part.clone() for part in parts]
+        return torch.cat([multiply(part) for part in parts])[:T]
 
     return tiled
 
@@ -137,14 +144,12 @@ class CpuExperts:
             with span("combine"):
                 return torch.mm(weights_TK.to(y_KD.dtype), y_KD)
         with span("permute"):
-            ids_R = ids_TK.flatten()
-            order_R = ids_R.sort(stable=True).indices
-            counts = torch.bincount(ids_R, minlength=len(self.up)).tolist()
+            order_R, rows_R, counts = _by_expert(ids_TK, len(self.up))
             touched = [e for e, n in enumerate(counts) if n]
             parts = x_TD.index_select(0, order_R // K).split([counts[e] for e in touched])
         y_RD = self._mlps(touched, parts)
         with span("combine"):
-            return combine(y_RD, inverse(order_R), K, weights_TK)
+            return combine(y_RD, rows_R, K, weights_TK)
 
     def _mlps(self, experts: list[int], parts: Sequence[Tensor]) -> Tensor:
         """Each expert of its part, one after the other."""
@@ -165,3 +170,19 @@ class CpuExperts:
         if self.activation != "swiglu":
             return ops.activate(h_RGF, self.activation)
         return F.silu(h_RGF[:, 0]).mul_(h_RGF[:, 1])
+
+
+def _by_expert(ids_TK: Tensor, n_experts: int) -> tuple[Tensor, Tensor, list[int]]:
+    """Sorted row -> flat (token, slot), its inverse, and the rows of each expert."""
+    ids_R = ids_TK.flatten()
+    if len(ids_R) > SORTED_IN_PYTHON:
+        order_R = ids_R.sort(stable=True).indices
+        return order_R, inverse(order_R), torch.bincount(ids_R, minlength=n_experts).tolist()
+    ids, counts = ids_R.tolist(), [0] * n_experts
+    order = sorted(range(len(ids)), key=ids.__getitem__)
+    rows = [0] * len(ids)
+    for row, at in enumerate(order):
+        counts[ids[at]] += 1
+        rows[at] = row
+    order_R, rows_R = torch.tensor([order, rows])
+    return order_R, rows_R, counts

@@ -185,15 +185,15 @@ class _Fused:
                 qk_TAC = rotate(qkv_TAC[:, : H + n_kv], cos, sin)
                 y_1THC = attend(qk_TAC[None, :, :H], qk_TAC[None, :, H:], qkv_TAC[None, :, H + n_kv :])
             with span("projections"):
-                x_TD = x_TD + layer.wo(y_1THC.reshape(T, H * C))
+                x_TD = layer.wo(y_1THC.reshape(T, H * C)).add_(x_TD)
             n_TD = self._norm(x_TD, layer.mlp_norm_D)
             if layer.router is None or layer.choose is None:
-                x_TD = x_TD + layer.mlp(n_TD)
+                x_TD = layer.mlp(n_TD).add_(x_TD)
                 continue
             with span("router"):
                 weights_TK, ids_TK = layer.choose(layer.router(cast(n_TD, self.wide)))
                 routing.append(Choice(ids_TK, weights_TK))
-            x_TD = x_TD + layer.mlp(n_TD, weights_TK, ids_TK)
+            x_TD = layer.mlp(n_TD, weights_TK, ids_TK).add_(x_TD)
         n_ND = self._norm(x_TD.index_select(0, rows_N), self.norm_D)
         with span("head"):
             return self.head(n_ND), routing

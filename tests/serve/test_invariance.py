@@ -112,7 +112,7 @@ def test_answers_are_the_same_alone_together_preempted_and_warm(model: Transform
     """Log-probabilities, to the last bit, through the engine."""
     params = SamplingParams(temperature=0, max_tokens=10, logprobs=2, prompt_logprobs=0)
     warm = SamplingParams(temperature=0, max_tokens=10, logprobs=2)
-    prompts = [text(0, 17), text(0, 17)[:16] + [3], text(2, 9), text(0, 8), text(4, 20)]
+    prompts = [text(0, 17), [*text(0, 17)[:16], 3], text(2, 9), text(0, 8), text(4, 20)]
 
     def engine(num_blocks: int, **limits: int) -> Engine:
         made = Engine(model, block_size=SIZE, num_blocks=num_blocks, **limits)
@@ -139,11 +139,11 @@ def test_what_cannot_be_is_refused(model: Transformer) -> None:
     pages = Pages(model.cfg, 4, SIZE, torch.float32, "cpu")
     with pytest.raises(ConfigError, match="quantization = 'int3'"):
         Runner(model, pages, quantization="int3")
-    with pytest.raises(ConfigError, match='quantization = "fp8".*int8'):
+    with pytest.raises(ConfigError, match=r'quantization = "fp8".*int8'):
         Runner(model, pages, quantization="fp8")
     hook = model.head.register_forward_hook(lambda *_: None)
     try:
-        with pytest.raises(ConfigError, match="batch_invariant = True.*plain modules"):
+        with pytest.raises(ConfigError, match=r"batch_invariant = True.*plain modules"):
             Runner(model, pages, batch_invariant=True)
     finally:
         hook.remove()
