@@ -8,6 +8,7 @@ from moe.experts import Experts
 from moe.kernels import ops
 from moe.kernels.experts import reference
 from moe.kernels.quantization import quantize
+from moe.serve import products
 from moe.serve.products import CpuExperts, int8_product, product
 from tests.conftest import rel
 
@@ -25,7 +26,7 @@ TOLERANCE = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 1e-3, tor
 def test_products_are_those_of_float64(dtype: torch.dtype, outputs: int, inputs: int, tile: int) -> None:
     w_OI = drawn(outputs, inputs).to(dtype)
     multiply = product(w_OI, tile)
-    for rows in (1, 2, 7, 50):
+    for rows in (1, 2, 7, 50, 1, 3, 40):
         x_TI = drawn(rows, inputs, seed=rows).to(dtype)
         y_TO = multiply(x_TI)
         assert y_TO.dtype == dtype
@@ -74,7 +75,9 @@ def test_experts_are_the_reference(rows: int, activation: str, top_k: int, tile:
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         experts, x_TD = layer(activation, top_k, dtype), drawn(rows, 24, seed=7).to(dtype)
         weights_TK, ids_TK = routed(rows, top_k)
-        got = CpuExperts(experts, tile=tile)(x_TD, weights_TK, ids_TK)
+        run = CpuExperts(experts, tile=tile)
+        run.patience = 0
+        got = run(x_TD, weights_TK, ids_TK)
         wide = (p.detach().double() for p in (experts.w_in_EGFD, experts.w_out_EDF))
         want = reference.expert_mlp(x_TD.double(), *wide, weights_TK.double(), ids_TK, activation)
         assert got.dtype == dtype
@@ -88,3 +91,23 @@ def test_eight_bit_experts_are_the_reference_of_rounded_weights(rows: int) -> No
     rounded = ops.quantize_experts(experts.w_in_EGFD.detach(), experts.w_out_EDF.detach())
     want = ops.expert_mlp_quantized(x_TD.double(), rounded, weights_TK.double(), ids_TK, "swiglu", "reference")
     assert rel(CpuExperts(experts, "int8")(x_TD, weights_TK, ids_TK), want) < 1e-2
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_before_and_after_packing(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A weight is packed after some products of several rows; the products stay the same, and so do the experts."""
+    packings: list[int] = []
+    pack = products.packed
+    monkeypatch.setattr(products, "packed", lambda w_OI: packings.append(1) or pack(w_OI))
+    w_OI, x_TI = drawn(16, 8).float(), drawn(rows, 8).float()
+    multiply = product(w_OI)
+    found = [multiply(x_TI) for _ in range(products.PATIENCE + 2)]
+    assert max(rel(y_TO, x_TI.double() @ w_OI.double().t()) for y_TO in found) < 1e-6
+    assert len(packings) == (rows > 1)
+
+    experts, x_TD = layer("swiglu", 2, torch.float32), drawn(rows, 24, seed=7).float()
+    weights_TK, ids_TK = routed(rows, 2)
+    run = CpuExperts(experts)
+    first, *later = (run(x_TD, weights_TK, ids_TK) for _ in range(products.PATIENCE + 2))
+    assert max(rel(y_TD, first) for y_TD in later) < 1e-6
+    assert len(packings) == (1 + 2 * len(ids_TK.unique()) if rows > 1 else 0)
