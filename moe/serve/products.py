@@ -73,7 +73,7 @@ def _transposed(w_OI: Tensor) -> Multiply:
 
 
 def packed(w_OI: Tensor) -> Multiply | None:
-    """The product with a weight on a CPU, packed for few rows; None where oneDNN is not there or not for such numbers."""
+    """The product with a weight on a CPU, packed for few rows; None where oneDNN is missing or cannot."""
     computed = _computed_in(w_OI.dtype) if torch.backends.mkldnn.is_available() else None
     return None if computed is None else _packed(w_OI.detach().to(computed), w_OI.dtype)
 

@@ -55,8 +55,9 @@ class Runner:
 
     A pass of few tokens computes little: the time goes into reading the weights and into starting operations, of which
     the modules of model.py need twice as many as are needed. So where every module is exactly ours and untouched, the
-    same computation is done from weights as the device reads them fastest (on a CPU: from copies, which are packed after some passes), without
-    modules between; results agree with the modules' up to rounding. Else the modules run.
+    same computation is done from weights as the device reads them fastest (on a CPU from copies, which are packed after
+    some passes: see products.py), without modules between; results agree with the modules' up to rounding. Else the
+    modules run. The weights must not change while a runner is in use.
 
     `record`: whether `routing` shall hold, after a pass, the choices of each layer with experts, on the model's device.
 
@@ -129,7 +130,7 @@ class _Layer(NamedTuple):
 
 
 class _Fused:
-    """Holds copies of the norms and of the query, key and value weights; on a CPU of more (see moe/serve/products.py)."""
+    """Holds copies of the norms and of the query, key and value weights; on a CPU of more (products.py)."""
 
     def __init__(self, model: Transformer, quantization: str | None, tile: int) -> None:
         self.embedding = model.embedding.weight
