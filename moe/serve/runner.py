@@ -14,7 +14,7 @@ from torch import Tensor
 from moe.experts import MoE
 from moe.generate import DecodeStep
 from moe.kernels import ops
-from moe.layers import MLP, at_least_fp32, cast, rotate
+from moe.layers import MLP, at_least_fp32, cast, rotate, untouched
 from moe.model import Transformer
 from moe.serve.pages import Pages, Pass, Segment
 
@@ -27,8 +27,17 @@ class _Layer(NamedTuple):
     mlp: MoE | MLP
 
 
+class Choice(NamedTuple):
+    """What a layer's router chose, for each token of a pass."""
+
+    ids_TK: Tensor
+    weights_TK: Tensor
+
+
 class Runner:
     """Runs a model over passes, with its keys and values in `pages`.
+
+    `record`: whether `routing` shall hold, after a pass, the choices of each layer with experts, on the model's device.
 
     A pass of few tokens computes little: the time goes into reading the weights and into starting operations, of which
     the modules of model.py need twice as many as are needed. So where every module is exactly ours and untouched, the
@@ -38,17 +47,32 @@ class Runner:
 
     def __init__(self, model: Transformer, pages: Pages) -> None:
         self.model, self.pages = model, pages
-        self.fused = _Fused(model) if DecodeStep.fits(model) else None
+        self.record = False
+        self.routing: list[Choice] = []
+        self._fused = _Fused(model) if DecodeStep.fits(model) else None
 
     @torch.no_grad()
     def __call__(self, segments: Sequence[Segment], wanted: Sequence[int]) -> Tensor:
         """Stores the tokens' keys and values; the logits [N, V] after the `wanted` rows of the pass."""
         one = Pass(self.pages, segments)
         rows_N = torch.tensor(wanted, dtype=torch.int64, device=self.pages.device)
-        if self.fused is not None:
-            return self.fused(one, rows_N)
+        logits_NV, routing = (self._modules if self._fused is None else self._fused)(one, rows_N)
+        self.routing = routing if self.record else []
+        return logits_NV
+
+    def _modules(self, one: Pass, rows_N: Tensor) -> tuple[Tensor, list[Choice]]:
+        """The output layer sees wanted rows only, but for a model that somebody has changed as a whole."""
         cache: Any = one
-        return self.model(one.tokens_T.unsqueeze(0), cache=cache).logits_BSV[0].index_select(0, rows_N)
+        if not untouched(self.model, Transformer):
+            out = self.model(one.tokens_T.unsqueeze(0), cache=cache)
+            return out.logits_BSV[0].index_select(0, rows_N), [Choice(r.ids_TK, r.weights_TK) for r in out.routing]
+        x_1TD, T, routing = self.model.embedding(one.tokens_T.unsqueeze(0)), len(one.tokens_T), []
+        blocks: Any = self.model.blocks
+        for block, attend in zip(blocks, one.attends(T), strict=True):
+            x_1TD, r = block(x_1TD, one.rope(T), attend)
+            if r is not None:
+                routing.append(Choice(r.ids_TK, r.weights_TK))
+        return self.model.head(self.model.norm(x_1TD.index_select(1, rows_N)))[0], routing
 
 
 class _Fused:
@@ -71,7 +95,8 @@ class _Fused:
         self.norm_D = cast(model.norm.weight, self.wide)
         self.head_DV = model.head.weight.t().contiguous()
 
-    def __call__(self, one: Pass, rows_N: Tensor) -> Tensor:
+    def __call__(self, one: Pass, rows_N: Tensor) -> tuple[Tensor, list[Choice]]:
+        routing: list[Choice] = []
         T, H, C = len(one.tokens_T), self.n_heads, self.head_dim
         cos, sin = one.rope(T)
         x_TD = F.embedding(one.tokens_T, self.embedding)
@@ -81,14 +106,15 @@ class _Fused:
             qk_TAC = rotate(qkv_TAC[:, : H + n_kv], cos, sin)
             y_1THC = attend(qk_TAC[None, :, :H], qk_TAC[None, :, H:], qkv_TAC[None, :, H + n_kv :])
             x_TD = torch.addmm(x_TD, y_1THC.reshape(T, H * C), layer.wo_AD)
-            x_TD = x_TD + self._mlp(layer.mlp, self._norm(x_TD, layer.mlp_norm_D))
-        return torch.mm(self._norm(x_TD.index_select(0, rows_N), self.norm_D), self.head_DV)
+            x_TD = x_TD + self._mlp(layer.mlp, self._norm(x_TD, layer.mlp_norm_D), routing)
+        return torch.mm(self._norm(x_TD.index_select(0, rows_N), self.norm_D), self.head_DV), routing
 
-    def _mlp(self, mlp: MoE | MLP, x_TD: Tensor) -> Tensor:
+    def _mlp(self, mlp: MoE | MLP, x_TD: Tensor, routing: list[Choice]) -> Tensor:
         if isinstance(mlp, MLP):
             return mlp(x_TD)
         router, experts = mlp.router, mlp.experts
         weights_TK, ids_TK = router.choose(F.linear(cast(x_TD, self.wide), cast(router.weight, self.wide)))
+        routing.append(Choice(ids_TK, weights_TK))
         weights = experts.w_in_EGFD, experts.w_out_EDF
         return ops.expert_mlp_inference(x_TD, *weights, weights_TK, ids_TK, experts.activation)
 
