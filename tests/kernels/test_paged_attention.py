@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -106,7 +107,9 @@ def test_bfloat16_and_float64_in_plain_torch() -> None:
 
 
 @given(
-    requests=st.lists(st.integers(0, 4).flatmap(lambda n: st.tuples(st.just(n), st.integers(max(n, 1), 80))), min_size=1),
+    requests=st.lists(
+        st.integers(0, 4).flatmap(lambda n: st.tuples(st.just(n), st.integers(max(n, 1), 80))), min_size=1
+    ),
     N=st.integers(1, 3),
     shared=st.integers(1, 20),
     C=st.integers(1, 40),
@@ -132,7 +135,7 @@ def differences(case: Case, dtype: torch.dtype, kept: torch.dtype | None) -> lis
     """Where a row's bits depend on what is computed with it."""
     whole, found = case.call(dtype=dtype, kept=kept), []
     starts = torch.tensor([0, *(n for n, _ in case.requests)]).cumsum(0).tolist()
-    for i, (low, high) in enumerate(zip(starts, starts[1:], strict=False)):
+    for i, (low, high) in enumerate(pairwise(starts)):
         if low < high and not torch.equal(case.call([i], dtype=dtype, kept=kept), whole[low:high]):
             found.append(f"request {i} alone")
         # The limits are upper bounds: of a graph that was captured they are larger than all there is.
@@ -202,7 +205,9 @@ def test_the_shipped_tiles(shared: int, rows: int, split: int, monkeypatch: pyte
     monkeypatch.setattr(tiles, "INTERPRETED", False)
     tile = tiles.choose_paged(torch.bfloat16, torch.bfloat16, shared, 128)
     assert (tile.rows, tile.split) == (rows, split)
-    assert 8 * shared <= tile.split * 2 * 2 / 5  # the parts of a split, a number of each head, against its keys and values
+    assert (
+        8 * shared <= tile.split * 2 * 2 / 5
+    )  # the parts of a split, a number of each head, against its keys and values
 
 
 # --------------------------------------------------------------------------------------------------------- as torch op
@@ -251,11 +256,20 @@ def test_compiled_and_without_values(impl: str) -> None:
         ({"q_RHC": torch.zeros(3, 4, 16).half()}, "k and v must both be of the dtype of q"),
         ({"k_scale_PN": torch.ones(32, 2)}, "k_scale is given, and keys and values are torch.float32"),
         ({"starts": torch.tensor([0, 2, 3])}, "must be int32"),
-        ({"starts": torch.tensor([0, 2, 4], dtype=torch.int32)}, r"starts = \[0, 2, 4\]: must rise from 0 to the 3 rows"),
-        ({"lengths_Q": torch.tensor([9, 0], dtype=torch.int32)}, "request 1 has 0 positions: must be at least its 1 rows"),
+        (
+            {"starts": torch.tensor([0, 2, 4], dtype=torch.int32)},
+            r"starts = \[0, 2, 4\]: must rise from 0 to the 3 rows",
+        ),
+        (
+            {"lengths_Q": torch.tensor([9, 0], dtype=torch.int32)},
+            "request 1 has 0 positions: must be at least its 1 rows",
+        ),
         ({"max_seq_len": 8}, "request 0 has 2 rows and 9 positions, more than max_query_len = 2 or max_seq_len = 8"),
         ({"block_size": 5}, "block_size = 5: must divide the"),
-        ({"blocks_QB": torch.full((2, 4), 99, dtype=torch.int32)}, r"blocks of request 0 = \[99, 99, 99\]: the cache has"),
+        (
+            {"blocks_QB": torch.full((2, 4), 99, dtype=torch.int32)},
+            r"blocks of request 0 = \[99, 99, 99\]: the cache has",
+        ),
     ],
     ids=lambda v: "" if isinstance(v, str) else next(iter(v)),
 )
