@@ -155,7 +155,7 @@ def paged_attention(
     if R == 0:
         return y_RHC
     P = max(16, power_of_2(C))
-    tile = tiles.choose_paged(q_RHC.dtype, k_PNC.dtype, H // N, P)
+    tile = tiles.choose_paged(q_RHC.device, q_RHC.dtype, k_PNC.dtype, H // N, P)
     q_RHC = q_RHC if q_RHC.stride()[1:] == (C, 1) else q_RHC.contiguous()
     Z, n_tiles = cdiv(max_seq_len, tile.split), cdiv(max_query_len * (H // N), tile.rows)
     parts_ZRHC = q_RHC.new_empty(Z, R, H, C, dtype=torch.float32)

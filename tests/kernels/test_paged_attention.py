@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moe.kernels import ops, tiles
+from moe.kernels import cards, ops, tiles
 from moe.kernels.attention import op
 from moe.kernels.quantization import LARGEST
 from tests.conftest import rel
@@ -203,7 +203,8 @@ def test_twice_the_same_bits() -> None:
 @pytest.mark.parametrize(("shared", "rows", "split"), [(1, 16, 512), (8, 16, 512), (24, 32, 512), (168, 64, 2048)])
 def test_the_shipped_tiles(shared: int, rows: int, split: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles, "INTERPRETED", False)
-    tile = tiles.choose_paged(torch.bfloat16, torch.bfloat16, shared, 128)
+    monkeypatch.setattr(cards, "card", lambda device: cards.CARDS["sm_90"])
+    tile = tiles.choose_paged(torch.device("cuda"), torch.bfloat16, torch.bfloat16, shared, 128)
     assert (tile.rows, tile.split) == (rows, split)
     assert (
         8 * shared <= tile.split * 2 * 2 / 5
