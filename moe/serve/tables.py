@@ -1,0 +1,45 @@
+"""Where the positions lie that the rows of a pass see, as `ops.paged_attention` reads it.
+
+Shape suffixes: R rows, Q requests, B blocks of a request, H query heads, C head width.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from moe.kernels import ops
+
+
+class Tables(NamedTuple):
+    """On the device of the cache, int32; the two numbers are upper bounds, known without asking the device."""
+
+    blocks_QB: Tensor
+    starts: Tensor  # [Q + 1]
+    lengths_Q: Tensor
+    max_query_len: int
+    max_seq_len: int
+
+    @classmethod
+    def of(
+        cls, blocks: Sequence[Sequence[int]], counts: Sequence[int], ends: Sequence[int], device: torch.device
+    ) -> "Tables":
+        """Of requests with `counts` rows each, their last of `ends` positions, in one copy to the device."""
+        most, Q = max(map(len, blocks)), len(blocks)
+        starts = [0]
+        for count in counts:
+            starts.append(starts[-1] + count)
+        padded = [b for row in blocks for b in (*row, *[0] * (most - len(row)))]
+        flat = torch.tensor([*padded, *starts, *ends], dtype=torch.int32, device=device)
+        blocks_QB, starts_, lengths_Q = flat.split([Q * most, Q + 1, Q])
+        return cls(blocks_QB.view(Q, most), starts_, lengths_Q, max(counts), max(ends))
+
+    def attend(self, q_RHC: Tensor, layer: Any, block_size: int) -> Tensor:
+        """Causal attention of the rows to their requests' positions; `layer`: keys, values, and their scales."""
+        k_PNC, v_PNC, k_scale_PN, v_scale_PN = layer
+        return ops.paged_attention(
+            q_RHC, k_PNC, v_PNC, self.blocks_QB, self.starts, self.lengths_Q, block_size,
+            max_query_len=self.max_query_len, max_seq_len=self.max_seq_len,
+            k_scale_PN=k_scale_PN, v_scale_PN=v_scale_PN,
+        )  # fmt: skip
