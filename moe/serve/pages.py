@@ -9,8 +9,7 @@ blocks of one request, H query heads, N key/value heads, G = H/N, C head width.
 
 import functools
 from collections.abc import Sequence
-from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +17,10 @@ from torch import Tensor
 
 from moe.config import Config
 from moe.errors import ConfigError
-from moe.kernels import ops
 from moe.kernels.quantization import quantize
 from moe.layers import Attend, LayerCache, cast, rope_tables
 from moe.layers.attention import attention_of
+from moe.serve.tables import Tables, on_device
 
 # What keys and values can be kept in; "auto" is the model's own dtype.
 KV_CACHE_DTYPES = {
@@ -180,37 +179,13 @@ class _Group:
 
 
 class _Paged:
-    """Requests of few tokens each that attend in one call of the kernel, as tables on the device."""
+    """Requests of any numbers of tokens that attend in one call of the kernel: rows [low, high) of the pass."""
 
     def __init__(self, pages: Pages, low: int, segments: Sequence[Segment]) -> None:
-        size = pages.block_size
-        counts = [len(s.token_ids) for s in segments]
-        used = [s.blocks[: -(-s.end // size)] for s in segments]
+        counts, ends = [len(s.token_ids) for s in segments], [s.end for s in segments]
+        used = [s.blocks[: -(-s.end // pages.block_size)] for s in segments]
         self.low, self.high = low, low + sum(counts)
-        self.most_rows, self.most_blocks = max(counts), max(map(len, used))
-        self.longest = self.most_blocks * size
-        padded = [[*blocks, *[pages.n_blocks] * (self.most_blocks - len(blocks))] for blocks in used]
-        starts = [*accumulate(counts, initial=0)]
-        self.blocks_QB = on_device(pages.device, padded, torch.int32)
-        self.starts = on_device(pages.device, starts, torch.int32)
-        self.lengths_Q = on_device(pages.device, [s.end for s in segments], torch.int32)
-
-    def attention(self, pages: Pages, layer: int, q_RHC: Tensor) -> Tensor:
-        scales = (None, None) if pages.scales is None else pages.scales[layer]
-        dtype = q_RHC.dtype
-        if pages.scales is None:
-            q_RHC = cast(q_RHC, pages.dtype)
-        y_RHC = ops.paged_attention(
-            q_RHC, *pages.layers[layer], self.blocks_QB, self.starts, self.lengths_Q, pages.block_size,
-            max_query_len=self.most_rows, max_seq_len=self.longest, k_scale_PN=scales[0], v_scale_PN=scales[1],
-        )  # fmt: skip
-        return cast(y_RHC, dtype)
-
-
-def on_device(device: torch.device, values: Sequence[Any], dtype: torch.dtype = torch.int64) -> Tensor:
-    """Numbers on the device; no one waits for their transfer."""
-    x = torch.tensor(values, dtype=dtype)
-    return x if device.type == "cpu" else x.pin_memory().to(device, non_blocking=True)
+        self.tables = Tables.of(used, counts, ends, pages.device)
 
 
 class Pass:
@@ -278,12 +253,16 @@ class Pass:
     def advance(self, n: int) -> None:
         """What a request has is the scheduler's to know."""
 
+    def leave_out_padding(self, weights_TK: Tensor, ids_TK: Tensor) -> tuple[Tensor, Tensor]:
+        """The routing as it is: here is no padding."""
+        return weights_TK, ids_TK
+
     def _attend(self, layer: int, q_1THC: Tensor, k_1TNC: Tensor, v_1TNC: Tensor) -> Tensor:
         self._pages.store(layer, self._slots, k_1TNC[0], v_1TNC[0])
         parts = []
         for group in self._groups:
             if isinstance(group, _Paged):
-                parts.append(group.attention(self._pages, layer, q_1THC[0, group.low : group.high]))
+                parts.append(group.tables.attend(q_1THC[0, group.low : group.high], self._pages, layer))
                 continue
             rows = slice(group.low, group.low + group.n * group.S)
             q_THC = q_1THC[0, rows]

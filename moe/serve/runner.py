@@ -15,13 +15,15 @@ from torch import Tensor
 
 from moe.errors import ConfigError
 from moe.experts import Experts, MoE, Router
-from moe.kernels import ops
+from moe.kernels import cards, ops
 from moe.kernels.arguments import autocasts
 from moe.kernels.spans import span
 from moe.layers import MLP, Attention, Head, Linear, RMSNorm, at_least_fp32, cast, rotate, untouched
 from moe.model import Block, Embedding, Transformer
-from moe.serve.pages import Pages, Pass, Segment, on_device
+from moe.serve.graphs import DecodeGraphs
+from moe.serve.pages import Pages, Pass, Segment
 from moe.serve.products import CpuExperts, Multiply, product
+from moe.serve.tables import on_device
 
 QUANTIZATIONS = (None, "int8", "fp8")
 # Rows of every product where results must not depend on the batch. Few: most of them are padding where single tokens
@@ -79,6 +81,8 @@ class Runner:
             raise ConfigError(f'quantization = {quantization!r}: must be "int8", "fp8" or None')
         if quantization == "fp8" and pages.device.type != "cuda":
             raise ConfigError(f'quantization = "fp8": {pages.device.type} multiplies no such numbers; take "int8"')
+        if quantization == "fp8" and (reason := cards.why_not_e4m3(pages.device)):
+            raise ConfigError(f'quantization = "fp8": {reason}; take "int8"')
         ours = fits(model)
         for name, value in (("quantization", quantization), ("batch_invariant", batch_invariant)):
             if value and not ours:
@@ -91,13 +95,17 @@ class Runner:
         self.routing: list[Choice] = []
         tile = INVARIANT_ROWS if batch_invariant else 0
         self._fused = _Fused(model, quantization, tile) if ours else None
+        graphed = self._fused is not None and pages.device.type == "cuda"
+        self._graphs = DecodeGraphs(pages, self._fused) if graphed else None
 
     @torch.no_grad()
     def __call__(self, segments: Sequence[Segment], wanted: Sequence[int]) -> Tensor:
         """Stores the tokens' keys and values; the logits [N, V] after the `wanted` rows of the pass."""
-        one = Pass(self.pages, segments, row_by_row=self.batch_invariant)
-        rows_N = on_device(self.pages.device, [*wanted])
-        logits_NV, routing = (self._modules if self._fused is None else self._fused)(one, rows_N)
+        done = None if self._graphs is None else self._graphs(segments, wanted)
+        if done is None:
+            one = Pass(self.pages, segments, row_by_row=self.batch_invariant)
+            done = (self._fused or self._modules)(one, on_device(self.pages.device, [*wanted]))
+        logits_NV, routing = done
         self.routing = routing if self.record else []
         return logits_NV
 
@@ -192,7 +200,7 @@ class _Fused:
                 x_TD = layer.mlp(n_TD).add_(x_TD)
                 continue
             with span("router"):
-                weights_TK, ids_TK = layer.choose(layer.router(cast(n_TD, self.wide)))
+                weights_TK, ids_TK = one.leave_out_padding(*layer.choose(layer.router(cast(n_TD, self.wide))))
                 routing.append(Choice(ids_TK, weights_TK))
             x_TD = layer.mlp(n_TD, weights_TK, ids_TK).add_(x_TD)
         n_ND = self._norm(x_TD.index_select(0, rows_N), self.norm_D)
