@@ -80,7 +80,7 @@ class DecodePass:
 
     def _attend(self, layer: int, q_1THC: Tensor, k_1TNC: Tensor, v_1TNC: Tensor) -> Tensor:
         self._pages.store(layer, self._slots_T, k_1TNC[0], v_1TNC[0])
-        return self._tables.attend(q_1THC[0], self._pages, layer).unsqueeze(0)
+        return self._tables.attend(q_1THC[0], *self._pages.of(layer)).unsqueeze(0)
 
 
 class _Step(NamedTuple):

@@ -82,6 +82,10 @@ class Pages:
         vector = cfg.attention.head_dim * kept + (4 if kept == 1 else 0)
         return 2 * cfg.n_layers * block_size * cfg.attention.n_kv_heads * vector
 
+    def of(self, layer: int) -> tuple[LayerCache, LayerCache | None, int]:
+        """One layer's keys and values, their scales, and the size of a block."""
+        return self.layers[layer], None if self.scales is None else self.scales[layer], self.block_size
+
     def store(self, layer: int, slots: Tensor | slice, k_TNC: Tensor, v_TNC: Tensor) -> None:
         """Put a pass's keys and values into their slots."""
         for i, (x_TNC, kept_PNC) in enumerate(zip((k_TNC, v_TNC), self.layers[layer], strict=True)):
@@ -262,7 +266,7 @@ class Pass:
         parts = []
         for group in self._groups:
             if isinstance(group, _Paged):
-                parts.append(group.tables.attend(q_1THC[0, group.low : group.high], self._pages, layer))
+                parts.append(group.tables.attend(q_1THC[0, group.low : group.high], *self._pages.of(layer)))
                 continue
             rows = slice(group.low, group.low + group.n * group.S)
             q_THC = q_1THC[0, rows]

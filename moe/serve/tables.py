@@ -4,16 +4,13 @@ Shape suffixes: R rows, Q requests, B blocks of a request, H query heads, C head
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from moe.kernels import ops
-from moe.layers import cast
-
-if TYPE_CHECKING:
-    from moe.serve.pages import Pages
+from moe.layers import LayerCache, cast
 
 
 def on_device(device: torch.device, values: Sequence[Any], dtype: torch.dtype = torch.int64) -> Tensor:
@@ -45,12 +42,16 @@ class Tables(NamedTuple):
         blocks_QB, starts_, lengths_Q = flat.split([Q * most, Q + 1, Q])
         return cls(blocks_QB.view(Q, most), starts_, lengths_Q, max(counts), max(ends))
 
-    def attend(self, q_RHC: Tensor, pages: "Pages", layer: int) -> Tensor:
-        """Causal attention of the rows to their requests' positions, in the dtype of q."""
-        k_scale_PN, v_scale_PN = (None, None) if pages.scales is None else pages.scales[layer]
-        q = q_RHC if pages.scales is not None else cast(q_RHC, pages.dtype)
+    def attend(self, q_RHC: Tensor, layer: LayerCache, scales: LayerCache | None, block_size: int) -> Tensor:
+        """Causal attention of the rows to their requests' positions, in the dtype of q.
+
+        Args:
+            layer: the keys and values of the cache; scales: theirs, in eight bits.
+        """
+        k_scale_PN, v_scale_PN = scales or (None, None)
+        q = q_RHC if scales else cast(q_RHC, layer[0].dtype)
         y_RHC = ops.paged_attention(
-            q, *pages.layers[layer], self.blocks_QB, self.starts, self.lengths_Q, pages.block_size,
+            q, *layer, self.blocks_QB, self.starts, self.lengths_Q, block_size,
             max_query_len=self.max_query_len, max_seq_len=self.max_seq_len,
             k_scale_PN=k_scale_PN, v_scale_PN=v_scale_PN,
         )  # fmt: skip
