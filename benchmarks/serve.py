@@ -16,6 +16,7 @@ import os
 import random
 import re
 import tempfile
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -62,7 +63,54 @@ def make_ours(name: str, directory: str, dtype: str, settings: dict[str, Any]) -
     engine = Engine(model, max_running=RUNNING, num_blocks=RUNNING * CONTEXT // 16, prefix_cache=False, **settings)
     prompts, wanted = workload()
     params = [SamplingParams(temperature=0, max_tokens=n) for n in wanted]
-    return answering(name, directory, lambda: [o.token_ids for o in engine.generate(prompts, params)])
+
+    def call() -> Answers:
+        return [o.token_ids for o in engine.generate(prompts, params)]
+
+    if settings == {} and dtype == "float32":
+        Path(directory, "work.json").write_text(json.dumps(work(engine, call)))
+    return answering(name, directory, call)
+
+
+def work(engine: Any, call: Callable[[], Answers]) -> list[tuple[float, float]]:
+    """What each pass of the engine has to do: bytes of weights to read, each once, and FLOP of products with them."""
+    cfg, passes = engine.model.cfg, []
+    expert, a = 3 * cfg.d_model * cfg.experts.d_ff, cfg.attention
+    dense = cfg.d_model * (2 * a.n_heads + 2) * a.head_dim + cfg.d_model * EXPERTS
+    head = cfg.d_model * cfg.vocab_size
+
+    def listen(step: Any) -> None:
+        touched = sum(ids_TK.unique().numel() for ids_TK, _ in step.routing)
+        rows, answered = step.n_tokens, sum(work.samples for work in step.works)
+        used = cfg.n_layers * (dense + TOP_K * expert)
+        passes.append((4 * (cfg.n_layers * dense + touched * expert + head), 2 * (rows * used + answered * head)))
+
+    engine.runner.record = True
+    engine.listeners.append(listen)
+    call()
+    engine.runner.record = False
+    engine.listeners.remove(listen)
+    return passes
+
+
+def floor(passes: list[tuple[float, float]]) -> dict[str, float]:
+    """The least seconds for that work on this machine: each pass at the bandwidth of reading, or at the speed of a
+    large product, whichever takes longer."""
+    import torch
+
+    from moe.device import peak_flops
+
+    x = torch.ones(2**27)
+
+    def read() -> float:
+        start = time.perf_counter()
+        x.sum()
+        return time.perf_counter() - start
+
+    bandwidth = 4 * x.numel() / min(read() for _ in range(5))
+    flops = max(peak_flops(torch.device("cpu"), torch.float32) for _ in range(3))
+    seconds = sum(max(n_bytes / bandwidth, n_flops / flops) for n_bytes, n_flops in passes)
+    return {"seconds": seconds, "bandwidth": bandwidth, "flops": flops, "passes": len(passes)}
 
 
 def _hf(directory: str, dtype: str) -> Any:
@@ -348,8 +396,15 @@ def compare(shape: str, rounds: int, llama: str, vllm: str, only: list[str]) -> 
             row = {"side": side.name, "tokens_per_second": wanted / side.median, "seconds": side.seconds}
             rows.append({**row, "equal_answers": equal, "tokens": sum(map(len, answers))})
             print(f"  {side.name:38} {wanted / side.median:8.0f} tokens/s   {equal:4.0%} of the answers as ours")
-    load = os.getloadavg()
-    return {"shape": shape, "absent": absent, "rows": rows, "load": load, "ratios": ratios(rows)}
+        record = {"shape": shape, "absent": absent, "rows": rows, "load": os.getloadavg(), "ratios": ratios(rows)}
+        done = Path(directory, "work.json")
+        if done.exists():
+            record["floor"] = least = floor(json.loads(done.read_text()))
+            print(
+                f"  floor in float32: {wanted / least['seconds']:.0f} tokens/s, of {least['passes']} passes that read at "
+                f"{least['bandwidth'] / 1e9:.1f} GB/s or multiply at {least['flops'] / 1e9:.0f} GFLOP/s"
+            )
+    return record
 
 
 def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
