@@ -401,8 +401,8 @@ def compare(shape: str, rounds: int, llama: str, vllm: str, only: list[str]) -> 
         if done.exists():
             record["floor"] = least = floor(json.loads(done.read_text()))
             print(
-                f"  floor in float32: {wanted / least['seconds']:.0f} tokens/s, of {least['passes']} passes that read at "
-                f"{least['bandwidth'] / 1e9:.1f} GB/s or multiply at {least['flops'] / 1e9:.0f} GFLOP/s"
+                f"  floor in float32: {wanted / least['seconds']:.0f} tokens/s: {least['passes']} passes, reading "
+                f"{least['bandwidth'] / 1e9:.1f} GB/s or multiplying {least['flops'] / 1e9:.0f} GFLOP/s"
             )
     return record
 

@@ -296,10 +296,10 @@ def _together(group: _Group, q_THC: Tensor, k_ANC: Tensor, v_ANC: Tensor) -> Ten
 
 def _by_row(group: _Group, q_SHC: Tensor, k_ANC: Tensor, v_ANC: Tensor) -> Tensor:
     (S, H, C), N = q_SHC.shape, k_ANC.shape[1]
-    k_NAC, v_NAC = k_ANC.transpose(0, 1), v_ANC.transpose(0, 1)
+    k_1NAC, v_1NAC = (x.transpose(0, 1).unsqueeze(0) for x in (k_ANC, v_ANC))
     rows = []
     for s, q_HC in enumerate(q_SHC):
         seen = group.length - S + s + 1
-        q_NGC = q_HC.reshape(N, H // N, C).clone()
-        rows.append(F.scaled_dot_product_attention(q_NGC, k_NAC[:, :seen], v_NAC[:, :seen]).reshape(H, C))
+        q_1NGC = q_HC.reshape(1, N, H // N, C).clone()
+        rows.append(F.scaled_dot_product_attention(q_1NGC, k_1NAC[:, :, :seen], v_1NAC[:, :, :seen]).reshape(H, C))
     return torch.stack(rows)

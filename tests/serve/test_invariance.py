@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moe import Transformer
+from moe.config import AttentionConfig, ExpertsConfig
 from moe.errors import ConfigError
 from moe.serve import products, runner
 from moe.serve.engine import Engine
@@ -22,9 +23,14 @@ from tests.test_model import lively
 SIZE, LENGTH = 4, 30
 
 
-@pytest.fixture(scope="module")
-def model() -> Transformer:
-    return lively(tiny_config(), torch.float32)
+@pytest.fixture(scope="module", params=["odd widths", "wide"])
+def model(request: pytest.FixtureRequest) -> Transformer:
+    changes = {} if request.param == "odd widths" else {
+        "d_model": 160,
+        "attention": AttentionConfig(n_heads=4, n_kv_heads=2, head_dim=16),
+        "experts": ExpertsConfig(n_experts=5, top_k=2, d_ff=96),
+    }  # fmt: skip
+    return lively(tiny_config(**changes), torch.float32)
 
 
 def text(seed: int, n: int = LENGTH) -> list[int]:
