@@ -86,7 +86,7 @@ def throughput(
 
 @bench_app.command
 def serve(
-    model: Positional[Model], /, *, load: On = LOAD, rate: Annotated[tuple[float, ...], arg(metavar="NUMBER ...")] = (4.0, 16.0, 64.0),
+    model: Positional[Model], /, *, load: On = LOAD, rate: Annotated[tuple[float, ...], arg(metavar="NUMBER ...")] = (8.0, 32.0, 128.0),
     requests: int = 16, max_running: int = 16, ttft_limit: float | None = None, tpot_limit: float | None = None,
     show: Output = SHOW,
 ) -> int:  # fmt: skip
