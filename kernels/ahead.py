@@ -32,8 +32,18 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moe.kernels import cards, sass, tile_model, tiles
-from moe.kernels.cards import CARDS, refusal
-from moe.kernels.experts import triton_gluon, triton_mlp, triton_pointer, triton_routes, triton_rows, triton_tma
+from moe.kernels.attention import triton_paged
+from moe.kernels.cards import CARDS, e4m3_refusal, refusal
+from moe.kernels.experts import (
+    inference,
+    triton_few,
+    triton_gluon,
+    triton_mlp,
+    triton_pointer,
+    triton_routes,
+    triton_rows,
+    triton_tma,
+)
 from moe.kernels.gate import triton_gate
 from moe.kernels.isolated import side_by_side
 from moe.kernels.loss import triton_chunked
@@ -44,11 +54,23 @@ TARGETS = {
     for arch, card in CARDS.items()
     if not refusal(card)
 }
-MODULES = (triton_gate, triton_routes, triton_rows, triton_pointer, triton_tma, triton_gluon, triton_chunked)
+MODULES = (
+    triton_gate,
+    triton_routes,
+    triton_rows,
+    triton_pointer,
+    triton_tma,
+    triton_gluon,
+    triton_few,
+    triton_paged,
+    triton_chunked,
+)
 _TYPES = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
     torch.float32: "fp32",
+    torch.float8_e4m3fn: "fp8e4nv",
+    torch.int8: "i8",
     torch.int32: "i32",
     torch.int64: "i64",
 }
@@ -221,6 +243,19 @@ def launches(arch: str) -> list[Launch]:
         if arch == "sm_90":
             with patch.object(tiles, "GLUON", True):
                 _record(8192, 10752, 28672, torch.bfloat16, "swiglu", _contiguous)
+        for dtype in (torch.bfloat16, torch.float32):
+            for tokens in (1, 8, 64):
+                _record_inference(tokens, 10752, 28672, dtype, dtype)
+            _record_inference(8, 10752, 28672, dtype, dtype, batch_invariant=True)
+        for narrow in _narrow(arch):
+            for tokens in (1, 8, 64, 512, 8192):
+                _record_inference(tokens, 10752, 28672, torch.bfloat16, narrow)
+            _record_inference(8, 10752, 28672, torch.bfloat16, narrow, batch_invariant=True)
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            # One key head for many, for few and for one, and wide heads.
+            for heads, shared, width in ((168, 168, 128), (32, 8, 128), (24, 24, 64), (16, 1, 256)):
+                for kept in (dtype, *(_narrow(arch) if dtype == torch.bfloat16 else ())):
+                    _record_paged(heads, heads // shared, width, dtype, kept)
         logits = torch.empty(8192, 16, device="meta")
         for bias in (None, logits[0]):
             weights, ids = triton_gate.gate(logits, 2, bias)
@@ -251,6 +286,32 @@ def _record(tokens: int, d_model: int, d_ff: int, dtype: torch.dtype, activation
     triton_mlp.backward(x, x, experts, weights, h, order, offsets, activation)
     triton_mlp.backward(x, x, experts, weights, h[:0], order, offsets, activation)
     triton_mlp.forward(x, experts, weights, ids, activation, False)
+
+
+def _narrow(arch: str) -> list[torch.dtype]:
+    """The eight-bit types that a card reads."""
+    return [torch.int8] + [torch.float8_e4m3fn] * (e4m3_refusal(CARDS[arch]) is None)
+
+
+def _record_inference(
+    tokens: int, d_model: int, d_ff: int, dtype: torch.dtype, kept: torch.dtype, batch_invariant: bool = False
+) -> None:
+    """The expert MLP of weights kept in another type, with scales then."""
+    E, K, meta = 16, 2, torch.device("meta")
+    w_in, w_out = (torch.empty(s, dtype=kept, device=meta) for s in ((E, 2, d_ff, d_model), (E, d_model, d_ff)))
+    s_in, s_out = (None if kept == dtype else torch.empty(w.shape[:-1], device=meta) for w in (w_in, w_out))
+    x, weights = torch.empty(tokens, d_model, dtype=dtype, device=meta), torch.empty(tokens, K, device=meta)
+    ids = torch.empty(tokens, K, dtype=torch.int64, device=meta)
+    inference.forward(x, w_in, s_in, w_out, s_out, weights, ids, "swiglu", "triton", batch_invariant)
+
+
+def _record_paged(n_heads: int, n_kv_heads: int, width: int, dtype: torch.dtype, kept: torch.dtype) -> None:
+    """Attention of 64 requests, 16 positions a block."""
+    q = torch.empty(64, n_heads, width, dtype=dtype, device="meta")
+    k = torch.empty(1 << 20, n_kv_heads, width, dtype=kept, device="meta")
+    scale = None if kept == dtype else torch.empty(k.shape[:2], device="meta")
+    tables = (torch.empty(shape, dtype=torch.int32, device="meta") for shape in ((64, 2048), (65,), (64,)))
+    triton_paged.paged_attention(q, k, k, *tables, 16, 1, 32768, scale, scale)
 
 
 def _contiguous(empty: Empty, E: int, G: int, F: int, D: int) -> triton_pointer.Experts:

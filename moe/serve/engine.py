@@ -9,8 +9,9 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from dataclasses import replace
+from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,13 +19,16 @@ from torch import Tensor
 from moe.errors import ConfigError, ServeError
 from moe.model import Transformer
 from moe.serve.blocks import BlockPool
-from moe.serve.output import Answer, Delta, Group, Listener, Logprobs, Output
+from moe.serve.choice import Choice, choose, wanted
+from moe.serve.draft import proposer_of
+from moe.serve.output import Answer, Delta, Group, Listener, Output
 from moe.serve.pages import Pages, Segment
 from moe.serve.request import FinishReason, Request, SamplingParams
+from moe.serve.room import blocks_that_fit
 from moe.serve.runner import Runner
-from moe.serve.sampling import Guess, Position, verify
 from moe.serve.scheduler import Scheduler, StepPlan, Work
-from moe.serve.speculative import NGram, Proposer
+from moe.serve.speculative import Proposer
+from moe.serve.step import Stats, Step
 from moe.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
@@ -33,78 +37,19 @@ Prompt = str | Sequence[int]
 _CALM = 64
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One pass that went through, for `Engine.listeners`.
-
-    Attributes:
-        number: 1 for the engine's first.
-        works: what it computed, in rank order.
-        accepted: of each work's drafts, how many.
-        schedule_s, forward_s, sample_s: seconds of planning, of the model, and of choosing tokens. On CUDA the model's
-            time is in part in the next one's, who waits for it.
-        routing: for each MoE layer the chosen experts and their weights, (ids_TK, weights_TK), of the pass's tokens in
-            the order of the works; None where `Engine.runner.record` is off.
-        blocks: of the cache, that each work's request held during the pass.
-    """
-
-    number: int
-    works: Sequence[Work]
-    accepted: Sequence[int]
-    schedule_s: float
-    forward_s: float
-    sample_s: float
-    routing: Sequence[tuple[Tensor, Tensor]] | None
-    blocks: Sequence[Sequence[int]]
-
-    @property
-    def n_tokens(self) -> int:
-        """Tokens that went through the model."""
-        return sum(work.n for work in self.works)
-
-    @property
-    def drafted(self) -> list[int]:
-        """How many of each work's tokens were drafts."""
-        return [work.n_drafts for work in self.works]
-
-    @property
-    def contexts(self) -> list[int]:
-        """How many positions the last token of each work saw."""
-        return [work.start + work.n for work in self.works]
-
-
-@dataclass(slots=True)
-class Stats:
-    """Counts since the engine was made."""
-
-    steps: int = 0
-    tokens: int = 0
-    new_tokens: int = 0
-    drafted: int = 0
-    accepted: int = 0
-    preemptions: int = 0
-    out_of_memory: int = 0
-    finished: dict[str, int] = field(default_factory=dict)
-
-
-class _Choice(NamedTuple):
-    """What follows from a pass for one work: tokens, and the log-probabilities that were asked for."""
-
-    tokens: list[int]
-    logprobs: list[Logprobs] | None = None
-    prompt_logprobs: Sequence[Logprobs] = ()
-
-
 class Engine:
     """Serves one model. For one thread; `AsyncEngine` is for many callers.
 
     Args:
         tokenizer: for prompts that are text, and answers as text.
-        block_size: tokens of a block of the cache. num_blocks: how many; None: what `max_running` full contexts need.
+        block_size: tokens of a block of the cache.
+        num_blocks: how many; None: as many as `max_running` full contexts need, or as there is memory for.
         max_batch_tokens: tokens of one pass at most. max_running: requests in a pass at most.
         max_waiting: requests that wait at most; None: any number.
         prefix_cache: keep keys and values for prompts that begin alike.
-        speculative: who guesses tokens ahead: "ngram", the request's own text; None: no one.
+        kv_cache_dtype: of keys and values, see `moe.serve.pages`. quantization, batch_invariant: see `Runner`.
+        speculative: who guesses tokens ahead: "ngram", the request's own text; a smaller model with the same
+            vocabulary; None: no one.
         num_drafts: guesses a step, at most.
         device: of keys and values; None: that of the weights.
 
@@ -127,21 +72,27 @@ class Engine:
         max_running: int = 64,
         max_waiting: int | None = None,
         prefix_cache: bool = True,
-        speculative: str | Proposer | None = None,
+        kv_cache_dtype: str = "auto",
+        quantization: str | None = None,
+        batch_invariant: bool = False,
+        speculative: str | Transformer | Proposer | None = None,
         num_drafts: int = 4,
         device: torch.device | None = None,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.context = model.cfg.max_seq_len
-        per_request = -(-self.context // block_size)
-        n_blocks = max_running * per_request if num_blocks is None else num_blocks
-        pool = BlockPool(n_blocks, block_size, prefix_cache=prefix_cache)
         weight = model.embedding.weight
-        self.runner = Runner(model, Pages(model.cfg, pool.n_blocks, block_size, weight.dtype, device or weight.device))
+        device = weight.device if device is None else device
+        if num_blocks is None:
+            models = [model, speculative] if isinstance(speculative, Transformer) else [model]
+            num_blocks = blocks_that_fit(models, block_size, max_running, device, kv_cache_dtype)
+        pool = BlockPool(num_blocks, block_size, prefix_cache=prefix_cache)
+        pages = Pages(model.cfg, num_blocks, block_size, weight.dtype, device, kv_cache_dtype)
+        self.runner = Runner(model, pages, quantization=quantization, batch_invariant=batch_invariant)
         self.scheduler = Scheduler(
             pool, max_batch_tokens=max_batch_tokens, max_running=max_running, max_waiting=max_waiting
         )
-        self.proposer = _proposer(speculative)
+        self.proposer = proposer_of(speculative, model, self.scheduler)
         self.num_drafts = num_drafts
         self.listeners: list[Callable[[Step], Any]] = []
         self.stats = Stats()
@@ -200,6 +151,11 @@ class Engine:
         for request in [] if group is None else [*group.active]:
             self._finish(request, "abort")
 
+    def abort_all(self) -> None:
+        """Nothing is left to do."""
+        for request_id in [*self._groups]:
+            self.abort(request_id)
+
     @property
     def idle(self) -> bool:
         """Whether there is nothing to do."""
@@ -211,8 +167,9 @@ class Engine:
         """One of the answers to a prompt; all but the first take the prompt's keys and values from the cache."""
         if index:
             params = replace(params, prompt_logprobs=None)
-        # The last token comes from a full context, and needs no place in it.
-        limit = self.context + 1 if params.max_tokens is None else min(self.context + 1, len(tokens) + params.max_tokens)
+        # The last token of all comes from a full context, and needs no place in it.
+        most = self.context + 1
+        limit = most if params.max_tokens is None else min(most, len(tokens) + params.max_tokens)
         name = group.id if params.n == 1 else f"{group.id}/{index}"
         eot = set() if self.tokenizer is None or params.ignore_eos else {self.tokenizer.eot_id}
         answer = Answer(group, index, seed + index, self.tokenizer, eot | set(params.stop_token_ids), params.stop)
@@ -228,9 +185,9 @@ class Engine:
             raise ConfigError("prompt = []: must have at least one token")
         self._check_ids("prompt", tokens)
         if len(tokens) > self.context:
+            name = self.model.cfg.name
             raise ConfigError(
-                f"prompt of {len(tokens)} tokens: the context of {self.model.cfg.name} is {self.context}; "
-                "cut the prompt"
+                f"prompt of {len(tokens)} tokens: the context of {name} is {self.context}; cut the prompt"
             )
         return tokens
 
@@ -265,15 +222,15 @@ class Engine:
             try:
                 logits_NV = self._run(plan.works)
                 ran = time.perf_counter()
-                choices = self._choose(plan.works, logits_NV)
+                choices = choose(plan.works, logits_NV, self.tokenizer)
             except Exception as error:  # nothing is written down yet, so the requests are as they were
                 self._fail(plan.works, error)
             else:
                 seconds = planned - began, ran - planned, time.perf_counter() - ran
-                blocks = [work.request.blocks for work in plan.works]  # a request that ends gives its own back
+                blocks = [work.request.blocks for work in plan.works]  # whoever is done gives them back
                 self._take(plan.works, choices)
                 self._propose([work.request for work in plan.works if work.samples])
-                self._report(plan.works, choices, seconds, blocks)
+                self._report(plan.works, choices, blocks, seconds)
         deltas, self._deltas = self._deltas, []
         return deltas
 
@@ -287,46 +244,47 @@ class Engine:
         return plan
 
     def _run(self, works: Sequence[Work]) -> Tensor:
-        """The logits [N, V] after each work's `_rows`, one after the other."""
-        segments, wanted, row = [], [], 0
+        """The logits after the `wanted` tokens of each work, [N, V]."""
+        segments, rows, row = [], [], 0
         for work in works:
             segments.append(Segment(work.token_ids, work.start, work.request.blocks))
-            wanted += [row + i for i in _rows(work)]
+            rows += [row + i for i in chain(*wanted(work))]
             row += work.n
-        return self.runner(segments, wanted)
+        return self.runner(segments, rows)
 
-    def _choose(self, works: Sequence[Work], logits_NV: Tensor) -> list[_Choice]:
-        """What follows from the logits. Changes nothing."""
-        sampling = [work for work in works if work.samples]
-        found = iter(verify(logits_NV, [_guess(work) for work in sampling]) if sampling else [])
-        return [_Choice(next(found) if work.samples else []) for work in works]
-
-    def _take(self, works: Sequence[Work], choices: Sequence[_Choice]) -> None:
+    def _take(self, works: Sequence[Work], choices: Sequence[Choice]) -> None:
         """Writes down what a pass has brought."""
         self.stats.steps += 1
         self._calm += 1
         if self._calm % _CALM == 0:
             self._budget = min(2 * self._budget, self.scheduler.max_batch_tokens)
         for work, choice in zip(works, choices, strict=True):
-            request, answer = work.request, work.request.extra
-            self.stats.tokens += work.n
-            if request.finish_reason:  # aborted by who listens
-                continue
-            if not work.samples:
-                self.scheduler.advance(work, [])
-                continue
-            n, text, reason = answer.take(request, choice.tokens)
-            tokens = choice.tokens[:n]
-            self.scheduler.advance(work, tokens)
-            self.stats.drafted += work.n_drafts
-            self.stats.accepted += len(choice.tokens) - 1
-            self.stats.new_tokens += n
-            self._release(answer.group)
-            delta = Delta(answer.group.id, answer.index, tokens, text, choice.logprobs)
-            if reason:
-                self._finish(request, reason, delta)
-            else:
-                self._deliver(answer.group, delta)
+            if not work.request.finish_reason:  # it may have been aborted by who listens
+                self._take_one(work, choice)
+
+    def _take_one(self, work: Work, choice: Choice) -> None:
+        request, answer, group = work.request, work.request.extra, work.request.extra.group
+        if -1 in choice.tokens:
+            self._fail([work], ArithmeticError("the model's logits are no numbers (NaN): look at weights and dtype"))
+            return
+        self.stats.tokens += work.n
+        answer.prompt_logprobs += choice.prompt_logprobs
+        if not work.samples:
+            self.scheduler.advance(work, [])
+            return
+        n, text, reason = answer.take(request, choice.tokens)
+        self.scheduler.advance(work, choice.tokens[:n])
+        self.stats.drafted += work.n_drafts
+        self.stats.accepted += len(choice.tokens) - 1
+        self.stats.new_tokens += n
+        answer.logprobs += choice.logprobs[:n]
+        self._release(group)
+        logprobs = None if request.params.logprobs is None else choice.logprobs[:n]
+        delta = Delta(group.id, answer.index, choice.tokens[:n], text, logprobs)
+        if reason:
+            self._finish(request, reason, delta)
+        else:
+            self._deliver(group, delta)
 
     def _propose(self, requests: Sequence[Request]) -> None:
         """Drafts for the next pass, of requests that are at their newest token."""
@@ -341,13 +299,13 @@ class Engine:
     def _report(
         self,
         works: Sequence[Work],
-        choices: Sequence[_Choice],
-        seconds: tuple[float, float, float],
+        choices: Sequence[Choice],
         blocks: Sequence[Sequence[int]],
+        seconds: tuple[float, float, float],
     ) -> None:
         if self.listeners:
             accepted = [max(0, len(choice.tokens) - 1) for choice in choices]
-            step = Step(self.stats.steps, works, accepted, *seconds, getattr(self.runner, "routing", None), blocks)
+            step = Step(self.stats.steps, works, accepted, *seconds, self.runner.routing, blocks)
             for listener in self.listeners:
                 listener(step)
 
@@ -457,29 +415,6 @@ def check_served(outputs: Iterable[Output]) -> None:
         for one in output.outputs:
             if one.error is not None:
                 raise ServeError(f"{one.id}: {type(one.error).__name__}: {one.error}") from one.error
-
-
-def _proposer(speculative: str | Proposer | None) -> Proposer | None:
-    if speculative == "ngram":
-        return NGram()
-    if isinstance(speculative, str):
-        raise ConfigError(f'speculative = {speculative!r}: must be "ngram", a model, a proposer, or None')
-    return speculative
-
-
-def _rows(work: Work) -> range:
-    """Of a work's tokens, those after which logits are wanted."""
-    return range(work.n - 1 - work.n_drafts, work.n) if work.samples else range(0)
-
-
-def _guess(work: Work) -> Guess:
-    r, answer = work.request, work.request.extra
-    drafts = r.drafts[: work.n_drafts]
-    positions = [
-        Position(r.params, r.tokens, r.prompt_length, answer.seed, answer.ends, tuple(drafts[:i]))
-        for i in range(len(drafts) + 1)
-    ]
-    return Guess(positions, drafts, answer.q_KV[: len(drafts)] if drafts and answer.q_KV is not None else None)
 
 
 def _out_of_memory(error: Exception) -> bool:

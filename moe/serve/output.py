@@ -8,22 +8,9 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from moe.serve.detokenize import TextStream
+from moe.serve.logprobs import Logprobs
 from moe.serve.request import FinishReason, Request
 from moe.tokenizer import Tokenizer
-
-
-class Logprob(NamedTuple):
-    """What the model thinks of one token at one place, before any sampling setting.
-
-    logprob: the natural logarithm of its probability. rank: 1 for the most likely. decoded_token: its text.
-    """
-
-    logprob: float
-    rank: int
-    decoded_token: str | None = None
-
-
-Logprobs = dict[int, Logprob]  # by token id: the token that stands there, then the most likely ones
 
 
 @dataclass(slots=True)
@@ -121,6 +108,11 @@ class Answer:
         self.q_KV: Tensor | None = None  # what the request's drafts were drawn from
         self.added = time.perf_counter()
         self.begun = self.first = self.last = 0.0
+
+    @property
+    def n_scored(self) -> int:
+        """Positions of the prompt whose next token has its log-probability."""
+        return len(self.prompt_logprobs) - 1
 
     def take(self, request: Request, tokens: Sequence[int]) -> tuple[int, str, FinishReason | None]:
         """New tokens, up to the end: how many they are, the text that may be shown now, and why it ends, if it does."""

@@ -3,8 +3,8 @@
 A `Pass` is a cache as `moe.layers.KVCache` is one: it brings the rotations and the attention of its tokens, so the
 model's own modules run it as a batch of one sequence.
 
-Shape suffixes: T tokens of the pass, P slots of the cache, S tokens and A = all positions of one request, H query
-heads, N key/value heads, C head width.
+Shape suffixes: T tokens of the pass, P slots of the cache, Q requests, S tokens and A = all positions of one request, B
+blocks of one request, H query heads, N key/value heads, G = H/N, C head width.
 """
 
 import functools
@@ -16,30 +16,108 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe.config import Config
-from moe.layers import Attend, LayerCache, cast, rope_tables
+from moe.errors import ConfigError
+from moe.kernels.quantization import quantize
+from moe.layers import Attend, cast, rope_tables
 from moe.layers.attention import attention_of
+
+# What keys and values can be kept in; "auto" is the model's own dtype.
+KV_CACHE_DTYPES = {
+    "auto": None,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "int8": torch.int8,
+    "fp8": torch.float8_e4m3fn,
+}
+# Requests of up to so many tokens of a pass, and positions of the cache, attend together, padded: then starting
+# operations takes longer than computing. Longer ones attend one by one.
+TOGETHER_TOKENS, TOGETHER_POSITIONS = 16, 1024
+
+
+class LayerPages(NamedTuple):
+    """One layer's keys and values [P, N, C]; in eight bits each vector of C has a scale."""
+
+    k_PNC: Tensor
+    v_PNC: Tensor
+    k_scale_PN: Tensor | None = None
+    v_scale_PN: Tensor | None = None
 
 
 class Pages:
-    """The keys and values of all layers: `n_blocks` blocks, and one more for what nobody reads."""
+    """The keys and values of all layers: `n_blocks` blocks, and one more for what nobody reads.
+
+    Args:
+        dtype: the model's.
+        kv_cache_dtype: one of `KV_CACHE_DTYPES`. "int8" and "fp8" (e4m3) keep a float32 scale for each head of each
+            position, of keys and of values.
+
+    Raises:
+        ConfigError: another `kv_cache_dtype`.
+    """
 
     def __init__(
-        self, cfg: Config, n_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device | str
+        self,
+        cfg: Config,
+        n_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        kv_cache_dtype: str = "auto",
     ) -> None:
+        if kv_cache_dtype not in KV_CACHE_DTYPES:
+            names = ", ".join(map(repr, KV_CACHE_DTYPES))
+            raise ConfigError(f"kv_cache_dtype = {kv_cache_dtype!r}: must be one of {names}")
         a, slots = cfg.attention, (n_blocks + 1) * block_size
         shape = (slots, a.n_kv_heads, a.head_dim)
-        self.block_size = block_size
-        self.layers = [
-            LayerCache(torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
-            for _ in range(cfg.n_layers)
-        ]
-        self.rope = rope_tables(0, cfg.max_seq_len, a.head_dim, a.rope, dtype, torch.device(device))
-        self.device = torch.device(device)
+        self.block_size, self.n_blocks, self.device = block_size, n_blocks, torch.device(device)
+        self.dtype = KV_CACHE_DTYPES[kv_cache_dtype] or dtype
+        self.quantized = self.dtype.itemsize == 1
+        self.layers = [self._layer(shape) for _ in range(cfg.n_layers)]
+        self.rope = rope_tables(0, cfg.max_seq_len, a.head_dim, a.rope, dtype, self.device)
+
+    def _layer(self, shape: tuple[int, int, int]) -> LayerPages:
+        k, v = (torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(2))
+        if not self.quantized:
+            return LayerPages(k, v)
+        return LayerPages(k, v, *(torch.ones(shape[:2], device=self.device) for _ in range(2)))
 
     @property
     def n_bytes(self) -> int:
         """Memory of the keys and values."""
-        return sum(t.numel() * t.element_size() for layer in self.layers for t in layer)
+        return sum(t.numel() * t.element_size() for layer in self.layers for t in layer if t is not None)
+
+    def store(self, layer: LayerPages, slots_T: Tensor, k_TNC: Tensor, v_TNC: Tensor) -> None:
+        """Put a pass's keys and values into their slots."""
+        both = (k_TNC, layer.k_PNC, layer.k_scale_PN), (v_TNC, layer.v_PNC, layer.v_scale_PN)
+        for x_TNC, kept_PNC, scale_PN in both:
+            if scale_PN is None:
+                kept_PNC.index_copy_(0, slots_T, cast(x_TNC, self.dtype))
+                continue
+            data_TNC, scale_TN = quantize(x_TNC, self.dtype)
+            scale_PN.index_copy_(0, slots_T, scale_TN)
+            # As bytes: torch moves those of every kind.
+            kept_PNC.view(torch.int8).index_copy_(0, slots_T, data_TNC.view(torch.int8))
+
+    def load(self, layer: LayerPages, blocks: Tensor | slice, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The keys and values of these blocks, [n * block_size, N, C] each; of a slice where they are, if they can be
+        used so."""
+        k = self._load(layer.k_PNC, layer.k_scale_PN, blocks, dtype)
+        return k, self._load(layer.v_PNC, layer.v_scale_PN, blocks, dtype)
+
+    def _load(self, kept_PNC: Tensor, scale_PN: Tensor | None, blocks: Tensor | slice, dtype: torch.dtype) -> Tensor:
+        raw = kept_PNC if scale_PN is None else kept_PNC.view(torch.int8)
+        x_ANC = self._blocks(raw, blocks)
+        if scale_PN is None:
+            return cast(x_ANC, dtype)
+        return x_ANC.view(self.dtype).to(dtype).mul_(self._blocks(scale_PN, blocks).to(dtype).unsqueeze(2))
+
+    def _blocks(self, x_P: Tensor, blocks: Tensor | slice) -> Tensor:
+        size = self.block_size
+        if isinstance(blocks, slice):
+            return x_P[blocks.start * size : blocks.stop * size]
+        in_blocks = x_P.view(len(x_P) // size, -1)
+        return in_blocks.index_select(0, blocks).view(-1, *x_P.shape[1:])
 
 
 class Segment(NamedTuple):
@@ -55,40 +133,87 @@ class Segment(NamedTuple):
         return self.start + len(self.token_ids)
 
 
-class _Seen(NamedTuple):
-    """Rows [low, high) of the pass, and the slots of all positions up to their last."""
+class _Group:
+    """Requests whose tokens, S each, attend together: rows [low, low + Q * S) of the pass.
 
-    low: int
-    high: int
-    slots_A: Tensor
+    Attributes:
+        length: positions that are read of each, the longest request's, to the end of its last block.
+        blocks: of all, equally many of each; a slice of the cache where they follow each other.
+    """
+
+    def __init__(self, pages: Pages, low: int, segments: Sequence[Segment], may_slice: bool) -> None:
+        size, unread = pages.block_size, pages.n_blocks
+        self.low, self.n, self.S = low, len(segments), len(segments[0].token_ids)
+        self.ends = [s.end for s in segments]
+        used = [s.blocks[: -(-s.end // size)] for s in segments]
+        most = max(map(len, used))
+        first = used[0][0]
+        self.blocks: Tensor | slice
+        if may_slice and self.n == 1 and all(b == first + i for i, b in enumerate(used[0])):
+            self.blocks = slice(first, first + most)
+        else:
+            padded = [b for blocks in used for b in (*blocks, *[unread] * (most - len(blocks)))]
+            self.blocks = torch.tensor(padded, device=pages.device)
+        # Of one request what lies behind its last position is cut off, of several it is masked.
+        self.length = self.ends[0] if self.n == 1 else most * size
+        self.masks: dict[torch.dtype, Tensor | None] = {}
+
+    def mask(self, dtype: torch.dtype, device: torch.device, group_size: int) -> Tensor | None:
+        """What is added to the scores, [Q, 1, S * G, A] (or one row for all, where S = 1)."""
+        if dtype not in self.masks:
+            self.masks[dtype] = self._mask(group_size).to(device, dtype) if self.n * self.S > 1 else None
+        return self.masks[dtype]
+
+    def _mask(self, group_size: int) -> Tensor:
+        last_QS1 = torch.tensor(self.ends)[:, None, None] - self.S + torch.arange(self.S)[:, None]
+        hidden_QSA = torch.arange(self.length) > last_QS1
+        mask_QSA = torch.zeros(hidden_QSA.shape).masked_fill_(hidden_QSA, -torch.inf)
+        return (mask_QSA if self.S == 1 else mask_QSA.repeat_interleave(group_size, 1)).unsqueeze(1)
 
 
 class Pass:
-    """The tokens of some requests, on their way through the model once."""
+    """The tokens of some requests, on their way through the model once.
 
-    def __init__(self, pages: Pages, segments: Sequence[Segment]) -> None:
-        self._pages, size = pages, pages.block_size
-        tokens, positions, slots, self._seen = [], [], [], []
-        offsets = torch.arange(size)
-        for segment in segments:
-            low = len(tokens)
-            tokens += segment.token_ids
-            positions += range(segment.start, segment.end)
-            used = torch.tensor(segment.blocks[: -(-segment.end // size)])
-            slots_A = (used.unsqueeze(1) * size + offsets).flatten()[: segment.end]
-            slots.append(slots_A[segment.start :])
-            self._seen.append(_Seen(low, len(tokens), slots_A.to(pages.device)))
-        self.tokens_T = torch.tensor(tokens, device=pages.device)
-        self._positions_T = torch.tensor(positions, device=pages.device)
-        self._slots_T = torch.cat(slots).to(pages.device)
+    Args:
+        row_by_row: every token attends by itself, over exactly the positions that it sees, in memory of its own: its
+            bits do not depend on what else is in the pass, or was computed before it.
+    """
+
+    def __init__(self, pages: Pages, segments: Sequence[Segment], row_by_row: bool = False) -> None:
+        self._pages, size, self._row_by_row = pages, pages.block_size, row_by_row
+        tokens, positions, slots = [], [], []
+        for s in segments:
+            tokens += s.token_ids
+            positions += range(s.start, s.end)
+            slots += [s.blocks[p // size] * size + p % size for p in range(s.start, s.end)]
+        self.tokens_T, self._positions_T, self._slots_T = torch.tensor([tokens, positions, slots], device=pages.device)
+        self._groups = self._grouped(segments)
         # What KVCache says of itself: one sequence, whose last position is the last of any.
         self.batch, self.length = 1, max(positions) + 1 - len(positions)
         self.max_len = len(pages.rope[0])
+        self._rope: tuple[Tensor, Tensor] | None = None
+
+    def _grouped(self, segments: Sequence[Segment]) -> list[_Group]:
+        groups: list[list[Segment]] = []
+        for s in segments:
+            small = len(s.token_ids) <= TOGETHER_TOKENS and s.end <= TOGETHER_POSITIONS and not self._row_by_row
+            last = groups[-1][0] if groups else None
+            if last and small and len(last.token_ids) == len(s.token_ids) and last.end <= TOGETHER_POSITIONS:
+                groups[-1].append(s)
+            else:
+                groups.append([s])
+        found, low = [], 0
+        for group in groups:
+            found.append(_Group(self._pages, low, group, not self._row_by_row))
+            low += sum(len(s.token_ids) for s in group)
+        return found
 
     def rope(self, n: int) -> tuple[Tensor, Tensor]:
         """cos and sin, for `rotate`, of each token's position."""
-        cos, sin = (table[self._positions_T] for table in self._pages.rope)
-        return cos, sin
+        if self._rope is None:
+            cos, sin = (table.index_select(0, self._positions_T) for table in self._pages.rope)
+            self._rope = cos, sin
+        return self._rope
 
     def attends(self, n: int) -> list[Attend]:
         """For each layer: stores the tokens' keys and values; each sees its own request's up to itself."""
@@ -97,26 +222,42 @@ class Pass:
     def advance(self, n: int) -> None:
         """What a request has is the scheduler's to know."""
 
-    def _attend(self, layer: LayerCache, q_1THC: Tensor, k_1TNC: Tensor, v_1TNC: Tensor) -> Tensor:
-        k_PNC, v_PNC = layer
-        k_PNC.index_copy_(0, self._slots_T, cast(k_1TNC[0], k_PNC.dtype))
-        v_PNC.index_copy_(0, self._slots_T, cast(v_1TNC[0], v_PNC.dtype))
-        y_1THC = torch.empty_like(q_1THC)
-        for low, high, slots_A in self._seen:
-            k_ANC, v_ANC = (x.index_select(0, slots_A) for x in (k_PNC, v_PNC))
-            y_1THC[0, low:high] = _attention(q_1THC[0, low:high], k_ANC, v_ANC)
-        return y_1THC
+    def _attend(self, layer: LayerPages, q_1THC: Tensor, k_1TNC: Tensor, v_1TNC: Tensor) -> Tensor:
+        self._pages.store(layer, self._slots_T, k_1TNC[0], v_1TNC[0])
+        parts = []
+        for group in self._groups:
+            rows = slice(group.low, group.low + group.n * group.S)
+            q_THC = q_1THC[0, rows]
+            if not self._row_by_row and group.n == 1 and group.S == group.length and self._pages.dtype == k_1TNC.dtype:
+                kv_ANC = k_1TNC[0, rows], v_1TNC[0, rows]  # a prompt from its beginning: nothing is to be fetched
+            else:
+                kv_ANC = self._pages.load(layer, group.blocks, q_THC.dtype)
+            parts.append((_by_row if self._row_by_row else _together)(group, q_THC, *kv_ANC))
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).unsqueeze(0)
 
 
-def _attention(q_SHC: Tensor, k_ANC: Tensor, v_ANC: Tensor) -> Tensor:
-    """Of the last S of A positions."""
-    (S, H, C), (A, N, _) = q_SHC.shape, k_ANC.shape
-    if S == 1:
-        # One position sees everything, so the heads that share a key head are rows of one query: a single product.
-        k_NAC, v_NAC = k_ANC.transpose(0, 1), v_ANC.transpose(0, 1)
-        return F.scaled_dot_product_attention(q_SHC.reshape(N, H // N, C), k_NAC, v_NAC).reshape(1, H, C)
-    batch = (x.unsqueeze(0) for x in (q_SHC, k_ANC, v_ANC))
-    if S == A:
-        return attention_of(*batch, is_causal=True)[0]
-    sees_SA = torch.ones(S, A, dtype=torch.bool, device=q_SHC.device).tril(A - S)
-    return attention_of(*batch, attn_mask=sees_SA)[0]
+def _together(group: _Group, q_THC: Tensor, k_ANC: Tensor, v_ANC: Tensor) -> Tensor:
+    """Attention of a group's tokens. The heads that share a key head, and few tokens, are rows of one query."""
+    (T, H, C), N, Q, S = q_THC.shape, k_ANC.shape[1], group.n, group.S
+    k_QANC, v_QANC = (x.view(Q, -1, N, C)[:, : group.length] for x in (k_ANC, v_ANC))
+    if S > TOGETHER_TOKENS or (S == group.length and Q == 1):
+        batch = q_THC.unsqueeze(0), k_QANC, v_QANC
+        if S == group.length:
+            return attention_of(*batch, is_causal=True)[0]
+        sees_SA = torch.ones(S, group.length, dtype=torch.bool, device=q_THC.device).tril(group.length - S)
+        return attention_of(*batch, attn_mask=sees_SA)[0]
+    q_QNRC = q_THC.view(Q, S, N, H // N, C).transpose(1, 2).reshape(Q, N, S * (H // N), C)
+    mask = group.mask(q_THC.dtype, q_THC.device, H // N)
+    y_QNRC = F.scaled_dot_product_attention(q_QNRC, k_QANC.transpose(1, 2), v_QANC.transpose(1, 2), attn_mask=mask)
+    return y_QNRC.view(Q, N, S, H // N, C).transpose(1, 2).reshape(T, H, C)
+
+
+def _by_row(group: _Group, q_SHC: Tensor, k_ANC: Tensor, v_ANC: Tensor) -> Tensor:
+    (S, H, C), N = q_SHC.shape, k_ANC.shape[1]
+    k_NAC, v_NAC = k_ANC.transpose(0, 1), v_ANC.transpose(0, 1)
+    rows = []
+    for s, q_HC in enumerate(q_SHC):
+        seen = group.length - S + s + 1
+        q_NGC = q_HC.reshape(N, H // N, C).clone()
+        rows.append(F.scaled_dot_product_attention(q_NGC, k_NAC[:, :seen], v_NAC[:, :seen]).reshape(H, C))
+    return torch.stack(rows)

@@ -136,6 +136,15 @@ class Scheduler:
         r.computed = min(work.start + work.n, len(r.tokens) - bool(accepted))
         self._remember(r)
 
+    def reserve(self, r: Request, n: int) -> int:
+        """Blocks for the newest token and up to `n` drafts of a running request: for how many drafts there are.
+
+        A guess is worth no one's blocks: as many as there are running requests stay free.
+        """
+        while n and self.pool.blocks_for(r.computed + 1 + n) > len(r.blocks) + self.pool.n_free - len(self.running):
+            n -= 1
+        return n if n and self._grow(r, 1 + n) else 0
+
     def finish(self, request: Request) -> None:
         """The request is done, or is to be: its blocks come free. One that is unknown here is left alone."""
         if request in self.running:
