@@ -1,7 +1,7 @@
 """Latency, throughput and utilisation of an engine, measured, beside what the planner says of the same machine.
 
-`latency`: so many requests begin together, and nothing else runs. `throughput`: many requests, so many of them in a pass
-at a time. `serve`: requests arrive by chance (Poisson), at a rate. Prompts are random ids, and every answer has the
+`latency`: so many requests begin together, and nothing else runs. `throughput`: many requests, of which so many run
+together. `serve`: requests arrive by chance (Poisson), at a rate. Prompts are random ids, and every answer has the
 length that was asked for, so that a model's training does not matter to its speed. A request's clock starts when it
 arrives, whether or not the engine looks at that moment; TPOT = (E2E - TTFT) / (n - 1), as vLLM's benchmark has it.
 """

@@ -79,7 +79,7 @@ class Engine:
         num_drafts: int = 4,
         device: torch.device | None = None,
     ) -> None:
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer, self.quantization = model, tokenizer, quantization
         self.context = model.cfg.max_seq_len
         weight = model.embedding.weight
         device = weight.device if device is None else device

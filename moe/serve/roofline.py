@@ -1,8 +1,8 @@
 """What each pass of an engine had to compute and to move, from the experts that it really touched, beside its time.
 
 Three figures for the experts of a layer stand side by side: counted; expected of even, independent routing,
-E (1 - (1 - k/E)^T); and min(k T, E), which others' rooflines assume. The floor of a pass is the longer of FLOP over peak
-and bytes over bandwidth; what is predicted is the floor with the expected number.
+E (1 - (1 - k/E)^T); and min(k T, E), which others' rooflines assume. The floor of a pass is the longer of FLOP over
+peak and bytes over bandwidth; what is predicted is the floor with the expected number.
 
 Shape suffixes: L layers that have experts, T tokens, K experts of a token, E experts.
 """
@@ -151,5 +151,8 @@ def _measured(name: str, ceilings: Ceilings, dtype: str) -> Hardware:
 
 def _sizes(engine: Engine) -> Bytes:
     """Bytes of an element, as the engine stores them."""
-    weight, keys = engine.model.embedding.weight, engine.runner.pages.layers[0][0]
-    return Bytes(weight.element_size(), weight.element_size(), keys.element_size())
+    pool, pages, size = engine.scheduler.pool, engine.runner.pages, engine.model.embedding.weight.element_size()
+    cached = sum(layer.attention.cached for layer in shape_of(engine.model.cfg).layers)
+    # Scales of keys and values in eight bits are among the bytes; one block more is there for what nobody reads.
+    kv = pages.n_bytes / ((pool.n_blocks + 1) * pool.block_size * cached)
+    return Bytes(size, 1 if engine.quantization else size, kv)

@@ -65,7 +65,7 @@ def test_a_request_s_clock_starts_when_it_arrives(monkeypatch: pytest.MonkeyPatc
     engine: Any = SlowEngine(clock)
     jobs = [Job([1], 3), Job([1, 2], 2), Job([1, 2, 3], 5)]
     seconds, found = drive(engine, jobs, [0.5, 1.25, 10.0])
-    # The first begins at 0.5 and has tokens at 1.5, 2.5, 3.5; the second waits for 1.5; the third comes to an idle engine.
+    # The first has tokens at 1.5, 2.5 and 3.5; the second waits until 1.5; the third comes to an idle engine.
     assert [(a.ttft, a.e2e) for a in found] == [(1.0, 3.0), (1.25, 2.25), (1.0, 5.0)]
     assert [a.tpot for a in found] == [1.0, 1.0, 1.0]
     assert seconds == 15.0
@@ -176,6 +176,6 @@ def test_beginnings_that_are_shared_are_found(model: Transformer) -> None:
 
 
 def test_a_workload_beyond_the_context_is_named(model: Transformer) -> None:
-    with pytest.raises(ConfigError, match="input_len = 30, output_len = 11: make up to 41 tokens, .* context of tiny"):
+    with pytest.raises(ConfigError, match=r"input_len = 30, output_len = 11: make up to 41 tokens, .* context of tiny"):
         made(model, input_len=30, output_len=11)
     made(model, input_len=30, output_len=10)
