@@ -228,7 +228,7 @@ class Pass:
         for group in self._groups:
             rows = slice(group.low, group.low + group.n * group.S)
             q_THC = q_1THC[0, rows]
-            if not self._row_by_row and group.n == 1 and group.length == group.S and self._pages.dtype == k_1TNC.dtype:
+            if not self._row_by_row and group.n == 1 and group.S == group.length and self._pages.dtype == k_1TNC.dtype:
                 kv_ANC = k_1TNC[0, rows], v_1TNC[0, rows]  # a prompt from its beginning: nothing is to be fetched
             else:
                 kv_ANC = self._pages.load(layer, group.blocks, q_THC.dtype)
@@ -240,9 +240,9 @@ def _together(group: _Group, q_THC: Tensor, k_ANC: Tensor, v_ANC: Tensor) -> Ten
     """Attention of a group's tokens. The heads that share a key head, and few tokens, are rows of one query."""
     (T, H, C), N, Q, S = q_THC.shape, k_ANC.shape[1], group.n, group.S
     k_QANC, v_QANC = (x.view(Q, -1, N, C)[:, : group.length] for x in (k_ANC, v_ANC))
-    if S > TOGETHER_TOKENS or (group.length == S and Q == 1):
+    if S > TOGETHER_TOKENS or (S == group.length and Q == 1):
         batch = q_THC.unsqueeze(0), k_QANC, v_QANC
-        if group.length == S:
+        if S == group.length:
             return attention_of(*batch, is_causal=True)[0]
         sees_SA = torch.ones(S, group.length, dtype=torch.bool, device=q_THC.device).tril(group.length - S)
         return attention_of(*batch, attn_mask=sees_SA)[0]

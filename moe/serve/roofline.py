@@ -68,7 +68,9 @@ class Roofline:
         spans = [(work.start, work.n) for work in step.works]
         wanted = sum(work.n_drafts + 1 for work in step.works if work.samples)
         ids_LTK = torch.stack([ids_TK for ids_TK, _ in step.routing or ()])
-        self._seen.append((spans, wanted, ids_LTK, step.forward_s))
+        # On CUDA whoever chooses tokens waits for the model.
+        seconds = step.forward_s + (step.sample_s if ids_LTK.is_cuda else 0.0)
+        self._seen.append((spans, wanted, ids_LTK, seconds))
 
     def passes(self) -> list[Pass]:
         """What was seen so far."""

@@ -13,6 +13,7 @@ from moe.plan.flops import flops_per_token
 from moe.plan.hardware import load_hardware
 from moe.plan.layout import Layout
 from moe.plan.load import under_load
+from moe.plan.memory import kv_bytes_per_token
 from moe.plan.models import load_shape
 from moe.plan.passes import Bytes, expected_experts, most_experts, pass_load
 from moe.plan.serving import decode, prefill, stage_loads
@@ -30,7 +31,7 @@ def test_a_prompt_with_every_expert_reads_every_matrix_and_costs_what_its_tokens
     assert load.experts == counts.experts
     # Causal: a token sees itself and all before it, S + 1 halves on average.
     assert load.flop == S * flops_per_token(NANO, S + 1)
-    assert load.kv == S * plan.kv_bytes_per_token(NANO, "int8").value
+    assert load.kv == S * kv_bytes_per_token(NANO, "int8").value
 
 
 @pytest.mark.parametrize(("batch", "context"), [(1, 1), (3, 40), (64, 500)])
