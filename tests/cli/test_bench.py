@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 import moe
+from moe.plan.hardware import load_hardware
 from tests.conftest import run_cli, tiny_config
 
-SMALL = ("--input-len", 6, "--output-len", 3)
+SMALL = ("--input-len", 6, "--output-len", 3, "--dtype", "fp32")
 COMMANDS = {
     "latency": ("--batch", 1, 2, "--rounds", 1),
     "throughput": ("--batch", 1, 2, "--requests", 3),
@@ -22,6 +23,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("bench") / "model"
     moe.save(moe.Transformer(tiny_config()), place)
     return place
+
+
+@pytest.fixture(autouse=True)
+def _machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that nothing has to be measured of."""
+    monkeypatch.setattr("moe.serve.roofline.machine", lambda *_: load_hardware("cpu"))
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -43,7 +50,7 @@ def test_a_checkpoint_in_every_form(command: str, checkpoint: Path, tmp_path: Pa
 
 def test_a_configuration_with_random_weights_as_json(capsys) -> None:
     shape = ("--set", "d_model=24", "n_layers=1", "vocab_size=61", "experts.d_ff=16")
-    drafts = ("--speculative", "ngram", "--dtype", "fp32", "--workload", "prefix-repetition", "--prefix-len", 2)
+    drafts = ("--speculative", "ngram", "--workload", "prefix-repetition", "--prefix-len", 2)
     assert run_cli("bench", "latency", "replica-tiny", *shape, *SMALL, *drafts, "--batch", 2, "--json") == 0
     (row,) = json.loads(capsys.readouterr().out)
     assert (row["batch"], row["requests"]) == (2, 6)
@@ -62,7 +69,7 @@ def test_a_configuration_with_random_weights_as_json(capsys) -> None:
     ],
 )
 def test_what_cannot_be_is_one_line(args: tuple, message: str, checkpoint: Path, capsys) -> None:
-    assert run_cli("bench", "latency", checkpoint, *args) == 2
+    assert run_cli("bench", "latency", checkpoint, "--dtype", "fp32", *args) == 2
     err = capsys.readouterr().err
     assert message in err
     assert err.count("\n") == 1
