@@ -257,7 +257,10 @@ def triples(model: Transformer, p: SamplingParams) -> dict[tuple[int, ...], floa
 def drawn(engine: Engine, p: SamplingParams, n: int) -> Counter:
     counts: Counter = Counter()
     for start in range(0, n, 1000):
-        settings = [replace(p, max_tokens=4, min_tokens=min(p.min_tokens, 4), seed=start + i) for i in range(min(1000, n - start))]
+        settings = [
+            replace(p, max_tokens=4, min_tokens=min(p.min_tokens, 4), seed=start + i)
+            for i in range(min(1000, n - start))
+        ]
         outputs = engine.generate([PROMPT] * len(settings), settings)
         counts.update(tuple(o.token_ids[:3]) for o in outputs)
     assert engine.proposer is None or 0 < engine.stats.accepted < engine.stats.drafted
@@ -276,7 +279,14 @@ def off(counts: Counter, want: dict[tuple[int, ...], float], n: int) -> float:
     return worst
 
 
-MIXED = {"temperature": 1.2, "top_k": 4, "top_p": 0.95, "min_p": 0.02, "repetition_penalty": 1.3, "logit_bias": {2: 0.7}}
+MIXED = {
+    "temperature": 1.2,
+    "top_k": 4,
+    "top_p": 0.95,
+    "min_p": 0.02,
+    "repetition_penalty": 1.3,
+    "logit_bias": {2: 0.7},
+}
 
 
 @pytest.mark.parametrize("speculative", ["draft", "ngram"])
