@@ -243,7 +243,8 @@ def test_drafts_that_are_named_change_no_token_of_a_seed(settings: dict) -> None
     drafter, memo = Drafter(p, "named"), {}
     guesses = drafter.guesses(range(300))
     found = verify(rows_of([at for g in guesses for at in g.positions], memo), guesses)
-    assert {len(tokens) for tokens in found} >= {1, 2}
+    possible = expected(p)[0][guesses[0].drafts[0]] > 0.02
+    assert {len(tokens) for tokens in found} >= ({1, 2} if possible else {1})
     for place in range(3):
         same = [i for i, tokens in enumerate(found) if len(tokens) > place]
         rows = [Position(p, (*PROMPT, *found[i][:place]), 2, i, (0,)) for i in same]
