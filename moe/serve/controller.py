@@ -30,7 +30,7 @@ SHARE = 0.005  # of the time, for trying what does not seem best
 GRANT = 4  # steps that trying may cost besides, once
 EVERY = 3  # steps from one try to the next, at least
 MEMORY, LEAST = 0.99, 0.88  # what acceptance counts one request later, and at least one step later
-REFRESH = 4  # steps for which a comparison is kept, and of which the experts of one are counted
+REFRESH = 8  # steps for which a comparison is kept; of so many alike, one is looked at closely
 
 
 class Observed(NamedTuple):
@@ -273,7 +273,8 @@ class Controller:
             self._experts.add(n_tokens + seen.other_tokens, seen.experts)
         x = self._features(n_tokens, seen.other_tokens, seen.context)
         z = float(max(seen.asked, default=0)), float(seen.draft_tokens)
-        self._pass.add(x, seen.seconds)
+        if any(seen.asked) or self._step % REFRESH == 0 or self._step < 4 * REFRESH:
+            self._pass.add(x, seen.seconds)
         if z[0] and seen.draft_seconds > 0:
             self._guessing.add(z, seen.draft_seconds)
         if not n or seen.other_tokens:  # not to be compared with others
@@ -442,7 +443,7 @@ class Controller:
         tried, self._try = self._try, None
         if tried is None:
             return
-        bucket.arms[tried.drafts].last = self._step
+        bucket.arms[tried.drafts].last, bucket.compared = self._step, (-REFRESH, 0)
         rows = self.rows(len(seen.asked))
         best = max(row.rate for row in rows)
         needed = sum(1 + rows[n].accepted for n in seen.asked) / best
