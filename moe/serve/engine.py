@@ -172,7 +172,7 @@ class Engine:
             self._finish(request, "abort")
 
     def abort_all(self) -> None:
-        """Nothing is left to do."""
+        """Every request ends here, with reason "abort"."""
         for request_id in [*self._groups]:
             self.abort(request_id)
 
@@ -205,8 +205,9 @@ class Engine:
             raise ConfigError("prompt = []: must have at least one token")
         self._check_ids("prompt", tokens)
         if len(tokens) > self.context:
+            name = self.model.cfg.name
             raise ConfigError(
-                f"prompt of {len(tokens)} tokens: the context of {self.model.cfg.name} is {self.context}; cut the prompt"
+                f"prompt: the context of {name} is {self.context}, and it has {len(tokens)} tokens; cut it"
             )
         return tokens
 
@@ -284,7 +285,8 @@ class Engine:
     def _take_one(self, work: Work, choice: Choice) -> None:
         request, answer, group = work.request, work.request.extra, work.request.extra.group
         if -1 in choice.tokens:
-            self._end([request], ArithmeticError("the model's logits are no numbers (NaN): look at weights and dtype"))
+            error = ArithmeticError("the model's logits are no numbers (NaN): look at its weights and their dtype")
+            self._end([request], error, spoiled=True)
             return
         self.stats.tokens += work.n
         answer.prompt_logprobs += choice.prompt_logprobs
@@ -354,10 +356,16 @@ class Engine:
                 return
         self._end([work.request for work in works], error)
 
-    def _end(self, requests: Sequence[Request], error: Exception) -> None:
-        """These end with an error, and with each all answers to its prompt."""
+    def _end(self, requests: Sequence[Request], error: Exception, spoiled: bool = False) -> None:
+        """These end with an error, and with each all answers to its prompt.
+
+        Args:
+            spoiled: their keys and values may be no numbers, and are not to be met with by who has the blocks next.
+        """
         for group in {request.extra.group for request in requests}:
             for request in [*group.active]:
+                if spoiled:
+                    self.runner.pages.wipe(self.scheduler.pool.discard(request.blocks))
                 self._finish(request, "error", error=error)
 
     def _release(self, group: Group) -> None:

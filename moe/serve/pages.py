@@ -87,6 +87,13 @@ class Pages:
         """Memory of the keys and values."""
         return sum(t.numel() * t.element_size() for layer in self.layers for t in layer if t is not None)
 
+    def wipe(self, blocks: Sequence[int]) -> None:
+        """Zeros, where numbers were not numbers: a position that is masked is multiplied by 0, which a NaN outlives."""
+        for layer in self.layers:
+            for kept in layer:
+                if kept is not None:
+                    kept.view(-1, self.block_size, *kept.shape[1:])[list(blocks)] = 0
+
     def store(self, layer: LayerPages, slots_T: Tensor, k_TNC: Tensor, v_TNC: Tensor) -> None:
         """Put a pass's keys and values into their slots."""
         both = (k_TNC, layer.k_PNC, layer.k_scale_PN), (v_TNC, layer.v_PNC, layer.v_scale_PN)
