@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -59,7 +60,9 @@ class Machine:
     def best(self, n: int) -> tuple[int, float]:
         return max(((k, self.rate(n, k)) for k in range(K + 1)), key=lambda pair: pair[1])
 
-    def run(self, n: int, steps: int, controller: Controller | None = None) -> tuple[float, float, Controller, list[int]]:
+    def run(
+        self, n: int, steps: int, controller: Controller | None = None
+    ) -> tuple[float, float, Controller, list[int]]:
         """Expected tokens and seconds of so many steps (without the noise that is seen), and what was chosen."""
         rng = random.Random(self.seed)
         controller = controller or Controller(K, self.n_experts, self.top_k, 1000)
@@ -78,13 +81,17 @@ class Machine:
             seconds, guessing = self.seconds(n, sum(drafted)), self.guessing(max(counts), draft_tokens)
             tokens += sum(1 + self.gain(k) for k in counts)
             total += seconds + guessing
-            behind = [1 + (right == k) if k else b + 1 + right for b, k, right in zip(behind, counts, accepted, strict=True)]
+            behind = [
+                1 + (right == k) if k else b + 1 + right for b, k, right in zip(behind, counts, accepted, strict=True)
+            ]
             luck = [max(0.5, rng.gauss(1, self.noise)) for _ in range(2)]
             # What a busy machine does now and then.
             luck[0] *= 5 if rng.random() < 0.01 else 1
             touched = self.experts(n + sum(drafted)) if step % 4 == 0 else None
             controller.learn(
-                Observed(counts, drafted, accepted, seconds * luck[0], guessing * luck[1], draft_tokens, 0, 100 * n, touched)
+                Observed(
+                    counts, drafted, accepted, seconds * luck[0], guessing * luck[1], draft_tokens, 0, 100 * n, touched
+                )
             )
         return tokens, total, controller, chosen
 
@@ -117,7 +124,7 @@ def test_where_guessing_loses_it_costs_two_percent_in_all(machine: Machine, n: i
 @pytest.mark.parametrize("machine", WINNING.values(), ids=WINNING)
 def test_where_guessing_helps_it_comes_within_ten_percent_of_the_best_number(machine: Machine, n: int) -> None:
     best, rate = machine.best(n)
-    tokens, seconds, controller, chosen = machine.run(n, 1000)
+    tokens, seconds, controller, _ = machine.run(n, 1000)
     assert tokens / seconds >= 0.9 * rate, (best, controller.report())
 
 
@@ -126,7 +133,7 @@ def test_one_rate_for_all_positions_would_promise_more() -> None:
     machine = WINNING["good at first"]
     _, _, controller, _ = machine.run(8, 600)
     rows = controller.rows(8)
-    gains = [b.accepted - a.accepted for a, b in zip(rows, rows[1:], strict=False)]
+    gains = [b.accepted - a.accepted for a, b in pairwise(rows)]
     assert gains[:3] == pytest.approx([0.95, 0.95 * 0.9, 0.95 * 0.9 * 0.3], abs=0.08)
 
 
@@ -136,7 +143,9 @@ def test_it_knows_the_experts_and_the_bytes() -> None:
     rows = controller.rows(1)
     for row in (rows[0], rows[4]):
         assert row.experts == pytest.approx(machine.experts(1 + row.drafts), rel=0.15)
-        assert row.seconds == pytest.approx(machine.seconds(1, row.drafts) + machine.guessing(row.drafts, row.drafts), rel=0.2)
+        assert row.seconds == pytest.approx(
+            machine.seconds(1, row.drafts) + machine.guessing(row.drafts, row.drafts), rel=0.2
+        )
     report = controller.report()
     assert report.startswith("1 request, ")
     assert "2.0 " in report or "1.9 " in report  # experts of one token
@@ -204,7 +213,9 @@ def test_the_engine_guesses_where_it_helps() -> None:
     engine = Engine(target, max_running=4, speculative=target, num_drafts=4)
     clock = Clock(engine, lambda step: 1e-3, 1e-5)
     serve(engine)
-    decoding = [w for step in clock.steps[len(clock.steps) // 2 :] for w in step.works if w.samples and w.n == 1 + w.n_drafts]
+    decoding = [
+        w for step in clock.steps[len(clock.steps) // 2 :] for w in step.works if w.samples and w.n == 1 + w.n_drafts
+    ]
     # All but what the end of an answer cuts off.
     assert sum(w.n_drafts for w in decoding) / len(decoding) > 3
     assert "Speculation helps" in engine.controller.report()  # type: ignore[union-attr]

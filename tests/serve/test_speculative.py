@@ -182,10 +182,10 @@ def test_logprobs_are_those_of_an_uncached_pass(model: Transformer, drafts: dict
         text = torch.tensor([output.prompt_token_ids + output.token_ids])
         want = model(text).logits_BSV[0].log_softmax(-1)
         assert output.logprobs is not None
-        for i, (token, given) in enumerate(zip(output.token_ids, output.logprobs, strict=True)):
+        for i, (token, row_given) in enumerate(zip(output.token_ids, output.logprobs, strict=True)):
             row = want[len(output.prompt_token_ids) + i - 1]
-            assert {*given} == {token, *row.topk(2).indices.tolist()}
-            assert all(given[t].logprob == pytest.approx(row[t].item(), abs=1e-5) for t in given)
+            assert {*row_given} == {token, *row.topk(2).indices.tolist()}
+            assert all(row_given[t].logprob == pytest.approx(row[t].item(), abs=1e-5) for t in row_given)
     assert engine.stats.accepted > 0
 
 
@@ -257,7 +257,10 @@ def triples(model: Transformer, p: SamplingParams) -> dict[tuple[int, ...], floa
 def drawn(engine: Engine, p: SamplingParams, n: int) -> Counter:
     counts: Counter = Counter()
     for start in range(0, n, 1000):
-        settings = [replace(p, max_tokens=4, min_tokens=min(p.min_tokens, 4), seed=start + i) for i in range(min(1000, n - start))]
+        settings = [
+            replace(p, max_tokens=4, min_tokens=min(p.min_tokens, 4), seed=start + i)
+            for i in range(min(1000, n - start))
+        ]
         outputs = engine.generate([PROMPT] * len(settings), settings)
         counts.update(tuple(o.token_ids[:3]) for o in outputs)
     assert engine.proposer is None or 0 < engine.stats.accepted < engine.stats.drafted
@@ -276,7 +279,14 @@ def off(counts: Counter, want: dict[tuple[int, ...], float], n: int) -> float:
     return worst
 
 
-MIXED = {"temperature": 1.2, "top_k": 4, "top_p": 0.95, "min_p": 0.02, "repetition_penalty": 1.3, "logit_bias": {2: 0.7}}
+MIXED = {
+    "temperature": 1.2,
+    "top_k": 4,
+    "top_p": 0.95,
+    "min_p": 0.02,
+    "repetition_penalty": 1.3,
+    "logit_bias": {2: 0.7},
+}
 
 
 @pytest.mark.parametrize("speculative", ["draft", "ngram"])
