@@ -93,7 +93,7 @@ class Engine:
             raise ConfigError(f"num_drafts = {num_drafts}: must be 1 or more; speculative=None turns guessing off")
         if not 0 < lenience <= 1:
             raise ConfigError(f"lenience = {lenience}: must be above 0, and at most 1, which is exact")
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer, self.quantization = model, tokenizer, quantization
         self.context = model.cfg.max_seq_len
         weight = model.embedding.weight
         device = weight.device if device is None else device

@@ -72,7 +72,7 @@ class Scripted:
 
 
 def scripted_engine(fault: Callable[[int], None] = lambda n: None, **settings: object) -> Engine:
-    settings = {"block_size": 4, "num_blocks": 64, **settings}
+    settings = {"block_size": 4, "num_blocks": 64, "adaptive": False, **settings}
     engine = Engine(MODEL, **settings)  # type: ignore[arg-type]
     engine.runner = Scripted(engine.scheduler.pool.block_size, fault)  # type: ignore[assignment]
     engine.listeners.append(lambda step: check_blocks(engine, step))

@@ -122,7 +122,7 @@ def test_log_probabilities_are_those_of_the_uncached_model(
 ) -> None:
     engine = Engine(
         MODEL, block_size=block_size, num_blocks=-(-32 // block_size) + spare, max_batch_tokens=budget, max_running=4,
-        speculative=speculative,
+        speculative=speculative, adaptive=False,
     )  # fmt: skip
     every = [p if i % 2 else [*p[:3], 7, 7, 7, 7, 7] for i, p in enumerate(prompts(5, seed))]
     if warm:
@@ -210,7 +210,7 @@ def test_text_ends_where_it_should_and_a_stop_string_is_never_seen(
         temperature=0, max_tokens=max_tokens, min_tokens=min_tokens, stop=stop, stop_token_ids=stop_token_ids,
         ignore_eos=ignore_eos,
     )  # fmt: skip
-    engine = Engine(MODEL, TOKENIZER, block_size=4, num_blocks=16, speculative=Hints(answer, drafts))
+    engine = Engine(MODEL, TOKENIZER, block_size=4, num_blocks=16, speculative=Hints(answer, drafts), adaptive=False)
     engine.runner = Dictated(3, answer)  # type: ignore[assignment]
     deltas = [*engine.stream([1, 2, 3], p)]
     n, text, reason = reference(answer, p)

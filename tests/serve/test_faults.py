@@ -41,7 +41,7 @@ def storm_engine(rng: random.Random) -> Engine:
         faults(rng, rng.choice([0, 0.05, 0.2]), rng.choice([0, 0.02])),
         block_size=size, num_blocks=-(-40 // size) + rng.randrange(12), max_batch_tokens=rng.choice([3, 8, 32, 99]),
         max_running=rng.choice([1, 3, 8]), prefix_cache=rng.random() < 0.7, speculative=rng.choice([None, "ngram"]),
-        num_drafts=rng.randrange(1, 9),
+        num_drafts=rng.randrange(1, 9), adaptive=rng.random() < 0.3,
     )  # fmt: skip
 
 

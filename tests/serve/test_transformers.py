@@ -69,6 +69,7 @@ LIMITS = st.fixed_dictionaries({
     "max_running": st.integers(1, 16),
     "speculative": st.sampled_from(["none", "ngram", "near", "itself"]),
     "num_drafts": st.integers(1, 8),
+    "adaptive": st.booleans(),
     "prefix_cache": st.booleans(),
     "warm": st.booleans(),
 })  # fmt: skip
@@ -99,7 +100,7 @@ def test_answers_are_those_of_transformers_whatever_the_limits(few: Subject, lim
 def test_answers_are_those_of_transformers_through_dozens_of_preemptions(few: Subject, speculative: str) -> None:
     limits = {
         "block_size": 3, "spare": 1, "max_batch_tokens": 40, "max_running": 8, "speculative": speculative,
-        "num_drafts": 3, "prefix_cache": True, "warm": False,
+        "num_drafts": 3, "adaptive": False, "prefix_cache": True, "warm": False,
     }  # fmt: skip
     engine = check(few, limits, few.requests)
     assert engine.stats.preemptions > 24
