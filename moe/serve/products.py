@@ -56,19 +56,15 @@ class _Patient:
     """Packs its weight once it is sure to be used often: packing takes as long as some products."""
 
     def __init__(self, w_OI: Tensor) -> None:
-        self._w_OI, self._plain = w_OI.detach(), _transposed(w_OI)
-        self._packed: Multiply | None = None
-        self._calls = 0
+        self._w_OI, self._multiply = w_OI.detach(), _transposed(w_OI)
+        self._left = PATIENCE
 
     def __call__(self, x_TI: Tensor) -> Tensor:
-        if len(x_TI) == 1:  # a product of one row loses nothing by a weight that is not packed
-            return self._plain(x_TI)
-        if self._packed is None:
-            self._calls += 1
-            if self._calls <= PATIENCE:
-                return self._plain(x_TI)
-            self._packed = packed(self._w_OI) or self._plain
-        return self._packed(x_TI)
+        if self._left and len(x_TI) > 1:  # a product of one row gains little
+            self._left -= 1
+            if not self._left:
+                self._multiply = packed(self._w_OI) or self._multiply
+        return self._multiply(x_TI)
 
 
 class _OfFew:
