@@ -154,3 +154,31 @@ def callers_state(device: torch.device) -> Iterator[None]:
                 torch.set_float32_matmul_precision(precision)
             if flushes_denormals() != flushing:
                 flush_denormals(flushing)
+
+
+# ------------------------------------------------------------------------------------------------------------- memory
+
+# Where a control group says what it may use and what it uses: version 2, and version 1.
+_CGROUPS = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that new tensors may take: on CUDA what the driver has and what torch holds unused; on a CPU what Linux
+    calls available, within the limit of a container. Elsewhere all memory that is installed."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 2**32
+    for limit, used in _CGROUPS:
+        try:
+            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
+        except (OSError, ValueError):  # no such group, or "max": no limit
+            continue
+    return max(0, free)

@@ -1,7 +1,7 @@
 """Latency, throughput and utilisation of an engine, measured, beside what the planner says of the same machine.
 
-`latency`: so many requests begin together, and nothing else runs. `throughput`: many requests, so many of them in a pass
-at a time. `serve`: requests arrive by chance (Poisson), at a rate. Prompts are random ids, and every answer has the
+`latency`: so many requests begin together, and nothing else runs. `throughput`: many requests, of which so many run
+together. `serve`: requests arrive by chance (Poisson), at a rate. Prompts are random ids, and every answer has the
 length that was asked for, so that a model's training does not matter to its speed. A request's clock starts when it
 arrives, whether or not the engine looks at that moment; TPOT = (E2E - TTFT) / (n - 1), as vLLM's benchmark has it.
 """
@@ -22,7 +22,7 @@ from moe.plan.load import under_load
 from moe.plan.quantities import Sheet
 from moe.plan.serving import decode
 from moe.plan.shape import shape_of
-from moe.serve.engine import Engine
+from moe.serve.engine import Engine, check_served
 from moe.serve.request import SamplingParams
 from moe.serve.roofline import DTYPES, Pass, Roofline, watch
 
@@ -152,6 +152,9 @@ def drive(engine: Engine, jobs: Sequence[Job], arrivals: Sequence[float]) -> tup
 
     Args:
         arrivals: seconds from the beginning, rising.
+
+    Raises:
+        ServeError: a pass failed.
     """
     names: dict[str, int] = {}
     first: dict[int, float] = {}
@@ -164,18 +167,18 @@ def drive(engine: Engine, jobs: Sequence[Job], arrivals: Sequence[float]) -> tup
             params = SamplingParams(max_tokens=job.output_len, temperature=0, ignore_eos=True)
             names[engine.add(job.prompt, params)] = added
             added += 1
-        if engine.scheduler.idle:
+        if engine.idle:
             time.sleep(max(0.0, arrivals[added] - now))
             continue
-        outputs = engine.step()
+        deltas = engine.step()
         now = time.perf_counter() - start
-        for output in outputs:
-            i = names[output.id]
-            begun = first.setdefault(i, now)
-            if output.finish_reason:
-                waited = now - arrivals[i]
-                n, prompt = len(output.token_ids), len(jobs[i].prompt)
-                found[i] = Answer(n, prompt, output.cached_tokens, begun - arrivals[i], waited)
+        for delta in deltas:
+            i = names[delta.request_id]
+            first.setdefault(i, now)
+            if delta.output is not None:
+                check_served([delta.output])
+                n, prompt, cached = len(delta.output.token_ids), len(jobs[i].prompt), delta.output.cached_tokens
+                found[i] = Answer(n, prompt, cached, first[i] - arrivals[i], now - arrivals[i])
     return time.perf_counter() - start, [found[i] for i in range(len(jobs))]
 
 

@@ -86,6 +86,13 @@ class Pages:
         """One layer's keys and values, their scales, and the size of a block."""
         return self.layers[layer], None if self.scales is None else self.scales[layer], self.block_size
 
+    def wipe(self, blocks: Sequence[int]) -> None:
+        """Zeros, where numbers were none: a position that is masked is multiplied by 0, and a NaN stays one."""
+        for pair in (*self.layers, *(self.scales or ())):
+            for kept in pair:
+                raw = kept.view(torch.int8) if kept.itemsize == 1 else kept
+                raw.view(-1, self.block_size, *kept.shape[1:])[list(blocks)] = 0
+
     def store(self, layer: int, slots: Tensor | slice, k_TNC: Tensor, v_TNC: Tensor) -> None:
         """Put a pass's keys and values into their slots."""
         for i, (x_TNC, kept_PNC) in enumerate(zip((k_TNC, v_TNC), self.layers[layer], strict=True)):

@@ -11,7 +11,7 @@ import hashlib
 import math
 import struct
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -97,48 +97,66 @@ def distributions(logits_NV: Tensor, positions: Sequence[Position]) -> Tensor:
     z_NV = adjusted(logits_NV, positions)
     params = [at.params for at in positions]
 
-    def column(values: Sequence[float], rows: Sequence[int] | slice = slice(None)) -> Tensor:
-        return torch.tensor(values, dtype=z_NV.dtype, device=z_NV.device).unsqueeze(1)[rows]
+    def column(values: Sequence[float]) -> Tensor:
+        return torch.tensor(values, dtype=z_NV.dtype, device=z_NV.device).unsqueeze(1)
 
     if any(p.temperature != 1 for p in params):
         # Below 1e-20 any two logits that differ are already as far apart as can be, and the quotient would overflow.
         z_NV = z_NV / column([max(p.temperature, 1e-20) if p.temperature else 1.0 for p in params])
-    elif z_NV is logits_NV:
-        z_NV = z_NV.clone() if any(p.min_p or p.top_k or p.top_p < 1 for p in params) else z_NV
-    if rows := [n for n, p in enumerate(params) if p.min_p]:
-        least_N1 = z_NV[rows].amax(-1, keepdim=True) + column([math.log(params[n].min_p) for n in rows])
-        z_NV[rows] = z_NV[rows].masked_fill_(z_NV[rows] < least_N1, -torch.inf)
+    elif z_NV is logits_NV and any(p.min_p or p.top_k or p.top_p < 1 for p in params):
+        z_NV = z_NV.clone()
     V = z_NV.shape[1]
+    if rows := [n for n, p in enumerate(params) if p.min_p and not p.greedy]:
+        own_NV = _rows(z_NV, rows)
+        least_N1 = own_NV.amax(-1, keepdim=True) + column([math.log(params[n].min_p) for n in rows])
+        _put(z_NV, rows, own_NV.masked_fill_(own_NV < least_N1, -torch.inf))
     if rows := [n for n, p in enumerate(params) if p.greedy or 0 < p.top_k < V]:
         k_N1 = torch.tensor([[1 if params[n].greedy else params[n].top_k] for n in rows], device=z_NV.device)
-        z_NV[rows] = _likeliest(z_NV[rows], k_N1)
+        _put(z_NV, rows, _likeliest(_rows(z_NV, rows), k_N1))
     if rows := [n for n, p in enumerate(params) if p.top_p < 1 and not p.greedy]:
-        z_NV[rows] = _likeliest(z_NV[rows], _nucleus(z_NV[rows], column([params[n].top_p for n in rows])))
+        own_NV = _rows(z_NV, rows)
+        k_N1 = _nucleus(own_NV.softmax(-1), column([params[n].top_p for n in rows]))
+        _put(z_NV, rows, _likeliest(own_NV, k_N1))
     return z_NV.softmax(-1)
+
+
+def _rows(x_NV: Tensor, rows: Sequence[int]) -> Tensor:
+    """Those rows: of all no copy."""
+    return x_NV if len(rows) == len(x_NV) else x_NV[rows]
+
+
+def _put(x_NV: Tensor, rows: Sequence[int], values_NV: Tensor) -> None:
+    if values_NV is not x_NV:
+        x_NV[rows] = values_NV
 
 
 def _likeliest(z_NV: Tensor, k_N1: Tensor) -> Tensor:
     """Nothing but the k likeliest of each row, of equals the first; in place."""
     least_N1 = _largest(z_NV, int(k_N1.max())).gather(1, k_N1 - 1)
-    equal_NV = z_NV == least_N1
-    more_NV = z_NV > least_N1
-    room_N1 = k_N1 - more_NV.sum(-1, keepdim=True)
-    if (equal_NV.sum(-1, keepdim=True) > room_N1).any():
-        equal_NV &= equal_NV.cumsum(-1) <= room_N1
-    return z_NV.masked_fill_(~(more_NV | equal_NV), -torch.inf)
+    out_NV = z_NV < least_N1
+    if ((~out_NV).sum(-1, keepdim=True) > k_N1).any():
+        equal_NV = z_NV == least_N1
+        room_N1 = k_N1 - (z_NV > least_N1).sum(-1, keepdim=True)
+        out_NV |= equal_NV & (equal_NV.cumsum(-1) > room_N1)
+    return z_NV.masked_fill_(out_NV, -torch.inf)
 
 
-def _nucleus(z_NV: Tensor, top_p_N1: Tensor) -> Tensor:
+def _nucleus(p_NV: Tensor, top_p_N1: Tensor) -> Tensor:
     """How many of the likeliest together have the probability top_p, [N, 1]: at least one (Holtzman et al. 2020)."""
-    p_NV = z_NV.softmax(-1)
     V = p_NV.shape[1]
-    for width in (min(1024, V), V):  # few are enough, for most models at most places
-        largest_NW = _largest(p_NV, width)
-        before_NW = largest_NW.cumsum(-1) - largest_NW
-        inside_NW = before_NW < top_p_N1
-        if width == V or not inside_NW[:, -1].any():
-            break
-    return inside_NW.sum(-1, keepdim=True).clamp_min(1)
+    few_NW = _largest(p_NV, min(1024, V))
+    n_N1 = _reach(few_NW, top_p_N1)
+    # Few are enough for most models at most places.
+    rows = (n_N1.squeeze(1) == few_NW.shape[1]).nonzero().squeeze(1)
+    if len(rows) and few_NW.shape[1] < V:
+        n_N1[rows] = _reach(_largest(p_NV[rows], V), top_p_N1[rows])
+    return n_N1
+
+
+def _reach(sorted_NW: Tensor, top_p_N1: Tensor) -> Tensor:
+    """How many have less than top_p before them."""
+    before_NW = sorted_NW.cumsum(-1) - sorted_NW
+    return (before_NW < top_p_N1).sum(-1, keepdim=True).clamp_min(1)
 
 
 def _largest(x_NV: Tensor, n: int) -> Tensor:
@@ -195,51 +213,67 @@ class Guess(NamedTuple):
 
 
 def verify(logits_NV: Tensor, guesses: Sequence[Guess], lenience: float = 1.0) -> list[list[int]]:
-    """The new tokens of each request: the drafts that are accepted, and one token more (Leviathan et al. 2023).
+    """The new tokens of each request: the drafts that are accepted, and one token more. Without drafts: sampling.
 
-    A draft d, drawn from q, is accepted with probability min(1, p(d) / q(d)); after the first that is not, the token
-    comes from the positive part of p - q; after all, from p. So tokens are distributed as p says, whatever q; without
-    drafts this is sampling. A token is -1 where the logits are no numbers.
+    A draft that was named without chance is accepted where the token drawn at its place is the same, which has the
+    probability p(d): the tokens are those without drafts. A draft d drawn from q is accepted with probability
+    min(1, p(d) / q(d)); after the first that is not, the token comes from the positive part of p - q; after all, from p
+    (Leviathan et al. 2023). So tokens are distributed as p says, whatever q. A token is -1 where the logits are no
+    numbers.
 
     Args:
         logits_NV: of all positions of all guesses, one after the other.
         lenience: below 1, drafts are accepted with probability min(1, p(d) / (lenience q(d))) (ibid., A.5): more of
             them, and the distribution is no longer p.
     """
-    greedy = [guess.positions[0].params.greedy for guess in guesses]
-    if all(greedy):
-        return _verify_greedy(logits_NV, guesses)
-    if not any(greedy):
-        return _verify_drawn(logits_NV, guesses, lenience)
+    ways = [_way(guess, lenience) for guess in guesses]
+    if len({*ways}) == 1:
+        return ways[0](logits_NV, guesses, lenience)
     rows = torch.arange(len(logits_NV), device=logits_NV.device).split([len(guess.positions) for guess in guesses])
-    found = []
-    for kind in (True, False):
-        own = [(r, guess) for r, guess, is_greedy in zip(rows, guesses, greedy, strict=True) if is_greedy == kind]
-        part_NV, part = logits_NV[torch.cat([r for r, _ in own])], [guess for _, guess in own]
-        found.append(iter(_verify_greedy(part_NV, part) if kind else _verify_drawn(part_NV, part, lenience)))
-    return [next(found[0 if is_greedy else 1]) for is_greedy in greedy]
+    found: dict[_Way, Iterator[list[int]]] = {}
+    for way in {*ways}:
+        own = [n for n, one in enumerate(ways) if one is way]
+        part_NV = logits_NV[torch.cat([rows[n] for n in own])]
+        found[way] = iter(way(part_NV, [guesses[n] for n in own], lenience))
+    return [next(found[way]) for way in ways]
 
 
-def _verify_greedy(logits_NV: Tensor, guesses: Sequence[Guess]) -> list[list[int]]:
-    """All probability is on the most likely token: a draft that is that token is accepted, another is not."""
+_Way = Callable[[Tensor, Sequence[Guess], float], list[list[int]]]
+
+
+def _way(guess: Guess, lenience: float) -> _Way:
+    if guess.positions[0].params.greedy:
+        return _compare_with_best
+    return _compare_with_drawn if not guess.drafts or (guess.q_KV is None and lenience == 1) else _accept_or_refuse
+
+
+def _compare_with_best(logits_NV: Tensor, guesses: Sequence[Guess], _: float) -> list[list[int]]:
     z_NV = adjusted(logits_NV, [at for guess in guesses for at in guess.positions])
     best_N1 = z_NV.argmax(-1, keepdim=True)  # of a NaN, where there is one
-    best = torch.where(z_NV.gather(1, best_N1).isfinite(), best_N1, -1).squeeze(1).tolist()
-    found, row = [], 0
+    return _agreeing(torch.where(z_NV.gather(1, best_N1).isfinite(), best_N1, -1).squeeze(1), guesses)
+
+
+def _compare_with_drawn(logits_NV: Tensor, guesses: Sequence[Guess], _: float) -> list[list[int]]:
+    positions = [at for guess in guesses for at in guess.positions]
+    uniforms = [uniform(at.seed, at.index, SAMPLE) for at in positions]
+    return _agreeing(draw(distributions(logits_NV, positions), uniforms), guesses)
+
+
+def _agreeing(chosen_N: Tensor, guesses: Sequence[Guess]) -> list[list[int]]:
+    """The tokens chosen at the positions of each guess, up to the first that is not the draft there."""
+    chosen, found, row = chosen_N.tolist(), [], 0
     for guess in guesses:
-        n = next((i for i, draft in enumerate(guess.drafts) if draft != best[row + i]), len(guess.drafts))
-        found.append(best[row : row + n + 1])
+        n = next((i for i, draft in enumerate(guess.drafts) if draft != chosen[row + i]), len(guess.drafts))
+        found.append(chosen[row : row + n + 1])
         row += len(guess.positions)
     return found
 
 
-def _verify_drawn(logits_NV: Tensor, guesses: Sequence[Guess], lenience: float) -> list[list[int]]:
+def _accept_or_refuse(logits_NV: Tensor, guesses: Sequence[Guess], lenience: float) -> list[list[int]]:
     p_NV = distributions(logits_NV, [at for guess in guesses for at in guess.positions])
     kept = _accepted(p_NV, guesses, lenience)
-    if any(guess.drafts for guess in guesses):
-        p_NV = _rest(p_NV, guesses, kept)
     ends = [guess.positions[n] for guess, n in zip(guesses, kept, strict=True)]
-    tokens = draw(p_NV, [uniform(at.seed, at.index, SAMPLE) for at in ends]).tolist()
+    tokens = draw(_rest(p_NV, guesses, kept), [uniform(at.seed, at.index, SAMPLE) for at in ends]).tolist()
     return [[*guess.drafts[:n], token] for guess, n, token in zip(guesses, kept, tokens, strict=True)]
 
 
@@ -249,8 +283,6 @@ def _accepted(p_NV: Tensor, guesses: Sequence[Guess], lenience: float) -> list[i
     drafts = [
         (row + i, draft) for row, guess in zip(starts, guesses, strict=False) for i, draft in enumerate(guess.drafts)
     ]
-    if not drafts:
-        return [0] * len(guesses)
     rows, ids = torch.tensor(drafts, device=p_NV.device).unbind(1)
     q_of = torch.ones_like(rows, dtype=p_NV.dtype)
     row = 0
@@ -275,16 +307,17 @@ def _accepted(p_NV: Tensor, guesses: Sequence[Guess], lenience: float) -> list[i
 
 def _rest(p_NV: Tensor, guesses: Sequence[Guess], kept: Sequence[int]) -> Tensor:
     """What the token after each guess's accepted drafts is drawn from, [Q, V]: not of sum one where one was refused."""
-    starts = [*accumulate((len(guess.positions) for guess in guesses), initial=0)][:-1]
-    p_QV = p_NV[[row + n for row, n in zip(starts, kept, strict=True)]]
-    for p_V, guess, n in zip(p_QV, guesses, kept, strict=True):
-        if n == len(guess.drafts):
-            continue
+    starts = accumulate((len(guess.positions) for guess in guesses), initial=0)
+    p_QV = p_NV[[row + n for row, n in zip(starts, kept, strict=False)]]
+    refused = [i for i, (guess, n) in enumerate(zip(guesses, kept, strict=True)) if n < len(guess.drafts)]
+    rest_RV = p_QV[refused]
+    for rest_V, i in zip(rest_RV, refused, strict=True):
+        guess, n = guesses[i], kept[i]
         if guess.q_KV is None:
-            rest_V = p_V.clone()
             rest_V[guess.drafts[n]] = 0.0
         else:
-            rest_V = (p_V - guess.q_KV[n]).clamp_min_(0.0)
-        # Where p and q agree up to rounding nothing is left, and a refusal was rounding, too.
-        p_V.copy_(torch.where(rest_V.sum() > 0, rest_V, p_V))
+            rest_V -= guess.q_KV[n]
+    rest_RV.clamp_min_(0.0)
+    # Where p and q agree up to rounding nothing is left, and a refusal was rounding, too.
+    p_QV[refused] = torch.where(rest_RV.sum(-1, keepdim=True) > 0, rest_RV, p_QV[refused])
     return p_QV
