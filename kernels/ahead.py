@@ -90,7 +90,9 @@ class Launch:
 
     @property
     def name(self) -> str:
+        """Module and kernel; of weights, keys or values in eight bits the module has an 8 behind it."""
         module = self.kernel.fn.__module__.rpartition(".")[2].removeprefix("triton_")
+        module += "8" * any(kind in ("*i8", "*fp8e4nv") for _, kind in self.signature)
         return f"{module}.{self.kernel.fn.__name__.removesuffix('_kernel').strip('_')}"
 
     @property
@@ -135,7 +137,7 @@ class Report:
 
 def about(launch: Launch, arch: str) -> str:
     """A product's shared memory as tile_model.py reckons it: what `tune` goes by before anything is compiled."""
-    if not launch.is_product or launch.name.startswith("gluon."):
+    if not launch.is_product or not launch.name.startswith(("pointer.", "tma.")):
         return ""
     c, short = dict(launch.constants), launch.name.partition(".")[2]
     dw, itemsize = "BR" in c, 4 if "fp32" in launch.signature[0][1] else 2
@@ -244,11 +246,11 @@ def launches(arch: str) -> list[Launch]:
             with patch.object(tiles, "GLUON", True):
                 _record(8192, 10752, 28672, torch.bfloat16, "swiglu", _contiguous)
         for dtype in (torch.bfloat16, torch.float32):
-            for tokens in (1, 8, 64):
+            for tokens in (8, 1, 64):
                 _record_inference(tokens, 10752, 28672, dtype, dtype)
             _record_inference(8, 10752, 28672, dtype, dtype, batch_invariant=True)
         for narrow in _narrow(arch):
-            for tokens in (1, 8, 64, 512, 8192):
+            for tokens in (8, 1, 64, 512, 8192):
                 _record_inference(tokens, 10752, 28672, torch.bfloat16, narrow)
             _record_inference(8, 10752, 28672, torch.bfloat16, narrow, batch_invariant=True)
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
@@ -405,7 +407,8 @@ def _problem(report: Report, arch: str) -> str:
     large = min(constants.get("BM", 64), constants.get("BN", 64)) >= 64
     if half and arch in ("sm_90", "sm_100") and large and not report.wgmma:
         return "no instruction of a warp group"
-    if half and not report.wgmma + report.mma:
+    # One row has no use for tensor cores.
+    if half and constants.get("BM") != 1 and not report.wgmma + report.mma:
         return "no tensor-core instruction"
     # Every operand recorded here is contiguous along one dimension; what is gathered has an index of 4 bytes besides.
     gathered = constants.get("GATHER_A") or constants.get("GATHER_B")

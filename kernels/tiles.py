@@ -161,7 +161,7 @@ TABLE: dict[str, dict[str, Tiles]] = {
 # Of triton_few.py, by the rows of a tile: 1 without tensor cores, 16 and 32 for few tokens, 64 where the rows must not
 # depend on their number. Every product is a stream of weights, 16 kB a step; the steps in flight hide the memory's
 # latency. Of 64 rows and 2-byte weights an H200 computes 64 operations a byte, and could do 200.
-FEW = {1: Tile(8, 1024, 4, 2), 16: Tile(64, 128, 4, 4), 32: Tile(64, 128, 4, 4), 64: Tile(128, 64, 4, 4)}
+FEW = {1: Tile(8, 1024, 4, 2), 16: Tile(64, 128, 4, 4), 32: Tile(64, 128, 4, 3), 64: Tile(128, 64, 4, 3)}
 FEW_FLOAT32 = {1: Tile(8, 512, 4, 2), 16: Tile(32, 64, 4, 4), 32: Tile(32, 64, 4, 4)}
 _INTERPRETER = Tiles(16, *[_TINY] * 4, dw=Tile(32, 16, warps=4, stages=2, group=2, rows=32))
 _TINY_FEW = Tile(32, 16, warps=4, stages=2, group=2)
@@ -237,19 +237,25 @@ def choose_few(dtype: torch.dtype, n_rows: int) -> Tile:
     return _TINY_FEW if INTERPRETED else (FEW_FLOAT32 if dtype == torch.float32 else FEW)[n_rows]
 
 
-def choose_paged(dtype: torch.dtype, n_shared: int, width: int) -> PagedTile:
+def choose_paged(device: torch.device, dtype: torch.dtype, kept: torch.dtype, n_shared: int, width: int) -> PagedTile:
     """The tile of triton_paged.py for `n_shared` query heads of each key head, all of that width.
 
-    As many rows as fill tiles to within an eighth of what sixteens would, at most 64; and splits whose parts are a
-    sixth of the keys and values at most, where those are of two bytes: write and read 8 bytes for 4 times SPLIT /
-    n_shared of them.
+    As many rows as fill tiles to within an eighth of what sixteens would, at most 64. Splits whose parts, 8 bytes
+    written and read, are a sixth of the bytes of keys and values at most, where a number of those has two bytes.
+
+    Args:
+        kept: the type of keys and values: those of eight bits pass through the registers, as all of float32 do, and
+            fewer of them at a time.
     """
     if INTERPRETED:
         return PagedTile(rows=16, positions=16, split=32, warps=4, stages=2)
-    few = dtype == torch.float32 or width > 128
+    wide = dtype == torch.float32
+    few = wide or width > 128
+    narrow = kept != dtype or cards.card(device).shared < CARDS["sm_80"].shared
     fits = [n for n in (16, 32, 64) if -(-n_shared // n) * n <= 9 / 8 * -(-n_shared // 16) * 16]
     split = max(512, 1 << (12 * n_shared - 1).bit_length())
-    return PagedTile(16 if few else fits[-1], 32 if few else 64, split, warps=4, stages=2)
+    positions = 16 if wide else 32 if few or narrow else 64
+    return PagedTile(16 if few else fits[-1], positions, split, warps=4, stages=2)
 
 
 def programs(device: torch.device) -> int:

@@ -3,6 +3,8 @@
 Shape suffixes as in reference.py.
 """
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -129,7 +131,7 @@ def _check_tables(
     bounds = starts.tolist()
     if bounds[0] != 0 or bounds[-1] != len(q) or sorted(bounds) != bounds:
         raise ValueError(f"starts = {bounds}: must rise from 0 to the {len(q)} rows of q")
-    for i, (length, low, high) in enumerate(zip(lengths.tolist(), bounds, bounds[1:], strict=False)):
+    for i, (length, (low, high)) in enumerate(zip(lengths.tolist(), pairwise(bounds), strict=True)):
         if high - low > most or length > longest:
             raise ValueError(
                 f"request {i} has {high - low} rows and {length} positions, more than max_query_len = {most} or "

@@ -4,6 +4,8 @@ Shape suffixes: R rows of queries, Q requests, H query heads, N key/value heads,
 B blocks of a request's table, S rows of one request, A its positions.
 """
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -24,7 +26,7 @@ def paged_attention(
     y_RHC = torch.empty_like(q_RHC)
     offsets = torch.arange(block_size, device=q_RHC.device)
     bounds = starts.tolist()
-    for low, high, length, blocks_B in zip(bounds, bounds[1:], lengths_Q.tolist(), blocks_QB, strict=False):
+    for (low, high), length, blocks_B in zip(pairwise(bounds), lengths_Q.tolist(), blocks_QB, strict=True):
         n_blocks = -(-length // block_size)
         slots_A = (blocks_B[:n_blocks].long().unsqueeze(1) * block_size + offsets).flatten()[:length]
         k_ANC, v_ANC = _gather(k_PNC, k_scale_PN, slots_A, wide), _gather(v_PNC, v_scale_PN, slots_A, wide)

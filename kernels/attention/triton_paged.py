@@ -33,13 +33,13 @@ TABLES = ("blocks", "starts", "lengths")
 def _rows(starts, lengths, request, f, S, M: tl.constexpr):
     """Of a request's flat rows f, a position's M heads after the other's: row, head of the group, last position seen.
 
-    Returns also how many rows the request has; a row that is not there sees nothing.
+    A row that is not there sees none: -1.
     """
     first = tl.load(starts + request)
     n = tl.load(starts + request + 1) - first
     s = f // M
     last = tl.load(lengths + request) - n + s
-    return first + s, f % M, tl.where(s < tl.minimum(n, S), last, -1), n
+    return first + s, f % M, tl.where(s < tl.minimum(n, S), last, -1)
 
 
 @remembered
@@ -58,7 +58,7 @@ def split_kernel(
     tile = tl.program_id(0) % n_tiles
     head = tl.program_id(0) // n_tiles % N
     request = tl.program_id(0) // (n_tiles * N)
-    row, m, last, _ = _rows(starts, lengths, request, tile * BM + tl.arange(0, BM), S, M)
+    row, m, last = _rows(starts, lengths, request, tile * BM + tl.arange(0, BM), S, M)
     begin = tl.program_id(1) * SPLIT
     end = tl.minimum(begin + SPLIT, tl.max(last, axis=0) + 1)
     if begin >= end:
@@ -109,7 +109,7 @@ def merge_kernel(
 ):  # fmt: skip
     """y = the splits' parts, weighted by the sums of their weights, in the order of the positions."""
     request = tl.program_id(0) // S
-    row, _, last, n = _rows(starts, lengths, request, tl.program_id(0) % S, S, 1)
+    row, _, last = _rows(starts, lengths, request, tl.program_id(0) % S, S, 1)
     if last < 0:
         return
     h = tl.program_id(1) * BH + tl.arange(0, BH)
@@ -155,7 +155,7 @@ def paged_attention(
     if R == 0:
         return y_RHC
     P = max(16, power_of_2(C))
-    tile = tiles.choose_paged(q_RHC.dtype, H // N, P)
+    tile = tiles.choose_paged(q_RHC.device, q_RHC.dtype, k_PNC.dtype, H // N, P)
     q_RHC = q_RHC if q_RHC.stride()[1:] == (C, 1) else q_RHC.contiguous()
     Z, n_tiles = cdiv(max_seq_len, tile.split), cdiv(max_query_len * (H // N), tile.rows)
     parts_ZRHC = q_RHC.new_empty(Z, R, H, C, dtype=torch.float32)

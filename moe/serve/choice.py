@@ -24,7 +24,7 @@ class Choice(NamedTuple):
 
 
 class _Asked(NamedTuple):
-    """Log-probabilities that are wanted at some rows of the logits: of what follows there, and of so many of the top."""
+    """Log-probabilities wanted at some rows of the logits: of the token that follows, and of so many of the top."""
 
     rows: range
     tokens: list[int]
@@ -41,12 +41,15 @@ def wanted(work: Work) -> tuple[range, range]:
     return range(begin, max(begin, end)), sampled
 
 
-def choose(works: Sequence[Work], logits_NV: Tensor, tokenizer: Tokenizer | None) -> list[Choice]:
+def choose(
+    works: Sequence[Work], logits_NV: Tensor, tokenizer: Tokenizer | None, lenience: float = 1.0
+) -> list[Choice]:
     """For each work of a pass.
 
     Args:
         logits_NV: after the `wanted` tokens of each work, one after the other.
         tokenizer: for the texts of tokens beside their log-probabilities.
+        lenience: with drafts; see `verify`.
     """
     rows, row = [], 0
     for scored, sampled in map(wanted, works):
@@ -55,7 +58,7 @@ def choose(works: Sequence[Work], logits_NV: Tensor, tokenizer: Tokenizer | None
         row = end
     guesses = [_guess(work) for work in works if work.samples]
     own_NV = logits_NV[[*chain(*(sampled for _, sampled in rows))]] if any(scored for scored, _ in rows) else logits_NV
-    found = iter(verify(own_NV, guesses) if guesses else [])
+    found = iter(verify(own_NV, guesses, lenience) if guesses else [])
     tokens = [next(found) if work.samples else [] for work in works]
     asked = []
     for work, new, (scored, sampled) in zip(works, tokens, rows, strict=True):

@@ -36,8 +36,8 @@ def blocks_that_fit(
     needed = -(-context // block_size)
     if room < needed * each:
         raise ConfigError(
-            f"num_blocks = None: {context} tokens, the context of {models[0].cfg.name}, take {needed * each / 1e9:.3g} GB "
-            f"of keys and values, and {max(0, room) / 1e9:.3g} GB of {device} are for them; set num_blocks, for requests "
-            'that are shorter, or kv_cache_dtype = "int8"'
+            f"num_blocks = None: keys and values of {context} tokens, the context of {models[0].cfg.name}, take "
+            f"{needed * each / 1e9:.3g} GB, and {max(0, room) / 1e9:.3g} GB of {device} are free for them; set "
+            'num_blocks, for shorter requests, or kv_cache_dtype = "int8"'
         )
     return min(max_running * needed, room // each)

@@ -307,16 +307,17 @@ def _accepted(p_NV: Tensor, guesses: Sequence[Guess], lenience: float) -> list[i
 
 def _rest(p_NV: Tensor, guesses: Sequence[Guess], kept: Sequence[int]) -> Tensor:
     """What the token after each guess's accepted drafts is drawn from, [Q, V]: not of sum one where one was refused."""
-    starts = [*accumulate((len(guess.positions) for guess in guesses), initial=0)][:-1]
-    p_QV = p_NV[[row + n for row, n in zip(starts, kept, strict=True)]]
-    for p_V, guess, n in zip(p_QV, guesses, kept, strict=True):
-        if n == len(guess.drafts):
-            continue
+    starts = accumulate((len(guess.positions) for guess in guesses), initial=0)
+    p_QV = p_NV[[row + n for row, n in zip(starts, kept, strict=False)]]
+    refused = [i for i, (guess, n) in enumerate(zip(guesses, kept, strict=True)) if n < len(guess.drafts)]
+    rest_RV = p_QV[refused]
+    for rest_V, i in zip(rest_RV, refused, strict=True):
+        guess, n = guesses[i], kept[i]
         if guess.q_KV is None:
-            rest_V = p_V.clone()
             rest_V[guess.drafts[n]] = 0.0
         else:
-            rest_V = (p_V - guess.q_KV[n]).clamp_min_(0.0)
-        # Where p and q agree up to rounding nothing is left, and a refusal was rounding, too.
-        p_V.copy_(torch.where(rest_V.sum() > 0, rest_V, p_V))
+            rest_V -= guess.q_KV[n]
+    rest_RV.clamp_min_(0.0)
+    # Where p and q agree up to rounding nothing is left, and a refusal was rounding, too.
+    p_QV[refused] = torch.where(rest_RV.sum(-1, keepdim=True) > 0, rest_RV, p_QV[refused])
     return p_QV
