@@ -40,6 +40,7 @@ class Load:
         str, arg(metavar="NAME", help="Who guesses tokens: none, ngram (the text itself), or a smaller checkpoint.")
     ] = "none"
     num_drafts: Annotated[int, arg(help="Guesses for a request and pass, at most.")] = 4
+    fixed_drafts: Annotated[Flag, arg(help="Always so many, not what the engine finds to be best.")] = False
     quantization: Annotated[Literal["none", "int8", "fp8"], arg(help="Expert weights in eight bits; fp8 on CUDA.")] = (
         "none"
     )
@@ -156,6 +157,7 @@ def _prepare(name: str, load: Load, over: "Mapping[str, tuple[float, ...]]") -> 
         "batch_invariant": load.batch_invariant,
         "max_batch_tokens": load.max_batch_tokens,
         "num_drafts": load.num_drafts,
+        "adaptive": not load.fixed_drafts,
     }
     if Path(load.speculative).is_dir():
         settings["speculative"] = checkpoint.load(load.speculative, device=where).to(dtype)
@@ -169,6 +171,8 @@ def _results(subject: "Bench", load: Load, rows: "Iterable[Row]", x: str, show: 
     for row in rows:
         found.append(row)
         print(f"{x} {row[x]:g}: {row['throughput']:,.0f} tokens/s", file=sys.stderr)
+    for report in subject.reports:
+        print(report, file=sys.stderr)
     if load.calibrate is not None:
         from moe.plan.calibrate import append_row
 
