@@ -201,7 +201,8 @@ class Bench:
         settings: of the engine, beside `max_running` and `num_blocks`.
 
     Attributes:
-        plan_rows: of all passes, for `moe plan calibrate`. reports: what speculation's controllers found.
+        passes: a row for each pass of the model, by the number of the row that it belongs to.
+        plan_rows: the same for `moe plan calibrate`. reports: what speculation's controllers found.
 
     Raises:
         ConfigError: a workload that is longer than the model's context.
@@ -217,7 +218,9 @@ class Bench:
             )
         self.shape = shape_of(model.cfg)
         self.layout = Layout(weights=self.dtype, kv_cache=self.dtype)
+        self.passes: list[Row] = []
         self.plan_rows: list[dict[str, Any]] = []
+        self._runs = 0
         self.reports: list[str] = []
 
     @property
@@ -281,7 +284,9 @@ class Bench:
             for jobs, arrivals in parts:
                 took, found = drive(engine, jobs, arrivals)
                 seconds, answers = seconds + took, answers + found
+        self.passes += [{"row": self._runs, **p.as_dict()} for p in roofline.passes()]
         self.plan_rows += roofline.plan_rows()
+        self._runs += 1
         if engine.controller is not None:
             self.reports.append(engine.controller.report())
         return Run(seconds, answers, roofline.passes())
