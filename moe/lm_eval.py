@@ -288,9 +288,10 @@ class MoeLM(TemplateLM):
             settings.append(params)
         found = [""] * len(requests)
         longest = max((len(p) + (s.max_tokens or 0) for p, s in zip(prompts, settings, strict=True)), default=1)
+        together = max(1, min(self.batch_size, len(requests)))
         engine = Engine(
-            self.model, self.vocabulary, block_size=_BLOCK, num_blocks=self.batch_size * -(-longest // _BLOCK),
-            max_running=self.batch_size,
+            self.model, self.vocabulary, block_size=_BLOCK, num_blocks=together * -(-longest // _BLOCK),
+            max_running=together,
         )  # fmt: skip
         with tqdm(total=len(requests), disable=disable_tqdm, desc="generation") as bar:
 
