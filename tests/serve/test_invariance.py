@@ -121,9 +121,7 @@ def test_answers_are_the_same_alone_together_preempted_and_warm(model: Transform
     prompts = [text(0, 17), [*text(0, 17)[:16], 3], text(2, 9), text(0, 8), text(4, 20)]
 
     def engine(num_blocks: int, **limits: int) -> Engine:
-        made = Engine(model, block_size=SIZE, num_blocks=num_blocks, **limits)
-        made.runner = Runner(model, made.runner.pages, batch_invariant=True)
-        return made
+        return Engine(model, block_size=SIZE, num_blocks=num_blocks, batch_invariant=True, **limits)
 
     alone = [engine(40).generate([p], params)[0] for p in prompts]
     together = engine(40).generate(prompts, params)
