@@ -16,6 +16,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from moe.device import device_name
 from moe.plan.hardware import Hardware, device_hardware
 from moe.plan.passes import Bytes, PassLoad, Span, expected_experts, most_experts, pass_load
 from moe.plan.quantities import quantity
@@ -139,7 +140,7 @@ def machine(device: torch.device, dtype: torch.dtype) -> Hardware:
 
     Measured are a large product in the dtype and a large copy, as by `moe profile step`; links and price are none.
     """
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    name = device_name(device)
     return device_hardware(name) or _measured(name, measure_ceilings(device, dtype), DTYPES.get(dtype, "fp32"))
 
 

@@ -32,7 +32,9 @@ def test_an_imported_mixtral_answers_as_transformers_does(n_kv_heads: int, tmp_p
     theirs.save_pretrained(tmp_path)
     shared = list(range(7, 27))
     prompts = [[*shared, 1], [5, 6, 7] * 5, [*shared, 2, 3, 4], [9], shared]
-    engine = Engine(hf.load(tmp_path), block_size=4, num_blocks=24, max_batch_tokens=20, speculative="ngram")
+    engine = Engine(
+        hf.load(tmp_path), block_size=4, num_blocks=24, max_batch_tokens=20, speculative="ngram", adaptive=False
+    )
     outputs = engine.generate(prompts, SamplingParams(temperature=0, max_tokens=16))
     assert [o.token_ids for o in outputs] == answers(theirs, prompts, 16)
     assert engine.stats.preemptions + engine.stats.drafted + outputs[2].cached_tokens > 0

@@ -72,7 +72,7 @@ def test_a_trace_is_what_the_model_chooses_for_prompt_and_answer(
     """With small pools, where requests are preempted, drafts that are refused, and prefixes from the cache."""
     engine = Engine(
         model, block_size=block_size, num_blocks=-(-40 // block_size) + spare, max_batch_tokens=budget,
-        speculative=speculative, prefix_cache=prefix_cache, max_running=6,
+        speculative=speculative, adaptive=False, prefix_cache=prefix_cache, max_running=6,
     )  # fmt: skip
     place = tmp_path_factory.mktemp("trace") / "trace"
     with record(engine, place) as recorder:
@@ -91,7 +91,9 @@ def test_a_trace_is_what_the_model_chooses_for_prompt_and_answer(
 
 def test_preemptions_refused_drafts_and_cached_prefixes_are_among_them(model: Transformer, tmp_path: Path) -> None:
     """What the test above means to draw does occur."""
-    engine = Engine(model, block_size=4, num_blocks=12, max_batch_tokens=30, speculative="ngram", max_running=6)
+    engine = Engine(
+        model, block_size=4, num_blocks=12, max_batch_tokens=30, speculative="ngram", adaptive=False, max_running=6
+    )
     with record(engine, tmp_path / "trace"):
         outputs = engine.generate(prompts(1), GREEDY)
     assert engine.stats.preemptions > 0
