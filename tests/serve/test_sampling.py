@@ -192,7 +192,7 @@ def check_distribution(settings: dict, kind: str, n: int) -> None:
 @pytest.mark.parametrize("kind", ["none", "drawn", "named"])
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_tokens_are_distributed_as_the_settings_say(settings: dict, kind: str) -> None:
-    check_distribution(settings, kind, 2000)
+    check_distribution(settings, kind, 1000)
 
 
 @pytest.mark.slow
@@ -233,8 +233,8 @@ def lenient(logits: Tensor, guesses: Sequence[Guess]) -> list[list[int]]:
 @pytest.mark.parametrize("verifier", [without_the_residual, with_another_q, one_number_for_all, lenient])
 def test_a_verifier_that_is_wrong_is_found_out(verifier: Verifier) -> None:
     p = SamplingParams()
-    counts = first_two(p, "drawn", 10_000, verifier)
-    assert max(chi_square(found, want, 10_000) for found, want in zip(counts, expected(p), strict=True)) > 20
+    counts = first_two(p, "drawn", 6000, verifier)
+    assert max(chi_square(found, want, 6000) for found, want in zip(counts, expected(p), strict=True)) > 20
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
