@@ -104,7 +104,7 @@ PEERS: dict[str, Callable[[], Layer]] = {
     "ScatterMoE": scattermoe,
     "moe-ops": moe_ops,
 }
-NEED_A_GPU = ("Liger", "ScatterMoE", "moe-ops")
+NEED_A_GPU = ("Liger", "ScatterMoE", "moe-ops", "vLLM")
 
 
 def importable(device: str) -> dict[str, Layer]:

@@ -2,7 +2,7 @@
 
 The host code of the kernels runs on tensors without storage, and every launch goes through Triton's own launcher, short
 of the launch: so the cache holds just what the part will look for. What is not foreseen here is compiled there.
-Run: python benchmarks/precompile.py tests|peers|layers [--dry-run] [--json FILE]
+Run: python benchmarks/precompile.py tests|peers|layers|decode [--dry-run] [--json FILE]
 
 --dry-run counts the launches, as for an H100, and compiles nothing.
 """
@@ -28,7 +28,8 @@ from duel import write_record
 from triton.knobs import runtime
 
 from moe.kernels import ahead, cards
-from moe.kernels.experts import triton_mlp
+from moe.kernels.attention import triton_paged
+from moe.kernels.experts import inference, triton_mlp
 from moe.kernels.experts.triton_pointer import Experts
 from moe.kernels.gate import triton_gate
 from moe.kernels.loss import triton_chunked
@@ -90,6 +91,12 @@ def tests() -> None:
     for T, V in cases.HEADS:
         for dtype in cases.LIMIT:
             loss(T, 192, V, dtype)
+    for kept in weights_kept_in():
+        for T in cases.FEW_TOKENS:
+            few(T, *cases.FEW_SHAPE, kept, False)
+        few(1, *cases.FEW_SHAPE, kept, True)
+        for H, N, C in cases.PAGED_HEADS:
+            paged((H, N, C, {}), 4, 5000, 16, kept)
 
 
 def peers() -> None:
@@ -117,7 +124,47 @@ def layers() -> None:
             loss(T, cfg.d_model, cfg.vocab_size)
 
 
-GROUPS: dict[str, Callable[[], None]] = {"tests": tests, "peers": peers, "layers": layers}
+def weights_kept_in() -> list[torch.dtype]:
+    """The types that decoding reads, on this card."""
+    e4m3 = [torch.float8_e4m3fn] * (cards.why_not_e4m3(torch.device("cuda", 0)) is None)
+    return [BFLOAT16, torch.int8, *e4m3]
+
+
+def few(T: int, E: int, K: int, D: int, F: int, kept: torch.dtype, batch_invariant: bool) -> None:
+    """The expert MLP of few tokens, of weights with scales where they are kept in eight bits."""
+    w_in, w_out = meta(E, 2, F, D, dtype=kept), meta(E, D, F, dtype=kept)
+    s_in, s_out = (meta(*w.shape[:-1], dtype=torch.float32) if kept.itemsize == 1 else None for w in (w_in, w_out))
+    weights, ids = meta(T, K, dtype=torch.float32), meta(T, K, dtype=torch.int64)
+    inference.forward(meta(T, D), w_in, s_in, w_out, s_out, weights, ids, "swiglu", "triton", batch_invariant)
+
+
+def paged(heads: Any, requests: int, length: int, block_size: int, kept: torch.dtype) -> None:
+    """Attention of one row of each request."""
+    H, N, C, _ = heads
+    B = -(-length // block_size)
+    k, tables = meta(requests * B * block_size, N, C, dtype=kept), ((requests, B), (requests + 1,), (requests,))
+    scale = meta(len(k), N, dtype=torch.float32) if kept.itemsize == 1 else None
+    on_meta = (meta(*shape, dtype=torch.int32) for shape in tables)
+    triton_paged.paged_attention(meta(requests, H, C), k, k, *on_meta, block_size, 1, length, scale, scale)
+
+
+def decode() -> None:
+    import decode as cases
+
+    kinds = weights_kept_in()
+    for shape in cases.EXPERTS.values():
+        E, K, D, F = shape.n_experts, shape.top_k, shape.d_model, shape.d_ff
+        for kept in kinds:
+            for T in cases.TOKENS:
+                few(T, E, K, D, F, kept, False)
+            few(1, E, K, D, F, kept, True)
+    for heads in cases.ATTENTION.values():
+        for length, batches in heads.batches.items():
+            for kept in kinds:
+                paged(heads, batches[-1], length, cases.BLOCK, kept)
+
+
+GROUPS: dict[str, Callable[[], None]] = {"tests": tests, "peers": peers, "layers": layers, "decode": decode}
 
 # ---------------------------------------------------------------------------------------------------------- compiling
 

@@ -32,8 +32,18 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moe.kernels import cards, sass, tile_model, tiles
-from moe.kernels.cards import CARDS, refusal
-from moe.kernels.experts import triton_gluon, triton_mlp, triton_pointer, triton_routes, triton_rows, triton_tma
+from moe.kernels.attention import triton_paged
+from moe.kernels.cards import CARDS, e4m3_refusal, refusal
+from moe.kernels.experts import (
+    inference,
+    triton_few,
+    triton_gluon,
+    triton_mlp,
+    triton_pointer,
+    triton_routes,
+    triton_rows,
+    triton_tma,
+)
 from moe.kernels.gate import triton_gate
 from moe.kernels.isolated import side_by_side
 from moe.kernels.loss import triton_chunked
@@ -44,11 +54,23 @@ TARGETS = {
     for arch, card in CARDS.items()
     if not refusal(card)
 }
-MODULES = (triton_gate, triton_routes, triton_rows, triton_pointer, triton_tma, triton_gluon, triton_chunked)
+MODULES = (
+    triton_gate,
+    triton_routes,
+    triton_rows,
+    triton_pointer,
+    triton_tma,
+    triton_gluon,
+    triton_few,
+    triton_paged,
+    triton_chunked,
+)
 _TYPES = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
     torch.float32: "fp32",
+    torch.float8_e4m3fn: "fp8e4nv",
+    torch.int8: "i8",
     torch.int32: "i32",
     torch.int64: "i64",
 }
@@ -68,7 +90,9 @@ class Launch:
 
     @property
     def name(self) -> str:
+        """Module and kernel; of weights, keys or values in eight bits the module has an 8 behind it."""
         module = self.kernel.fn.__module__.rpartition(".")[2].removeprefix("triton_")
+        module += "8" * any(kind in ("*i8", "*fp8e4nv") for _, kind in self.signature)
         return f"{module}.{self.kernel.fn.__name__.removesuffix('_kernel').strip('_')}"
 
     @property
@@ -113,7 +137,7 @@ class Report:
 
 def about(launch: Launch, arch: str) -> str:
     """A product's shared memory as tile_model.py reckons it: what `tune` goes by before anything is compiled."""
-    if not launch.is_product or launch.name.startswith("gluon."):
+    if not launch.is_product or not launch.name.startswith(("pointer.", "tma.")):
         return ""
     c, short = dict(launch.constants), launch.name.partition(".")[2]
     dw, itemsize = "BR" in c, 4 if "fp32" in launch.signature[0][1] else 2
@@ -221,6 +245,19 @@ def launches(arch: str) -> list[Launch]:
         if arch == "sm_90":
             with patch.object(tiles, "GLUON", True):
                 _record(8192, 10752, 28672, torch.bfloat16, "swiglu", _contiguous)
+        for dtype in (torch.bfloat16, torch.float32):
+            for tokens in (8, 1, 64):
+                _record_inference(tokens, 10752, 28672, dtype, dtype)
+            _record_inference(8, 10752, 28672, dtype, dtype, batch_invariant=True)
+        for narrow in _narrow(arch):
+            for tokens in (8, 1, 64, 512, 8192):
+                _record_inference(tokens, 10752, 28672, torch.bfloat16, narrow)
+            _record_inference(8, 10752, 28672, torch.bfloat16, narrow, batch_invariant=True)
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            # One key head for many, for few and for one, and wide heads.
+            for heads, shared, width in ((168, 168, 128), (32, 8, 128), (24, 24, 64), (16, 1, 256)):
+                for kept in (dtype, *(_narrow(arch) if dtype == torch.bfloat16 else ())):
+                    _record_paged(heads, heads // shared, width, dtype, kept)
         logits = torch.empty(8192, 16, device="meta")
         for bias in (None, logits[0]):
             weights, ids = triton_gate.gate(logits, 2, bias)
@@ -251,6 +288,32 @@ def _record(tokens: int, d_model: int, d_ff: int, dtype: torch.dtype, activation
     triton_mlp.backward(x, x, experts, weights, h, order, offsets, activation)
     triton_mlp.backward(x, x, experts, weights, h[:0], order, offsets, activation)
     triton_mlp.forward(x, experts, weights, ids, activation, False)
+
+
+def _narrow(arch: str) -> list[torch.dtype]:
+    """The eight-bit types that a card reads."""
+    return [torch.int8] + [torch.float8_e4m3fn] * (e4m3_refusal(CARDS[arch]) is None)
+
+
+def _record_inference(
+    tokens: int, d_model: int, d_ff: int, dtype: torch.dtype, kept: torch.dtype, batch_invariant: bool = False
+) -> None:
+    """The expert MLP of weights kept in another type, with scales then."""
+    E, K, meta = 16, 2, torch.device("meta")
+    w_in, w_out = (torch.empty(s, dtype=kept, device=meta) for s in ((E, 2, d_ff, d_model), (E, d_model, d_ff)))
+    s_in, s_out = (None if kept == dtype else torch.empty(w.shape[:-1], device=meta) for w in (w_in, w_out))
+    x, weights = torch.empty(tokens, d_model, dtype=dtype, device=meta), torch.empty(tokens, K, device=meta)
+    ids = torch.empty(tokens, K, dtype=torch.int64, device=meta)
+    inference.forward(x, w_in, s_in, w_out, s_out, weights, ids, "swiglu", "triton", batch_invariant)
+
+
+def _record_paged(n_heads: int, n_kv_heads: int, width: int, dtype: torch.dtype, kept: torch.dtype) -> None:
+    """Attention of 64 requests, 16 positions a block."""
+    q = torch.empty(64, n_heads, width, dtype=dtype, device="meta")
+    k = torch.empty(1 << 20, n_kv_heads, width, dtype=kept, device="meta")
+    scale = None if kept == dtype else torch.empty(k.shape[:2], device="meta")
+    tables = (torch.empty(shape, dtype=torch.int32, device="meta") for shape in ((64, 2048), (65,), (64,)))
+    triton_paged.paged_attention(q, k, k, *tables, 16, 1, 32768, scale, scale)
 
 
 def _contiguous(empty: Empty, E: int, G: int, F: int, D: int) -> triton_pointer.Experts:
@@ -344,7 +407,8 @@ def _problem(report: Report, arch: str) -> str:
     large = min(constants.get("BM", 64), constants.get("BN", 64)) >= 64
     if half and arch in ("sm_90", "sm_100") and large and not report.wgmma:
         return "no instruction of a warp group"
-    if half and not report.wgmma + report.mma:
+    # One row has no use for tensor cores.
+    if half and constants.get("BM") != 1 and not report.wgmma + report.mma:
         return "no tensor-core instruction"
     # Every operand recorded here is contiguous along one dimension; what is gathered has an index of 4 bytes besides.
     gathered = constants.get("GATHER_A") or constants.get("GATHER_B")

@@ -71,6 +71,21 @@ def _why_not(index: int) -> str | None:
     return refusal(_card(index)) if index < torch.cuda.device_count() else None
 
 
+def why_not_e4m3(device: torch.device) -> str | None:
+    """Why Triton cannot read float8_e4m3fn on a CUDA or ROCm device; None where it can, or the device is not there."""
+    index = device.index or 0
+    found = _card(index) if index < torch.cuda.device_count() else None
+    return found and e4m3_refusal(found)
+
+
+def e4m3_refusal(card: Card) -> str | None:
+    """Why a card cannot read float8_e4m3fn; None where it can."""
+    fits = card.arch == "gfx950" if card.capability is None else card.capability >= (8, 9)
+    return (
+        None if fits else f"float8_e4m3fn needs compute capability 8.9 or later, or gfx950, not {card.arch}; use int8"
+    )
+
+
 def refusal(card: Card) -> str | None:
     """Why the Triton kernels are not for a card; None where they are."""
     if card.capability is None:

@@ -68,6 +68,17 @@ class Tiles:
     tma: bool = False  # the products of triton_tma.py, where the operands allow it
 
 
+@dataclass(frozen=True)
+class PagedTile:
+    """Attention over a paged cache: rows of one key head, positions at a time, and positions of one program."""
+
+    rows: int
+    positions: int
+    split: int
+    warps: int
+    stages: int
+
+
 PRODUCTS = ("up", "down", "down_backward", "dx", "dw")
 
 _TINY = Tile(32, 32, warps=4, stages=2, group=2)
@@ -147,7 +158,13 @@ TABLE: dict[str, dict[str, Tiles]] = {
     "sm_100 tma": _SM100_TMA,
     "gfx942": _GFX942,
 }
+# Of triton_few.py, by the rows of a tile: 1 without tensor cores, 16 and 32 for few tokens, 64 where the rows must not
+# depend on their number. Every product is a stream of weights, 16 kB a step; the steps in flight hide the memory's
+# latency. Of 64 rows and 2-byte weights an H200 computes 64 operations a byte, and could do 200.
+FEW = {1: Tile(8, 1024, 4, 2), 16: Tile(64, 128, 4, 4), 32: Tile(64, 128, 4, 3), 64: Tile(128, 64, 4, 3)}
+FEW_FLOAT32 = {1: Tile(8, 512, 4, 2), 16: Tile(32, 64, 4, 4), 32: Tile(32, 64, 4, 4)}
 _INTERPRETER = Tiles(16, *[_TINY] * 4, dw=Tile(32, 16, warps=4, stages=2, group=2, rows=32))
+_TINY_FEW = Tile(32, 16, warps=4, stages=2, group=2)
 _INTERPRETER_TMA = Tiles(
     16,
     up=_TINY,
@@ -206,6 +223,39 @@ def choose(device: torch.device, dtype: torch.dtype, n_rows: int, n_experts: int
     card = cards.card(device)
     key, found = shipped(card, size, tma)
     return tuned(card).get(key, found)
+
+
+def few_rows(dtype: torch.dtype, n_tokens: int, batch_invariant: bool) -> int:
+    """The rows of a tile of triton_few.py: one number for any number of tokens where results must not depend on it."""
+    if batch_invariant:
+        return 16 if dtype == torch.float32 else 64  # float32 has no tensor cores to spare for empty rows
+    return 1 if n_tokens == 1 else 16 if n_tokens <= 16 else 32
+
+
+def choose_few(dtype: torch.dtype, n_rows: int) -> Tile:
+    """The tile of triton_few.py for that many rows, the same for both products and every number of tokens."""
+    return _TINY_FEW if INTERPRETED else (FEW_FLOAT32 if dtype == torch.float32 else FEW)[n_rows]
+
+
+def choose_paged(device: torch.device, dtype: torch.dtype, kept: torch.dtype, n_shared: int, width: int) -> PagedTile:
+    """The tile of triton_paged.py for `n_shared` query heads of each key head, all of that width.
+
+    As many rows as fill tiles to within an eighth of what sixteens would, at most 64. Splits whose parts, 8 bytes
+    written and read, are a sixth of the bytes of keys and values at most, where a number of those has two bytes.
+
+    Args:
+        kept: the type of keys and values: those of eight bits pass through the registers, as all of float32 do, and
+            fewer of them at a time.
+    """
+    if INTERPRETED:
+        return PagedTile(rows=16, positions=16, split=32, warps=4, stages=2)
+    wide = dtype == torch.float32
+    few = wide or width > 128
+    narrow = kept != dtype or cards.card(device).shared < CARDS["sm_80"].shared
+    fits = [n for n in (16, 32, 64) if -(-n_shared // n) * n <= 9 / 8 * -(-n_shared // 16) * 16]
+    split = max(512, 1 << (12 * n_shared - 1).bit_length())
+    positions = 16 if wide else 32 if few or narrow else 64
+    return PagedTile(16 if few else fits[-1], positions, split, warps=4, stages=2)
 
 
 def programs(device: torch.device) -> int:

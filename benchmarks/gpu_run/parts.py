@@ -121,4 +121,9 @@ def layers(mode: Mode) -> list[Part]:
     ]
 
 
-GROUPS = {"tests": tests, "products": products, "peers": peers, "layers": layers}
+def decode(mode: Mode) -> list[Part]:
+    """What decoding is made of, against the speed of the memory."""
+    return [mode.compile("decode"), mode.script("decode", 400, 110)]
+
+
+GROUPS = {"tests": tests, "products": products, "peers": peers, "layers": layers, "decode": decode}

@@ -59,8 +59,10 @@ def _times(v: float) -> str:
 COLUMNS: dict[str, tuple[str, Format]] = {
     "shape": ("shape", str), "tokens": ("T", str), "d_model": ("D", str), "vocab_size": ("V", str),
     "routing": ("routing", str), "kind": ("what", str), "product": ("product", str), "what": ("what", str),
+    "requests": ("requests", str), "length": ("positions", str), "kept": ("kept in", str), "touched": ("experts", str),
     "side": ("side", str), "path": ("path", str), "tile": ("tile", str), "ms": ("ms", _number(3)),
     "us": ("µs", _number(1)), "tflops": ("TFLOP/s", _number(0)), "gbs": ("GB/s", _number(0)),
+    "of_copy": ("of the copy", _percent),
     "of_cublas_peak": ("of cuBLAS", _percent), "of_cublas": ("of cuBLAS", _percent),
     "of_forward": ("of the forward", _percent), "ours_is_faster_by": ("time / ours", _times),
     "ratio": ("time / ours", _times), "kept_gib": ("GiB kept", _times), "peak_gib": ("GiB peak", _times),

@@ -12,6 +12,7 @@ from moe.kernels import cards, tiles
 from moe.kernels.arguments import (
     autocast,
     can_read,
+    check_device,
     check_ids,
     check_kinds,
     checked_ids,
@@ -20,8 +21,10 @@ from moe.kernels.arguments import (
     transformed,
     undispatched,
 )
-from moe.kernels.experts import grouped, reference
+from moe.kernels.experts import grouped, inference, reference
+from moe.kernels.experts.quantized import QuantizedExperts
 from moe.kernels.experts.reference import ACTIVATIONS
+from moe.kernels.quantization import LARGEST
 
 IMPLEMENTATIONS = ("reference", "grouped", "triton")
 PRECISIONS = ("ieee", "tf32", "tf32x3")
@@ -96,12 +99,26 @@ def expert_mlp(
 
 
 def expert_mlp_inference(
-    x_TD: Tensor, w_in_EGFD: Tensor, w_out_EDF: Tensor, weights_TK: Tensor, ids_TK: Tensor, activation: str
+    x_TD: Tensor,
+    w_in_EGFD: Tensor,
+    w_out_EDF: Tensor,
+    weights_TK: Tensor,
+    ids_TK: Tensor,
+    activation: str,
+    *,
+    batch_invariant: bool = False,
 ) -> Tensor:
     """`expert_mlp` for a decoding loop that has seen its shapes and dtypes fit: without autograd and autocast.
 
     Also without torch's dispatcher, whose cost shows when single tokens are decoded (40 us, as much as all launches).
     Ids are checked as ever.
+
+    Args:
+        batch_invariant: a token's result has the same bits whatever other tokens there are. Where the Triton kernels
+            run, with contiguous weights.
+
+    Raises:
+        ValueError: as `expert_mlp` does, and where `batch_invariant` cannot be.
     """
     inputs = (x_TD, w_in_EGFD, w_out_EDF, weights_TK, ids_TK)
     if ACTIVATIONS.get(activation) != w_in_EGFD.shape[1]:
@@ -110,9 +127,72 @@ def expert_mlp_inference(
     if on_cpu and ids_TK.shape == (1, 2) and grouped.takes_two(ids_TK, len(w_in_EGFD)):
         return grouped.one_token_top2(*inputs, activation)
     impl = _choose(None, x_TD, w_in_EGFD, activation, biases=False)
-    if impl != "reference" and undispatched(*inputs[:4]):
-        return _forward(*inputs, None, None, activation, impl, impl == "triton", None)[0]
+    if batch_invariant and not (impl == "triton" and w_in_EGFD.is_contiguous() and w_out_EDF.is_contiguous()):
+        raise ValueError(
+            f"batch_invariant = True needs contiguous weights and the Triton kernels; this is {impl} on {x_TD.device}"
+        )
+    if impl == "triton":
+        run = inference.forward if undispatched(*inputs[:4]) else inference.expert_mlp_inference
+        return run(x_TD, w_in_EGFD, None, w_out_EDF, None, weights_TK, ids_TK, activation, impl, batch_invariant)
+    if impl == "grouped" and undispatched(*inputs[:4]):
+        return _forward(*inputs, None, None, activation, impl, False, None)[0]
     return _expert_mlp(*inputs, None, None, activation, impl, True, None)[0]
+
+
+def expert_mlp_quantized(
+    x_TD: Tensor,
+    experts: QuantizedExperts,
+    weights_TK: Tensor,
+    ids_TK: Tensor,
+    activation: str,
+    impl: str | None = None,
+    *,
+    batch_invariant: bool = False,
+) -> Tensor:
+    """`expert_mlp` with weights of eight bits, as `quantize_experts` makes them; it has no backward.
+
+    Args:
+        x_TD: tokens, [T, D] floating point.
+        experts: contiguous, on the device of x.
+        weights_TK: routing weights, [T, K] floating point.
+        ids_TK: chosen experts, [T, K] int64 in [0, E).
+        activation: as of `expert_mlp`.
+        impl: "reference" (any device; computes in float32 or more), "triton" (products of bfloat16 or float16, summed
+            in float32, rescaled then), or None: triton on CUDA.
+        batch_invariant: a token's result has the same bits whatever other tokens there are; "triton" only.
+
+    Returns:
+        y_TD in the dtype of x.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or `impl` that do not fit, or, on a CPU, an id outside [0, E) (elsewhere: an
+            assertion on the device). The message says which and why.
+    """
+    w_in, s_in, w_out, s_out = experts
+    check_kinds(x=x_TD, weights=weights_TK, ids=ids_TK, s_in=s_in, s_out=s_out)
+    check_device(x=x_TD, w_in=w_in, w_out=w_out, s_in=s_in)
+    _check_shapes(x_TD, w_in, w_out, weights_TK, ids_TK, activation)
+    if w_in.dtype not in LARGEST or w_out.dtype != w_in.dtype:
+        raise ValueError(
+            f"w_in {w_in.dtype} and w_out {w_out.dtype}: must both be one of {', '.join(map(str, LARGEST))}; "
+            "quantize_experts makes them"
+        )
+    if s_in.shape != w_in.shape[:-1] or s_out.shape != w_out.shape[:-1] or not all(t.is_contiguous() for t in experts):
+        raise ValueError(
+            f"s_in {list(s_in.shape)} and s_out {list(s_out.shape)} must have one scale for each output channel of "
+            f"w_in {list(w_in.shape)} and w_out {list(w_out.shape)}, all contiguous; quantize_experts makes them"
+        )
+    if impl not in (None, "reference", "triton"):
+        raise ValueError(f'impl = {impl!r}: must be "reference" or "triton", or None for the fastest')
+    reason = tiles.why_not_triton(x_TD) or _why_not_e4m3(x_TD, w_in)
+    if impl == "triton" and reason:
+        raise ValueError(f'impl = "triton": {reason}; use "reference"')
+    impl = impl or ("reference" if reason or x_TD.device.type == "cpu" else "triton")
+    if batch_invariant and impl != "triton":
+        raise ValueError(f"batch_invariant = True needs the Triton kernels; this is {impl} on {x_TD.device}")
+    inputs = (x_TD, w_in, s_in, w_out, s_out, weights_TK, ids_TK)
+    run = inference.forward if undispatched(*inputs) else inference.expert_mlp_inference
+    return run(*inputs, activation, impl, batch_invariant)
 
 
 def expert_mlp_forward(
@@ -165,6 +245,13 @@ def _choose(impl: str | None, x_TD: Tensor, w_in_EGFD: Tensor, activation: str, 
     return impl
 
 
+def _why_not_e4m3(x_TD: Tensor, w_in_EGFD: Tensor) -> str | None:
+    """Why Triton cannot read weights; None where it can."""
+    if w_in_EGFD.dtype != torch.float8_e4m3fn or x_TD.device.type != "cuda" or tiles.INTERPRETED:
+        return None
+    return cards.why_not_e4m3(x_TD.device)
+
+
 def _why_not_grouped(x_TD: Tensor, w_in_EGFD: Tensor, activation: str, biases: bool) -> str | None:
     """Why torch's grouped product cannot run. Where it can, it is the fastest on CPU (benchmarks/expert_cpu.py)."""
     if biases:
@@ -191,6 +278,15 @@ def _check_expert_mlp(
     b_out: Tensor | None,
 ) -> None:
     check_kinds(x=x, w_in=w_in, w_out=w_out, weights=weights, ids=ids, b_in=b_in, b_out=b_out)
+    _check_shapes(x, w_in, w_out, weights, ids, activation)
+    for name, bias, shape in (("b_in", b_in, w_in.shape[:3]), ("b_out", b_out, w_out.shape[:2])):
+        if bias is not None and (bias.shape != shape or bias.dtype != x.dtype):
+            raise ValueError(f"{name} must be {list(shape)} {x.dtype}; got {list(bias.shape)} {bias.dtype}")
+    if not x.dtype == w_in.dtype == w_out.dtype:
+        raise ValueError(f"x, w_in and w_out must have one dtype; got {x.dtype}, {w_in.dtype}, {w_out.dtype}")
+
+
+def _check_shapes(x: Tensor, w_in: Tensor, w_out: Tensor, weights: Tensor, ids: Tensor, activation: str) -> None:
     reference.check_activation(activation)
     if x.ndim != 2 or w_in.ndim != 4 or w_out.ndim != 3 or ids.ndim != 2 or weights.shape != ids.shape:
         raise ValueError(
@@ -207,11 +303,6 @@ def _check_expert_mlp(
             f"shapes do not fit together: x {list(x.shape)}, w_in {list(w_in.shape)}, w_out {list(w_out.shape)}, "
             f"ids {list(ids.shape)}"
         )
-    for name, bias, shape in (("b_in", b_in, w_in.shape[:3]), ("b_out", b_out, w_out.shape[:2])):
-        if bias is not None and (bias.shape != shape or bias.dtype != x.dtype):
-            raise ValueError(f"{name} must be {list(shape)} {x.dtype}; got {list(bias.shape)} {bias.dtype}")
-    if not x.dtype == w_in.dtype == w_out.dtype:
-        raise ValueError(f"x, w_in and w_out must have one dtype; got {x.dtype}, {w_in.dtype}, {w_out.dtype}")
 
 
 def _contiguous(bias: Tensor | None) -> Tensor | None:

@@ -29,7 +29,8 @@ from triton.tools.ragged_tma import create_ragged_descriptor
 
 from moe.kernels import cards, tiles
 from moe.kernels.experts import triton_tma
-from moe.kernels.experts.triton_pointer import ACTIVATION_CODES, SWIGLU, Experts, activate, walk
+from moe.kernels.experts.triton_activation import ACTIVATION_CODES, SWIGLU, activate
+from moe.kernels.experts.triton_pointer import Experts, walk
 from moe.kernels.experts.triton_routes import Routes
 from moe.kernels.experts.triton_tma import _ragged
 from moe.kernels.tiles import Tile, Tiles

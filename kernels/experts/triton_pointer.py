@@ -15,19 +15,26 @@ import triton.language as tl
 from torch import Tensor
 
 from moe.kernels.arguments import float32_precision
+from moe.kernels.experts.triton_activation import ACTIVATION_CODES, activate, activate_backward
 from moe.kernels.experts.triton_routes import VIEWS, Routes
 from moe.kernels.launcher import cdiv, remembered
 from moe.kernels.tiles import Tile, Tiles
 
 
 class Experts(NamedTuple):
-    """The experts' weights, in any strides; biases are contiguous, or None; `precision` as of `ops.expert_mlp`."""
+    """The experts' weights, in any strides; biases are contiguous, or None; `precision` as of `ops.expert_mlp`.
+
+    Weights of eight bits (see quantized.py) have a scale for each output channel, contiguous; only the forward takes
+    them.
+    """
 
     w_in_EGFD: Tensor
     w_out_EDF: Tensor
     b_in_EGF: Tensor | None = None
     b_out_ED: Tensor | None = None
     precision: str | None = None
+    s_in_EGF: Tensor | None = None
+    s_out_ED: Tensor | None = None
 
 
 @triton.jit
@@ -56,60 +63,7 @@ def walk(program, e, num_n, tile_row, offsets, BM: tl.constexpr, GROUP_M: tl.con
 
 
 @triton.jit
-def sigmoid(x):
-    return 1.0 / (1.0 + tl.exp(-x))
-
-
-# The names of ops.ACTIVATIONS, as the kernels know them.
-SWIGLU = tl.constexpr(0)
-GELU = tl.constexpr(1)
-SWIGLU_OAI = tl.constexpr(2)
-ACTIVATION_CODES = {"swiglu": SWIGLU.value, "gelu": GELU.value, "swiglu_oai": SWIGLU_OAI.value}
-
-
-@triton.jit
-def activate(g, u, ACT: tl.constexpr):
-    """act(gate, up); GELU, which has no gate, takes its input as `g`."""
-    if ACT == SWIGLU:
-        y = g * sigmoid(g) * u
-    elif ACT == GELU:
-        # tanh form: 1/2 (1 + tanh(z)) = sigmoid(2 z).
-        y = g * sigmoid(1.5957691216057308 * (g + 0.044715 * g * g * g))
-    else:
-        # gpt-oss: both clamped at 7, sigmoid slope 1.702, up + 1.
-        g = tl.minimum(g, 7.0)
-        u = tl.minimum(tl.maximum(u, -7.0), 7.0)
-        y = g * sigmoid(1.702 * g) * (u + 1.0)
-    return y
-
-
-@triton.jit
-def activate_backward(g, u, ACT: tl.constexpr):
-    """act, d act / d gate, d act / d up."""
-    if ACT == SWIGLU:
-        s = sigmoid(g)
-        y = g * s * u
-        dg = s * u * (1.0 + g * (1.0 - s))
-        du = g * s
-    elif ACT == GELU:
-        s = sigmoid(1.5957691216057308 * (g + 0.044715 * g * g * g))
-        y = g * s
-        dg = s + g * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * g * g)
-        du = g
-    else:
-        open_g = g <= 7.0
-        open_u = (u >= -7.0) & (u <= 7.0)
-        g = tl.minimum(g, 7.0)
-        u = tl.minimum(tl.maximum(u, -7.0), 7.0)
-        s = sigmoid(1.702 * g)
-        y = g * s * (u + 1.0)
-        dg = tl.where(open_g, s * (u + 1.0) * (1.0 + 1.702 * g * (1.0 - s)), 0.0)
-        du = tl.where(open_u, g * s, 0.0)
-    return y, dg, du
-
-
-@triton.jit
-def _product(
+def product(
     acc, a_rows, a_mask, w_columns, w_mask, stride_wk, depth,
     BK: tl.constexpr, EVEN_K: tl.constexpr, K_FIRST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -130,12 +84,12 @@ def _product(
             w_live = w_mask[:, None]
             if not EVEN_K:
                 w_live = w_live & inside[None, :]
-            w = tl.load(w_at, mask=w_live, other=0.0).T
+            w = tl.load(w_at, mask=w_live, other=0.0).to(a.dtype).T
         else:
             w_live = w_mask[None, :]
             if not EVEN_K:
                 w_live = w_live & inside[:, None]
-            w = tl.load(w_at, mask=w_live, other=0.0)
+            w = tl.load(w_at, mask=w_live, other=0.0).to(a.dtype)
         acc = tl.dot(a, w, acc, input_precision=PRECISION)
         a_at += BK
         w_at += BK * stride_wk
@@ -145,9 +99,9 @@ def _product(
 @remembered
 @triton.jit(do_not_specialize_on_alignment=VIEWS)
 def up_kernel(
-    x, w, bias, h, act, order, tile_expert, tile_row, offsets, D, F,
+    x, w, scale, bias, h, act, order, tile_expert, tile_row, offsets, D, F,
     stride_x, stride_we, stride_wg, stride_wf, stride_wd,
-    K: tl.constexpr, G: tl.constexpr, ACT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    K: tl.constexpr, G: tl.constexpr, ACT: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr,
     STORE_H: tl.constexpr, STORE_ACT: tl.constexpr, PAIRS: tl.constexpr, EVEN_K: tl.constexpr, K_FIRST: tl.constexpr,
     PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
@@ -177,10 +131,12 @@ def up_kernel(
         inside_w = f < F
         w_columns = w + e.to(tl.int64) * stride_we + f.to(tl.int64) * stride_wf + g.to(tl.int64) * stride_wg
     acc = tl.zeros((BM, BN), dtype=tl.float32)
-    acc = _product(
+    acc = product(
         acc, x + token.to(tl.int64) * stride_x, live, w_columns, inside_w, stride_wd, D,
         BK, EVEN_K, K_FIRST, PRECISION,
     )  # fmt: skip
+    if HAS_SCALE:
+        acc *= tl.load(scale + e * (G * F) + g * F + f, mask=inside_w, other=0.0)[None, :]
     if HAS_BIAS:
         acc += tl.load(bias + e * (G * F) + g * F + f, mask=inside_w, other=0.0).to(tl.float32)[None, :]
     f = pn * BH + tl.arange(0, BH)
@@ -206,9 +162,9 @@ def up_kernel(
 @remembered
 @triton.jit(do_not_specialize_on_alignment=VIEWS)
 def down_kernel(
-    a, w, bias, y, tile_expert, tile_row, offsets, N, depth,
+    a, w, scale, bias, y, tile_expert, tile_row, offsets, N, depth,
     stride_a, stride_we, stride_wn, stride_wk,
-    HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr, K_FIRST: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr, K_FIRST: tl.constexpr,
     PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """y = a @ w + bias: the down-projection, and the gradient of x from that of h."""
@@ -222,10 +178,12 @@ def down_kernel(
     n = pn * BN + tl.arange(0, BN)
     w_columns = w + e.to(tl.int64) * stride_we + n.to(tl.int64) * stride_wn
     acc = tl.zeros((BM, BN), dtype=tl.float32)
-    acc = _product(
+    acc = product(
         acc, a + rows.to(tl.int64) * stride_a, live, w_columns, n < N, stride_wk, depth,
         BK, EVEN_K, K_FIRST, PRECISION,
     )  # fmt: skip
+    if HAS_SCALE:
+        acc *= tl.load(scale + e * N + n, mask=n < N, other=0.0)[None, :]
     if HAS_BIAS:
         acc += tl.load(bias + e * N + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
     at = rows[:, None].to(tl.int64) * N + n[None, :]
@@ -302,7 +260,7 @@ def down_backward_kernel(
     n = pn * BN + tl.arange(0, BN)
     w_columns = w + e.to(tl.int64) * stride_we + n.to(tl.int64) * stride_wf
     acc = tl.zeros((BM, BN), dtype=tl.float32)
-    acc = _product(
+    acc = product(
         acc, dy + (flat // K).to(tl.int64) * stride_dy, live, w_columns, n < F, stride_wd, D,
         BK, EVEN_K, K_FIRST, PRECISION,
     )  # fmt: skip
@@ -380,9 +338,10 @@ def up(
     h_RJ, act_RF = x_TD.new_empty(R if store_h else 0, G * F), x_TD.new_empty(R if store_act else 0, F)
     if M:
         up_kernel[(M * cdiv(F, tile.columns // G),)](
-            x_TD, w, experts.b_in_EGF, h_RJ, act_RF, routes.order_R, routes.tile_expert_M, routes.tile_row_M,
-            routes.offsets, D, F, x_TD.stride(0), *w.stride(),
-            K=top_k, G=G, ACT=ACTIVATION_CODES[activation], HAS_BIAS=experts.b_in_EGF is not None,
+            x_TD, w, experts.s_in_EGF, experts.b_in_EGF, h_RJ, act_RF, routes.order_R, routes.tile_expert_M,
+            routes.tile_row_M, routes.offsets, D, F, x_TD.stride(0), *w.stride(),
+            K=top_k, G=G, ACT=ACTIVATION_CODES[activation], HAS_SCALE=experts.s_in_EGF is not None,
+            HAS_BIAS=experts.b_in_EGF is not None,
             STORE_H=store_h, STORE_ACT=store_act, PAIRS=pairs, EVEN_K=D % tile.depth == 0, BM=sizes.rows,
             K_FIRST=w.stride(3) <= min(w.stride(1), w.stride(2)), PRECISION=float32_precision(experts.precision, x_TD),
             BN=tile.columns, BK=tile.depth, GROUP_M=tile.group, num_warps=tile.warps, num_stages=tile.stages,
@@ -392,15 +351,15 @@ def up(
 
 def down(act_RF: Tensor, experts: Experts, routes: Routes, sizes: Tiles) -> Tensor:
     """The experts' outputs, [R, D], not yet weighted."""
-    w = experts.w_out_EDF
-    return _rows_by_weights(act_RF, w, *w.stride()[1:], experts.b_out_ED, routes, sizes, sizes.down, experts.precision)
+    w, s, b = experts.w_out_EDF, experts.s_out_ED, experts.b_out_ED
+    return _rows_by_weights(act_RF, w, *w.stride()[1:], s, b, routes, sizes, sizes.down, experts.precision)
 
 
 def dx(dh_RJ: Tensor, experts: Experts, routes: Routes, sizes: Tiles) -> Tensor:
     """The gradient of x before the rows of a token are summed, [R, D]."""
     w, pairs = _gate_layout(experts.w_in_EGFD)
     stride_j = w.stride(1 if pairs else 2)
-    return _rows_by_weights(dh_RJ, w, w.stride(3), stride_j, None, routes, sizes, sizes.dx, experts.precision)
+    return _rows_by_weights(dh_RJ, w, w.stride(3), stride_j, None, None, routes, sizes, sizes.dx, experts.precision)
 
 
 def _rows_by_weights(
@@ -408,6 +367,7 @@ def _rows_by_weights(
     w: Tensor,
     stride_n: int,
     stride_k: int,
+    scale: Tensor | None,
     bias: Tensor | None,
     routes: Routes,
     sizes: Tiles,
@@ -420,11 +380,11 @@ def _rows_by_weights(
     y_RN = a.new_empty(R, N)
     if M:
         down_kernel[(M * cdiv(N, tile.columns),)](
-            a, w, bias, y_RN, routes.tile_expert_M, routes.tile_row_M, routes.offsets, N, depth,
+            a, w, scale, bias, y_RN, routes.tile_expert_M, routes.tile_row_M, routes.offsets, N, depth,
             a.stride(0), w.stride(0), stride_n, stride_k,
-            HAS_BIAS=bias is not None, EVEN_K=depth % tile.depth == 0, K_FIRST=stride_k <= stride_n,
-            PRECISION=float32_precision(precision, a), BM=sizes.rows, BN=tile.columns, BK=tile.depth,
-            GROUP_M=tile.group, num_warps=tile.warps, num_stages=tile.stages,
+            HAS_SCALE=scale is not None, HAS_BIAS=bias is not None, EVEN_K=depth % tile.depth == 0,
+            K_FIRST=stride_k <= stride_n, PRECISION=float32_precision(precision, a), BM=sizes.rows, BN=tile.columns,
+            BK=tile.depth, GROUP_M=tile.group, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return y_RN
 

@@ -15,14 +15,8 @@ from triton.tools.ragged_tma import create_ragged_descriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moe.kernels import tiles
-from moe.kernels.experts.triton_pointer import (
-    ACTIVATION_CODES,
-    Experts,
-    activate,
-    activate_backward,
-    swizzle,
-    walk,
-)
+from moe.kernels.experts.triton_activation import ACTIVATION_CODES, activate, activate_backward
+from moe.kernels.experts.triton_pointer import Experts, swizzle, walk
 from moe.kernels.experts.triton_routes import VIEWS, Routes
 from moe.kernels.experts.triton_rows import gather
 from moe.kernels.launcher import cdiv, remembered
@@ -219,10 +213,11 @@ def weight_gradient_kernel(
 
 
 def fits(x_TD: Tensor, experts: Experts) -> bool:
-    """Whether TMA can read the operands: 16-bit, no biases, contiguous weights, rows of multiples of 16 bytes."""
+    """Whether TMA can read the operands: all 16-bit, no biases, contiguous weights, rows of multiples of 16 bytes."""
     w_in, w_out = experts.w_in_EGFD, experts.w_out_EDF
     return (
         x_TD.dtype in (torch.bfloat16, torch.float16)
+        and w_in.dtype == x_TD.dtype
         and experts.b_in_EGF is None
         and experts.b_out_ED is None
         and w_in.is_contiguous()

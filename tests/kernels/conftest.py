@@ -1,7 +1,8 @@
-"""What all tests of the kernels share: memory that nothing has written reads as NaN."""
+"""What the tests of the kernels share: memory that nothing has written reads as NaN, and products that are even."""
 
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,3 +19,12 @@ def _poisoned() -> Iterator[None]:
     assert torch.empty(3, dtype=torch.int32).eq(2**31 - 1).all()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def _even_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the interpreter, products whose rows come out alike wherever in a tile they are, as of tensor cores.
+
+    The interpreter's are numpy's, whose library sums the last rows of a matrix in another order than the first.
+    """
+    monkeypatch.setattr(np, "matmul", lambda a, b, dtype=None: np.einsum("mk,kn->mn", a, b, dtype=dtype))

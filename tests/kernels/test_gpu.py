@@ -32,6 +32,9 @@ SHAPES = [  # T, E, K, D, F: some rows an expert; odd widths; many rows; many ex
 GRAPH_TOKENS = (256, 2048)  # 32 and 256 rows an expert
 GRAPH_SHAPE = (16, 2, 512, 1024)
 WRAPPED_SHAPE = (512, 8, 2, 256, 512)
+FEW_TOKENS = (1, 3, 40, 500)
+FEW_SHAPE = (16, 2, 512, 1024)
+PAGED_HEADS = [(168, 1, 128), (32, 8, 128), (4, 4, 64), (6, 1, 80)]  # H, N, C
 HEADS = [(1, 257), (515, 8192), (4500, 50257), (4300, 100352)]  # T, V
 
 
@@ -283,3 +286,91 @@ torch.cuda.synchronize()
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode != 0
     assert "device-side assert" in done.stderr
+
+
+# ------------------------------------------------------------------------------------------------------------ decoding
+
+
+def kept_in(kept: torch.dtype, device: str = "cuda") -> None:
+    from moe.kernels import cards
+
+    if kept == torch.float8_e4m3fn and (reason := cards.why_not_e4m3(torch.device(device))):
+        pytest.skip(reason)
+
+
+@pytest.mark.parametrize("T", FEW_TOKENS)
+@pytest.mark.parametrize("kept", [torch.bfloat16, torch.int8, torch.float8_e4m3fn], ids=str)
+def test_experts_of_few_tokens_against_float64(kept: torch.dtype, T: int) -> None:
+    kept_in(kept)
+    x, w_in, w_out, weights, ids = tensors(T, *FEW_SHAPE, torch.bfloat16)
+    with torch.no_grad():
+        if kept == torch.bfloat16:
+            got = ops.expert_mlp_inference(x, w_in, w_out, weights, ids, "swiglu")
+            alike = ops.expert_mlp_inference(x, w_in, w_out, weights, ids, "swiglu", batch_invariant=True)
+            want = run([x.double(), w_in.double(), w_out.double(), weights.double(), ids], impl="reference")
+        else:
+            small = ops.quantize_experts(w_in, w_out, kept)
+            got = ops.expert_mlp_quantized(x, small, weights, ids, "swiglu")
+            alike = ops.expert_mlp_quantized(x, small, weights, ids, "swiglu", batch_invariant=True)
+            want = ops.expert_mlp_quantized(x.double(), small, weights.double(), ids, "swiglu", "reference")
+    assert rel(got, want) < 2e-2
+    assert rel(alike, want) < 2e-2
+
+
+@pytest.mark.parametrize("dtype", LIMIT)
+def test_tokens_have_the_same_bits_in_any_batch(dtype: torch.dtype) -> None:
+    x, w_in, w_out, weights, ids = tensors(300, *FEW_SHAPE, dtype)
+
+    def call(rows: slice) -> torch.Tensor:
+        given = x[rows], w_in, w_out, weights[rows], ids[rows]
+        return ops.expert_mlp_inference(*given, "swiglu", batch_invariant=True)
+
+    with torch.no_grad():
+        whole = call(slice(None))
+        for rows in (slice(0, 1), slice(7, 8), slice(5, 60), slice(100, 300)):
+            assert torch.equal(call(rows), whole[rows])
+
+
+@pytest.mark.parametrize(("H", "N", "C"), PAGED_HEADS)
+@pytest.mark.parametrize(
+    "kept", [torch.bfloat16, torch.float16, torch.float32, torch.int8, torch.float8_e4m3fn], ids=str
+)
+def test_paged_attention_against_float64_and_on_bits(kept: torch.dtype, H: int, N: int, C: int) -> None:
+    kept_in(kept)
+    g = torch.Generator("cuda").manual_seed(0)
+    lengths, S, B, size = [1, 700, 5000, 2049], 3, 320, 16
+    dtype = torch.bfloat16 if kept.itemsize == 1 else kept
+    wide = [torch.randn(4 * B * size, N, C, generator=g, device="cuda") for _ in "kv"]
+    pairs = [ops.quantize(x, kept) if kept.itemsize == 1 else (x.to(kept), None) for x in wide]
+    (k, k_scale), (v, v_scale) = pairs
+    blocks = torch.randperm(4 * B, generator=g, device="cuda").int().view(4, B)
+    rows = [min(n, S) for n in lengths]
+    starts = torch.tensor([0, *rows], device="cuda").cumsum(0).int()
+    q = torch.randn(sum(rows), H, C, generator=g, device="cuda").to(dtype)
+
+    def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, chosen: slice, starts: torch.Tensor, impl: str) -> Any:
+        return ops.paged_attention(
+            q, k, v, blocks[chosen], starts, torch.tensor(lengths, device="cuda").int()[chosen], size,
+            max_query_len=S, max_seq_len=max(lengths), k_scale_PN=k_scale, v_scale_PN=v_scale, impl=impl,
+        )  # fmt: skip
+
+    got = call(q, k, v, slice(None), starts, "triton")
+    plain = (k, v) if kept.itemsize == 1 else (k.double(), v.double())
+    assert rel(got, call(q.double(), *plain, slice(None), starts, "reference")) < LIMIT[dtype]
+    for i, n in enumerate(rows):
+        own = slice(int(starts[i]), int(starts[i + 1]))
+        alone = call(q[own], k, v, slice(i, i + 1), torch.tensor([0, n], device="cuda").int(), "triton")
+        assert torch.equal(alone, got[own])
+
+
+def test_decoding_through_graphs_is_decoding() -> None:
+    from moe import Transformer
+    from moe.serve.engine import Engine
+    from moe.serve.request import SamplingParams
+
+    model = Transformer(tiny_config(), seed=3).to("cuda")
+    prompts = [[1 + i] * (3 + i) for i in range(5)]
+    outputs = Engine(model).generate(prompts, SamplingParams(temperature=0, max_tokens=12))
+    for prompt, output in zip(prompts, outputs, strict=True):
+        want = model.generate(torch.tensor([prompt], device="cuda"), 12, temperature=0)[0, len(prompt) :]
+        assert output.token_ids == want.tolist()

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from moe.kernels import ops
 from moe.kernels.arguments import on_device_of
-from moe.kernels.experts import op
+from moe.kernels.attention import op as attention_op
+from moe.kernels.experts import inference, op
 from moe.kernels.gate import op as gate_op
 from moe.kernels.loss import op as loss_op
 
@@ -80,7 +81,7 @@ def test_every_kernel_is_launched_under_the_guard(
     monkeypatch.setattr(triton_tma, "fits", lambda x, experts: tma)
     monkeypatch.setattr(triton_tma, "_box", lambda *_: None)
     monkeypatch.setattr(triton_tma, "create_ragged_descriptor", lambda *_: None)
-    for module in (op, gate_op, loss_op):
+    for module in (op, inference, attention_op, gate_op, loss_op):
         monkeypatch.setattr(module, "on_device_of", lambda x: on_device_of(of("cuda:1")))
     seen = record(monkeypatch, runs=False)
     E, K, D, width = 4, 2, 32, 64
@@ -99,13 +100,18 @@ def test_every_kernel_is_launched_under_the_guard(
         gate_op._topk_gate._init_fn(logits, None, None, K)
         gate_op._topk_gate_backward._init_fn(weights, weights, ids, E)
         loss_op._linear_cross_entropy._init_fn(x, empty(100, D), ids[:, 0], True, "triton")
+        inference.forward(x, w_in, None, w_out, None, weights, ids, "swiglu", "triton", False)
+        heads, tables = empty(T, 4, 16), [empty(n, dtype=torch.int32) for n in (T + 1, T)]
+        blocks = empty(T, 2, dtype=torch.int32)
+        attention_op._forward(heads, heads, heads, blocks, *tables, 1, 1, 2, None, None, "triton")
     assert devices == [0]  # as it was
     assert {device for _, _, device in seen} == {1}
     names = {name for name, _, _ in seen}
     products = {"up_kernel", "down_kernel", "down_backward_kernel", "weight_gradient_kernel"}
     routing = {"_route_kernel", "_count_kernel", "_scan_kernel", "_place_kernel", "_tile_kernel"}
     others = {"combine_kernel", "_gate_kernel", "_gate_backward_kernel", "loss_kernel"}
-    assert names == products | routing | others | ({"gather_kernel"} if tma else set()) | (
+    decoding = {"parts_kernel", "activate_kernel", "combine_parts_kernel", "split_kernel", "merge_kernel"}
+    assert names == products | routing | others | decoding | ({"gather_kernel"} if tma else set()) | (
         {"bias_gradient_kernel"} if biases else set()
     )
 
