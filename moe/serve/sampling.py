@@ -75,7 +75,7 @@ def _penalise(row_V: Tensor, at: Position) -> None:
     """Keskar et al. 2019 (repetition, of prompt and answer); OpenAI's presence and frequency (of the answer)."""
     p = at.params
     if p.repetition_penalty != 1:
-        seen = _ids({*at.tokens, *at.drafts}, row_V)
+        seen = _ids([*at.tokens, *at.drafts], row_V)  # what comes twice is written twice, and is the same
         values = row_V[seen]
         row_V[seen] = torch.where(values > 0, values / p.repetition_penalty, values * p.repetition_penalty)
     if p.presence_penalty or p.frequency_penalty:
