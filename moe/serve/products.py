@@ -104,8 +104,13 @@ def int8_product(w_OI: Tensor, scale_O: Tensor, tile: int = 0) -> Multiply:
         tile: as `product`'s.
     """
     multiply_few, scale_bf16_O = torch.ops.aten._weight_int8pack_mm.default, scale_O.bfloat16()
+    # Of the last inputs the kernel reads 16, whether they are there or not.
+    missing = -w_OI.shape[1] % 16
+    w_OI = F.pad(w_OI, (0, missing))
 
     def multiply(x_TI: Tensor) -> Tensor:
+        if missing:
+            x_TI = F.pad(x_TI, (0, missing))
         if tile or len(x_TI) <= INT8_ROWS:
             return multiply_few(x_TI.bfloat16(), w_OI, scale_bf16_O).to(x_TI.dtype)
         y_TO = torch.mm(x_TI.float(), w_OI.float().t())
@@ -192,7 +197,8 @@ class CpuExperts:
         if T == 1 and not self.tile:
             y_KD = self._mlps(ids_TK[0].tolist(), [x_TD] * K)
             with span("combine"):
-                return torch.mm(weights_TK, cast(y_KD, weights_TK.dtype)).to(x_TD.dtype)
+                wide = torch.promote_types(weights_TK.dtype, y_KD.dtype)
+                return cast(torch.mm(cast(weights_TK, wide), cast(y_KD, wide)), x_TD.dtype)
         with span("permute"):
             order_R, rows_R, counts = _by_expert(ids_TK, self.n_experts)
             touched = [e for e, n in enumerate(counts) if n]

@@ -75,6 +75,7 @@ def test_experts_are_the_reference(rows: int, activation: str, top_k: int, tile:
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         experts, x_TD = layer(activation, top_k, dtype), drawn(rows, 24, seed=7).to(dtype)
         weights_TK, ids_TK = routed(rows, top_k)
+        weights_TK = weights_TK.to(torch.promote_types(dtype, torch.float32))
         run = CpuExperts(experts, tile=tile)
         run.patience = 0
         got = run(x_TD, weights_TK, ids_TK)
