@@ -67,7 +67,7 @@ def check(settings: dict, speculative: Any, n: int) -> None:
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 @pytest.mark.parametrize("speculative", [None, Another()], ids=["alone", "drafts"])
 def test_pairs_are_distributed_as_the_settings_say(settings: dict, speculative: Any) -> None:
-    check(settings, speculative, 1000)
+    check(settings, speculative, 500)
 
 
 @pytest.mark.slow
