@@ -157,5 +157,6 @@ def _sizes(engine: Engine) -> Bytes:
     pool, pages, size = engine.scheduler.pool, engine.runner.pages, engine.model.embedding.weight.element_size()
     cached = sum(layer.attention.cached for layer in shape_of(engine.model.cfg).layers)
     # Scales of keys and values in eight bits are among the bytes; one block more is there for what nobody reads.
-    kv = pages.n_bytes / ((pool.n_blocks + 1) * pool.block_size * cached)
+    held = sum(kept.nbytes for pair in (*pages.layers, *(pages.scales or ())) for kept in pair)
+    kv = held / ((pool.n_blocks + 1) * pool.block_size * cached)
     return Bytes(size, 1 if engine.quantization else size, kv)
