@@ -2,10 +2,10 @@
 
 The workload: 32 greedy requests with 4,480 tokens in and 2,400 out, 16 of them running at most, on random Mixtral
 models of 16 experts (top 2) and one key/value head, with 26 and 207 million parameters. All sides have the same weights
-and take turns in one run; each is a process of its own. What every side wrote is compared with what ours wrote in float32.
+and take turns in one run; each is a process of its own. What every side wrote is compared with ours in float32.
 
-On a machine that does other things as well, --threads 1 and the processor's seconds are the fairer measure: threads that
-wait for each other suffer more from neighbours than one that waits for nobody.
+On a machine that does other things as well, --threads 1 and the processor's seconds are the fairer measure: threads
+that wait for each other suffer more from neighbours than one that waits for nobody.
 
 llama.cpp and vLLM have environments of their own, whose Python interpreters are given; without one its sides are left
 out, and named as absent. Run: python benchmarks/serve.py [--shape 26M] [--rounds 3] [--json FILE]
