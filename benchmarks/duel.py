@@ -35,6 +35,7 @@ class Side:
     seconds: list[float] = field(default_factory=list)
     peak_bytes: int = 0
     process: subprocess.Popen[str] | None = None
+    python: str = ""  # an interpreter of another environment; "": this one
 
     @property
     def median(self) -> float:
@@ -42,7 +43,7 @@ class Side:
 
     def start(self) -> None:
         """Start the process and wait until it has prepared."""
-        command = [sys.executable, __file__, self.script, self.maker, json.dumps(self.settings)]
+        command = [self.python or sys.executable, __file__, self.script, self.maker, json.dumps(self.settings)]
         environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment

@@ -1,28 +1,32 @@
 """A conversation with a fine-tuned model: what was said, what the context has room for, and the next reply."""
 
 from collections.abc import Iterator
-from typing import Any
-
-import torch
+from dataclasses import replace
 
 from moe.data.chat import ChatTemplate
-from moe.generate import TextStream, stream
-from moe.model import Transformer, check_sampling
+from moe.model import Transformer
+from moe.serve.detokenize import TextStream
+from moe.serve.engine import Engine
+from moe.serve.request import SamplingParams
 from moe.tokenizer import Tokenizer
+
+_BLOCK = 16
 
 
 class Session:
     """One conversation: what was said, and the next reply.
 
-    `notice` says why the model may not be one to talk with; empty where it was taught this template.
+    `notice` says why the model may not be one to talk with; empty where it was taught this template. `engine` answers,
+    with room for one context: of a conversation that goes on, only what is new is computed. It is made of the model's
+    weights as they are.
 
     Args:
         system: what the model is told before the conversation.
         max_tokens: the most tokens of a reply.
-        temperature, top_k, top_p: of `moe.generate.stream`. seed: of the draws.
+        temperature, top_k, top_p: of `moe.serve.SamplingParams`. seed: of the draws.
 
     Raises:
-        ValueError: a setting out of range.
+        ConfigError: a setting out of range.
     """
 
     def __init__(
@@ -37,12 +41,17 @@ class Session:
         top_p: float = 0.95,
         seed: int = 0,
     ) -> None:
-        if max_tokens < 1:
-            raise ValueError(f"max_tokens = {max_tokens}: must be 1 or more")
-        check_sampling(torch.zeros(1, 1, dtype=torch.int64), temperature, top_k, top_p)
+        self.params = SamplingParams(
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            stop_token_ids=tokenizer.special.values(),  # the end of the turn, or a marker that has no place in it
+        )
         self.model, self.tokenizer, self.template = model, tokenizer, ChatTemplate(tokenizer)
         self.max_tokens, self.seed = max_tokens, seed
-        self.sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        blocks = -(-model.cfg.max_seq_len // _BLOCK)
+        self.engine = Engine(model, block_size=_BLOCK, num_blocks=blocks, max_running=1)
         self.notice = _notice(tokenizer, self.template)
         self.system = [{"role": "system", "content": system}] if system else []
         self.turns: list[dict[str, str]] = []
@@ -64,13 +73,11 @@ class Session:
         except ValueError:
             self.turns.pop()
             raise
-        special = self.tokenizer.special.values()  # the end of the turn, or a marker that has no place in it
-        text, said = TextStream(self.tokenizer, ends=special), ""
-        prompt_1S = torch.tensor([ids], device=self.model.embedding.weight.device)
-        seed = self.seed + len(self.turns) // 2
+        text, said = TextStream(self.tokenizer, ends=self.params.stop_token_ids), ""
+        params = replace(self.params, seed=self.seed + len(self.turns) // 2)
         try:
-            for next_1 in stream(self.model, prompt_1S, self.max_tokens, seed=seed, eos_id=special, **self.sampling):
-                piece = text.push(int(next_1))
+            for delta in self.engine.stream(ids, params):
+                piece = "".join(map(text.push, delta.token_ids))
                 said += piece
                 yield piece
             rest = text.finish()

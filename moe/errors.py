@@ -51,3 +51,11 @@ class TraceError(MoeError, ValueError):
 
 class SubjectError(MoeError, ValueError):
     """A model and a text that do not go together; the message names the file and the remedy."""
+
+
+class ServeError(MoeError, RuntimeError):
+    """A request that the engine could not serve; the message says which, and its cause is the error that was met."""
+
+
+class QueueFullError(ServeError):
+    """More requests wait than the engine lets wait: try again later."""

@@ -1,42 +1,26 @@
-"""Generation: tokens one after the other, a step in as few operations as it takes, and tokens to text as they come.
+"""Generation from tensors: a batch of prompts, their next tokens one after the other, by the engine of moe/serve.
 
-`Transformer.generate` is the simple oracle; what is here is faster and gives the same tokens.
+`Transformer.generate` is the simple oracle of it: greedily both give the same tokens.
 
-Shape suffixes: B batch, S sequence, D model width, H query heads, N key/value heads, C head width, V vocabulary.
+Shape suffixes: B batch, S sequence.
 """
 
-import codecs
-from collections.abc import Collection, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections import deque
+from collections.abc import Collection, Iterator
 
 import torch
-import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 
-from moe.experts import Experts, MoE, Router
-from moe.kernels import ops
-from moe.kernels.arguments import autocasts
-from moe.kernels.spans import span
-from moe.layers import (
-    MLP,
-    Attention,
-    Head,
-    KVCache,
-    LayerCache,
-    Linear,
-    RMSNorm,
-    at_least_fp32,
-    cast,
-    rotate,
-    untouched,
-)
-from moe.model import Block, Embedding, Ends, Transformer, check_sampling, last_of_text, sample
+from moe.errors import ServeError
+from moe.model import Ends, Transformer, check_sampling
+from moe.serve.engine import Engine
+from moe.serve.output import Delta
+from moe.serve.request import SamplingParams
 
-# ----------------------------------------------------------------------------------------------------------- tokens
+_BLOCK = 16
+_ROWS = 2**64 // 5 * 3 + 1  # an odd number: what one row's random numbers come from is far from the next one's
 
 
-@torch.no_grad()
 def stream(
     model: Transformer,
     prompt_BS: Tensor,
@@ -56,207 +40,67 @@ def stream(
         prompt_BS: int64 ids, at least one token each.
         mask_BS: False, or 0, at padding, on either side, where prompts are not equally long.
         temperature: 0 for greedy. top_k: 0 for all. top_p: in (0, 1], 1 for all.
+        seed: of the draws. The first sequence's are those of a request to the engine with this seed.
         eos_id: the id that ends a sequence, such as `tokenizer.eot_id`, or several of them. A sequence that has ended
             repeats it while others go on. None: none ends.
 
     Raises:
         ValueError: an empty or over-long prompt, or a sampling setting out of range.
+        ServeError: the model's pass failed.
     """
     check_sampling(prompt_BS, temperature, top_k, top_p, mask_BS, max_new_tokens)
-    batch, length = prompt_BS.shape
-    max_len = min(length + max_new_tokens, model.cfg.max_seq_len)
+    ends = Ends(eos_id, model.cfg.vocab_size).ids
+    prompts = _prompts(prompt_BS, mask_BS)
+    B, longest, context = len(prompts), max(map(len, prompts), default=0), model.cfg.max_seq_len
+    if longest > context:
+        raise ValueError(
+            f"sequence of {longest} tokens, but max_seq_len = {context} ({model.cfg.name}); "
+            "cut the input or use a configuration with a longer context"
+        )
+    # What is predicted from a full context is the last token: of the longest sequence, and then of all.
+    n = min(max_new_tokens, context - longest + 1)
     weight = model.embedding.weight
     device = prompt_BS.device if weight.is_meta else weight.device  # meta: accelerate brings the weights when called
-    cache = KVCache(model.cfg, batch, max(max_len, length), weight.dtype, device)
-    generator, ends = torch.Generator(device).manual_seed(seed), Ends(eos_id, model.cfg.vocab_size)
-    logits_BV = last_of_text(model(prompt_BS, mask_BS=mask_BS, cache=cache).logits_BSV, mask_BS)
-    step = DecodeStep(model, cache) if cache.even and DecodeStep.fits(model) else None
-    for n in range(1, max_new_tokens + 1):
-        next_B = ends.hold(sample(logits_BV, temperature, top_k, top_p, generator))
-        yield next_B
-        if n == max_new_tokens or cache.length == model.cfg.max_seq_len or ends.all():
+    if not B or not n:
+        yield from [prompt_BS.new_empty(B, device=device)] * (max_new_tokens if not B else 0)
+        return
+    engine = Engine(
+        model,
+        block_size=_BLOCK,
+        num_blocks=sum(-(-min(len(p) + n - 1, context) // _BLOCK) for p in prompts),
+        max_running=B,
+        max_batch_tokens=max(2048, B),
+        prefix_cache=False,
+        device=device,
+    )
+    rows: list[deque[int]] = [deque() for _ in prompts]
+    ended = [False] * B
+
+    def listener(row: int, delta: Delta) -> None:
+        rows[row] += delta.token_ids
+        ended[row] |= delta.finish_reason is not None
+        if delta.output is not None and delta.output.error is not None:
+            raise ServeError(str(delta.output.error)) from delta.output.error
+
+    for row, prompt in enumerate(prompts):
+        params = SamplingParams(
+            max_tokens=n, temperature=temperature, top_k=top_k, top_p=top_p, seed=(seed + row * _ROWS) % 2**64,
+            stop_token_ids=ends,
+        )  # fmt: skip
+        engine.add(prompt, params, listener=lambda delta, row=row: listener(row, delta))
+    last = [0] * B
+    for _ in range(n):
+        while not all(new or done for new, done in zip(rows, ended, strict=True)):
+            engine.step()
+        if not any(rows):
             return
-        logits_BV = step(next_B) if step else model(next_B.unsqueeze(1), cache=cache).logits_BSV[:, -1]
+        last = [new.popleft() if new else token for new, token in zip(rows, last, strict=True)]
+        yield torch.tensor(last, device=device)
 
 
-# --------------------------------------------------------------------------------------------------------- one step
-
-
-_KINDS = {Transformer, nn.ModuleList, Embedding, Block, RMSNorm, Attention, Linear, MoE, Router, Experts, MLP, Head}
-
-
-class _Layer(NamedTuple):
-    attention_norm_D: Tensor
-    wqkv_DA: Tensor  # A = (H + 2N) * C
-    wo_AD: Tensor
-    mlp_norm_D: Tensor
-    mlp: MoE | MLP
-    cache: LayerCache
-
-
-class DecodeStep:
-    """One step of generation: takes the newest token of every sequence, gives the logits of the next.
-
-    A step of a small batch computes little: the time goes into reading the weights and into starting operations, of
-    which the modules of model.py need twice as many. This does the same computation from one fused query/key/value
-    weight, without modules between; results agree with the modules' up to rounding. It holds copies of the norms and of
-    the query, key and value weights, so it is made for one generation.
-
-    Args:
-        model: one that `fits`.
-        cache: of that model, holding the earlier positions of equally long sequences; takes the new keys and values.
-    """
-
-    def __init__(self, model: Transformer, cache: KVCache) -> None:
-        self.cache = cache
-        self.embedding = model.embedding.weight
-        self.dtype = self.embedding.dtype
-        self.wide = at_least_fp32(self.dtype)
-        self.head_dim = model.cfg.attention.head_dim
-        self.d_model = model.cfg.d_model
-        # x / rms(x) = x * sqrt(D) / sqrt(|x|^2 + D eps): the sqrt(D) moves into the norm's weight, and what is left is
-        # a hypotenuse.
-        self.root_eps = torch.tensor((model.cfg.norm_eps * self.d_model) ** 0.5, dtype=self.wide)
-        self.layers = []
-        blocks: Any = model.blocks
-        for block, layer_cache in zip(blocks, cache.layers, strict=True):
-            a = block.attention
-            wqkv_DA = torch.cat([w.weight.t() for w in (a.wq, a.wk, a.wv)], 1)
-            wo_AD = a.wo.weight.t().contiguous()
-            norms = self._norm_weight(block.attention_norm), self._norm_weight(block.mlp_norm)
-            self.layers.append(_Layer(norms[0], wqkv_DA, wo_AD, norms[1], block.moe or block.mlp, layer_cache))
-        self.norm_D = self._norm_weight(model.norm)
-        self.head_DV = model.head.weight.t().contiguous()
-
-    @staticmethod
-    def fits(model: Transformer) -> bool:
-        """Whether every module is exactly ours and as the configuration says, and no autocast is on: what is not has to
-        be called."""
-        if autocasts(next(model.parameters()).device.type):
-            return False
-        if isinstance(model.embedding, Embedding) and model.embedding.max_norm is not None:
-            return False
-        if any(isinstance(m, RMSNorm) and m.eps != model.cfg.norm_eps for m in model.modules()):
-            return False
-        return all(type(m) in _KINDS and untouched(m, type(m)) for m in model.modules())
-
-    def __call__(self, tokens_B: Tensor) -> Tensor:
-        """tokens_B int64, ids of the vocabulary -> logits [B, V]."""
-        B, C, position = len(tokens_B), self.head_dim, self.cache.length
-        cos, sin = self.cache.rope(1)
-        with span("embedding"):
-            x_BD = F.embedding(tokens_B, self.embedding)
-        for layer in self.layers:
-            k_BNPC, v_BNPC = layer.cache.k_BNPC, layer.cache.v_BNPC
-            N = k_BNPC.shape[1]
-            n_BD = self._norm(x_BD, layer.attention_norm_D)
-            with span("projections"):
-                qkv_BAC = torch.mm(n_BD, layer.wqkv_DA).view(B, layer.wqkv_DA.shape[1] // C, C)
-            with span("attention"):
-                H = qkv_BAC.shape[1] - 2 * N
-                qk_BAC = rotate(qkv_BAC[:, : H + N], cos, sin)
-                k_BNPC.select(2, position).copy_(qk_BAC[:, H:])
-                v_BNPC.select(2, position).copy_(qkv_BAC[:, H + N :])
-                # One position sees all the others, so the heads that share a key head are rows of one query.
-                q_BNGC = qk_BAC[:, :H].reshape(B, N, H // N, C)
-                seen = k_BNPC.narrow(2, 0, position + 1), v_BNPC.narrow(2, 0, position + 1)
-                y_BNGC = F.scaled_dot_product_attention(q_BNGC, *seen)
-            with span("projections"):
-                x_BD = torch.addmm(x_BD, y_BNGC.reshape(B, H * C), layer.wo_AD)
-            x_BD = x_BD + self._mlp(layer.mlp, self._norm(x_BD, layer.mlp_norm_D))
-        self.cache.advance(1)
-        n_BD = self._norm(x_BD, self.norm_D)
-        with span("head"):
-            return torch.mm(n_BD, self.head_DV)
-
-    def _mlp(self, mlp: MoE | MLP, x_BD: Tensor) -> Tensor:
-        if isinstance(mlp, MLP):
-            return mlp(x_BD)
-        router, experts = mlp.router, mlp.experts
-        with span("router"):
-            logits_BE = F.linear(cast(x_BD, self.wide), cast(router.weight, self.wide))
-            weights_BK, ids_BK = router.choose(logits_BE)
-        weights = experts.w_in_EGFD, experts.w_out_EDF
-        return ops.expert_mlp_inference(x_BD, *weights, weights_BK, ids_BK, experts.activation)
-
-    def _norm_weight(self, norm: RMSNorm) -> Tensor:
-        return norm.weight.to(self.wide) * self.d_model**0.5
-
-    def _norm(self, x_BD: Tensor, weight_D: Tensor) -> Tensor:
-        with span("norm"):
-            x_BD = cast(x_BD, self.wide)
-            length_B1 = torch.linalg.vector_norm(x_BD, dim=1, keepdim=True).hypot_(self.root_eps)
-            return cast((x_BD / length_B1).mul_(weight_D), self.dtype)
-
-
-# ------------------------------------------------------------------------------------------------------------ text
-
-
-class Vocabulary(Protocol):
-    """What is needed of a `moe.tokenizer.Tokenizer`."""
-
-    eot_id: int
-
-    @property
-    def vocab_size(self) -> int: ...
-    def token_bytes(self, token_id: int) -> bytes: ...
-
-
-class TextStream:
-    """The text of a growing sequence of tokens, in pieces that are safe to print at once.
-
-    The pieces, joined, are the decoded text up to the first stop string or end-of-text, which are left out. Bytes that
-    are not UTF-8 become U+FFFD, as in `Tokenizer.decode`.
-
-    Args:
-        stop: strings that end the text; where two end at the same token, the one that begins first counts.
-        ends: ids that end the text; None: end-of-text. Another special token shows its name.
-
-    Raises:
-        ValueError: an empty stop string.
-    """
-
-    def __init__(self, tokenizer: Vocabulary, stop: Sequence[str] = (), ends: Collection[int] | None = None) -> None:
-        if "" in stop:
-            raise ValueError("stop = '': an empty stop string would end every text before it begins; leave it out")
-        self.done = False
-        self._tokenizer = tokenizer
-        self._stop = list(stop)
-        self._ends = {tokenizer.eot_id} if ends is None else set(ends)
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._held = ""
-
-    def push(self, token_id: int) -> str:
-        """Takes one token; returns what may be printed now, often nothing. After `done` it takes no more."""
-        if self.done:
-            return ""
-        if token_id in self._ends:
-            return self.finish()
-        if token_id >= self._tokenizer.vocab_size:
-            return ""  # a model may have more ids than its tokenizer; they stand for no text
-        return self._release(self._decoder.decode(self._tokenizer.token_bytes(token_id)))
-
-    def finish(self) -> str:
-        """Ends the text; returns what was held back."""
-        if self.done:
-            return ""
-        text = self._release(self._decoder.decode(b"", final=True))
-        if not self.done:  # a held beginning of a stop string that never came
-            text, self._held, self.done = text + self._held, "", True
-        return text
-
-    def _release(self, new: str) -> str:
-        text = self._held + new
-        begins = [text.find(s) for s in self._stop if s in text]
-        if begins:
-            self.done, self._held = True, ""
-            return text[: min(begins)]
-        keep = max((_overlap(text, s) for s in self._stop), default=0)
-        cut = len(text) - keep
-        self._held = text[cut:]
-        return text[:cut]
-
-
-def _overlap(text: str, stop: str) -> int:
-    """The length of the longest end of `text` that is a beginning of `stop`."""
-    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+def _prompts(prompt_BS: Tensor, mask_BS: Tensor | None) -> list[list[int]]:
+    """The ids of each prompt without its padding."""
+    if mask_BS is None:
+        return prompt_BS.tolist()
+    masks = mask_BS.to(prompt_BS.device).bool()
+    return [row[mask].tolist() for row, mask in zip(prompt_BS, masks, strict=True)]

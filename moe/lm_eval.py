@@ -22,10 +22,12 @@ from moe.data import Batch, document_ids
 from moe.device import pick_device, pick_dtype
 from moe.errors import ConfigError, DataError
 from moe.evaluate import model_inputs
-from moe.generate import TextStream, stream
 from moe.kernels.loss import IGNORE_INDEX
 from moe.layers import Head, untouched
 from moe.model import Transformer
+from moe.serve.engine import Engine, check_served
+from moe.serve.output import Delta
+from moe.serve.request import SamplingParams
 from moe.tokenizer import Tokenizer
 
 try:
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
 
 DEFAULT_BATCH = 16
+_BLOCK = 16  # positions of a block of the cache
 _CHUNK_ELEMENTS = 2**22  # logits that exist at once
 _GENERATION_KEYS = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"}
 
@@ -85,7 +88,6 @@ class MoeLM(TemplateLM):
         self.model, self.vocabulary = model.eval(), tokenizer
         self._device = model.embedding.weight.device
         self._dtype = pick_dtype(model.cfg.train, self._device)
-        self._draws = 0
 
     @property
     def eot_token_id(self) -> int:
@@ -270,45 +272,41 @@ class MoeLM(TemplateLM):
     def generate_until(self, requests: list["Instance"], disable_tqdm: bool = False) -> list[str]:
         """What the model writes after each context, up to a stop string, end-of-text or `max_gen_toks` tokens.
 
-        Contexts of equal length, and with equal settings, run together. One that leaves no room for `max_gen_toks`
-        loses its beginning.
+        `batch_size` of them run together, whatever their lengths and settings. A context that leaves no room for
+        `max_gen_toks` loses its beginning. Equal contexts of different requests get different draws.
 
         Raises:
             ConfigError: a setting that this model does not have, or more tokens to generate than it has positions.
+            ServeError: the model's pass failed.
         """
-        found = [""] * len(requests)
-        groups: dict[tuple[int, tuple[Any, ...]], list[tuple[int, list[int]]]] = defaultdict(list)
+        prompts, settings = [], []
         for i, request in enumerate(requests):
             context, given = request.arguments  # type: ignore[misc]
-            settings = _generation(given, self.max_gen_toks, self.max_length)
-            room = self.max_length - settings[1]
-            ids = (self.tok_encode(context) or [self.eot_token_id])[-room:]
-            groups[len(ids), settings].append((i, ids))
+            params = _generation(given, self.max_gen_toks, self.max_length, seed=i)
+            room = self.max_length - (params.max_tokens or 0)
+            prompts.append((self.tok_encode(context) or [self.eot_token_id])[-room:])
+            settings.append(params)
+        found = [""] * len(requests)
+        longest = max((len(p) + (s.max_tokens or 0) for p, s in zip(prompts, settings, strict=True)), default=1)
+        engine = Engine(
+            self.model, self.vocabulary, block_size=_BLOCK, num_blocks=self.batch_size * -(-longest // _BLOCK),
+            max_running=self.batch_size,
+        )  # fmt: skip
         with tqdm(total=len(requests), disable=disable_tqdm, desc="generation") as bar:
-            for (_, settings), members in sorted(groups.items(), key=lambda group: -group[0][0]):
-                for batch in _batches(members, self.batch_size):
-                    texts = self._generate([ids for _, ids in batch], *settings)
-                    for (i, _), text in zip(batch, texts, strict=True):
-                        found[i] = text
-                        self.cache_hook.add_partial("generate_until", requests[i].args, text)
-                        bar.update()
-        return found
 
-    @torch.no_grad()
-    def _generate(
-        self, prompts: list[list[int]], stop: tuple[str, ...], n_tokens: int, sampling: tuple[tuple[str, float], ...]
-    ) -> list[str]:
-        """The continuations of prompts of one length."""
-        streams = [TextStream(self.vocabulary, stop) for _ in prompts]
-        texts = [""] * len(prompts)
-        tokens_BS = torch.tensor(prompts, device=self._device)
-        self._draws += 1  # equal prompts in different batches get different draws
-        for next_B in stream(self.model, tokens_BS, n_tokens, seed=self._draws, **dict(sampling)):  # type: ignore[arg-type]
-            for row, token in enumerate(next_B.tolist()):
-                texts[row] += streams[row].push(token)
-            if all(s.done for s in streams):
-                break
-        return [text + s.finish() for text, s in zip(texts, streams, strict=True)]
+            def take(i: int, delta: Delta) -> None:
+                if delta.output is not None:
+                    check_served([delta.output])
+                    found[i] = delta.output.text
+                    self.cache_hook.add_partial("generate_until", requests[i].args, found[i])
+                    bar.update()
+
+            # The longest first: memory runs out at once or never.
+            for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i])):
+                engine.add(prompts[i], settings[i], listener=lambda delta, i=i: take(i, delta))
+            while not engine.idle:
+                engine.step()
+        return found
 
 
 register_model("moe")(MoeLM)
@@ -332,8 +330,8 @@ def _batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
     return (items[i : i + size] for i in range(0, len(items), size))
 
 
-def _generation(given: dict[str, Any], default: int, max_length: int) -> tuple[tuple[str, ...], int, tuple[Any, ...]]:
-    """(stop strings, tokens, sampling settings of `stream`) of a task's generation_kwargs, hashable."""
+def _generation(given: dict[str, Any], default: int, max_length: int, seed: int) -> SamplingParams:
+    """A task's generation_kwargs."""
     from lm_eval.models.utils import normalize_gen_kwargs
 
     settings = dict(normalize_gen_kwargs(given, default))
@@ -354,7 +352,7 @@ def _generation(given: dict[str, Any], default: int, max_length: int) -> tuple[t
     sampling: dict[str, Any] = {"temperature": 0.0}
     if settings["do_sample"]:
         sampling = {key: settings[key] for key in ("temperature", "top_k", "top_p") if key in settings}
-    return tuple(stop), n_tokens, tuple(sorted(sampling.items()))
+    return SamplingParams(max_tokens=n_tokens, stop=stop, seed=seed, **sampling)
 
 
 # ------------------------------------------------------------------------------------------------------------ tasks

@@ -11,9 +11,10 @@ import moe
 from moe import lora, plan, profile
 from moe.config import Config, ConfigError, DenseConfig, ExpertsConfig, load_config
 from moe.errors import HFError
-from moe.generate import DecodeStep, stream
+from moe.generate import stream
 from moe.layers import MLP
 from moe.model import Transformer
+from moe.serve.runner import fits
 from moe.train import train
 from moe.train.optimizer import build
 from moe.weights import init_weights
@@ -88,7 +89,7 @@ def test_the_planner_counts_what_the_model_has() -> None:
 
 def test_generation_is_that_of_whole_sequences() -> None:
     model = Transformer(mixed()).double()
-    assert DecodeStep.fits(model)
+    assert fits(model)
     prompt, want = tokens(), tokens()
     for _ in range(8):
         logits = model(want).logits_BSV

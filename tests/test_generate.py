@@ -1,11 +1,15 @@
 """moe.model's sampling and `generate`: greedy, filters, seeds, frequencies, the end of the context, bad settings."""
 
 import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from moe import generate
 from moe.generate import stream
 from moe.model import Transformer, sample
 from tests.conftest import tiny_config
@@ -52,8 +56,44 @@ def test_shape_prompt_and_stream(model: Transformer) -> None:
     out = model.generate(PROMPT, 5, seed=1)
     assert out.shape == (2, 8)
     assert torch.equal(out[:, :3], PROMPT)
-    assert torch.equal(torch.stack(list(stream(model, PROMPT, 5, seed=1)), 1), out[:, 3:])
+    assert torch.equal(streamed(model, PROMPT, 5, temperature=0), model.generate(PROMPT, 5, temperature=0)[:, 3:])
     assert torch.equal(model.generate(PROMPT, 0), PROMPT)
+    assert list(stream(model, PROMPT, 0)) == []
+
+
+def streamed(model: Transformer, prompt: Tensor, n: int, **settings: Any) -> Tensor:
+    return torch.stack(list(stream(model, prompt, n, **settings)), 1)
+
+
+def test_the_seed_of_a_stream(model: Transformer) -> None:
+    first, same, other = (streamed(model, PROMPT, 20, seed=s) for s in (1, 1, 2))
+    assert torch.equal(first, same)
+    assert not torch.equal(first, other)
+    twice = streamed(model, PROMPT[:1].expand(2, -1), 20, seed=1)
+    assert torch.equal(twice[0], first[0]), "the first row's draws are those of a batch of one"
+    assert not torch.equal(twice[0], twice[1]), "equal prompts of a batch get draws of their own"
+    before = torch.get_rng_state()
+    streamed(model, PROMPT, 2, seed=1)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("sampling", [{"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-6}])
+def test_the_narrowest_filters_of_a_stream_are_greedy(model: Transformer, sampling: dict) -> None:
+    assert torch.equal(
+        streamed(model, PROMPT, 8, seed=5, **sampling), model.generate(PROMPT, 8, temperature=0)[:, 3:]
+    )
+
+
+def test_prompts_longer_than_a_pass_come_out_side_by_side(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the engine takes several passes for the prompts, rows begin at different passes, and still go together."""
+    real = generate.Engine
+
+    def narrow(*args: Any, **settings: Any) -> Any:
+        return real(*args, **{**settings, "max_batch_tokens": 2})
+
+    monkeypatch.setattr(generate, "Engine", narrow)
+    got = streamed(model, PROMPT, 50, temperature=0)
+    assert torch.equal(got, model.generate(PROMPT, 50, temperature=0)[:, 3:])
 
 
 def test_stops_when_the_context_is_full(model: Transformer) -> None:
@@ -161,15 +201,18 @@ def cut(free_S: list[int], ends: set[int], length: int) -> list[int]:
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("several", [False, True])
 def test_a_sequence_that_has_ended_repeats_its_end_until_all_have(model: Transformer, seed: int, several: bool) -> None:
-    free = model.generate(PROMPT, 30, seed=seed)[:, 3:].tolist()
+    for write in (lambda **ends: model.generate(PROMPT, 30, seed=seed, **ends)[:, 3:], partial(streamed, model, PROMPT, 30, seed=seed)):
+        check_ends(write, several)
+
+
+def check_ends(write: Callable[..., Tensor], several: bool) -> None:
+    free = write().tolist()
     ends = {free[0][7], free[1][4]} if several else {free[0][7]}
     lengths = [next((i + 1 for i, token in enumerate(row) if token in ends), 30) for row in free]
     n = max(lengths)
     want = [cut(row, ends, n) for row in free]
     eos_id = ends if several else ends.pop()
-    got = model.generate(PROMPT, 30, seed=seed, eos_id=eos_id)
-    assert got.tolist() == [[*p, *row] for p, row in zip(PROMPT.tolist(), want, strict=True)]
-    assert torch.stack(list(stream(model, PROMPT, 30, seed=seed, eos_id=eos_id)), 1).tolist() == want
+    assert write(eos_id=eos_id).tolist() == want
     if several:
         assert n < 30  # it ended before it had to
 

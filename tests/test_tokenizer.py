@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from moe import tokenizer as tokenizer_module
 from moe.errors import TokenizerError
-from moe.generate import TextStream
+from moe.serve.detokenize import TextStream
 from moe.tokenizer import (
     CL100K_PATTERN,
     CL100K_SHA256,

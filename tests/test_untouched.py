@@ -19,10 +19,11 @@ from torch import Tensor
 from torch.nn.utils import parametrize
 
 from moe.config import TrainConfig
-from moe.generate import DecodeStep, stream
+from moe.generate import stream
 from moe.layers import Head, untouched
 from moe.model import Transformer
 from moe.profile import timing
+from moe.serve.runner import fits
 from tests.conftest import ROOT, rel, tiny_config
 
 PLACES = [
@@ -202,11 +203,11 @@ def test_a_patched_module_is_called(model: Transformer, patch: Callable[..., Any
     tokens = torch.randint(V, (2, 9), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         before = loss_of_logits(model, tokens[:, :-1], tokens[:, 1:]), continued(model, tokens, 6)
-    assert DecodeStep.fits(model)
+    assert fits(model)
     module = model.get_submodule(place)
     with patch(model, module):
         check(model, before)
-        assert not DecodeStep.fits(model)
+        assert not fits(model)
         assert place != "head" or not untouched(model.head, Head, called=True)
 
 
@@ -317,7 +318,7 @@ def test_backward_hooks_wait_for_the_module(model: Transformer) -> None:
     assert loss is not None
     loss.backward()
     assert seen == [torch.Size([2, 8, V])]
-    assert not DecodeStep.fits(model)
+    assert not fits(model)
     assert not untouched(model.head, Head, called=True)
 
 

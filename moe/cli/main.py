@@ -14,6 +14,7 @@ import tyro
 from tyro.conf import PositionalMetavarFromFieldName
 
 from moe.cli import usage
+from moe.cli.bench import bench_app
 from moe.cli.chat import chat
 from moe.cli.configs import configs
 from moe.cli.data import data_app
@@ -38,6 +39,7 @@ app.command(export)
 app.command(ladder)
 app.command(profile_app, name="profile", help="Measure what the router does, and where the time of a step goes.")
 app.command(plan_app, name="plan", help="Compute what a model costs to train and to serve, and check the article.")
+app.command(bench_app, name="bench", help="Measure latency, throughput and utilisation of serving, beside the plan.")
 app.command(configs)
 
 

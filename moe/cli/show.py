@@ -180,7 +180,7 @@ def show_rows(
             [number(v) if isinstance(v, int | float) and not isinstance(v, bool) else _word(v) for v in row.values()]
             for row in listed
         ]
-        draw_table(title, list(rows[0]) if rows else [], cells, WORDS)
+        draw_table(title, list(listed[0]) if listed else [], cells, WORDS)
     write_csv(rows, show.csv)
     return 0
 

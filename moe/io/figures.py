@@ -93,6 +93,15 @@ def title(axis: Any, text: str, subtitle: str, x_label: str, grid: bool = True) 
         axis.set_axisbelow(True)
 
 
+def plain_ticks(axis: Any) -> None:
+    """Ticks at 1, 2, 5, 10, ... of a logarithmic axis, written as plain numbers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    axis.yaxis.set_minor_formatter(NullFormatter())
+
+
 def save(figure: Any, place: Path, name: str) -> Path:
     """Writes NAME.png into the directory; returns its path."""
     place.mkdir(parents=True, exist_ok=True)

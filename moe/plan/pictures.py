@@ -40,19 +40,10 @@ def draw_sweep(rows: Sequence[Row], directory: Path) -> Path:
                 figures.label_end(axis, float(x[-1]), float(y[-1]), text, colour)
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
-        _plain_ticks(axis)
+        figures.plain_ticks(axis)
         figures.title(axis, label, subtitle, "sequences in a pass; dots: they fit in memory")
     _draw_touched(axes[0], next(iter(lines.values())))
     return _save(whole, directory, "serving")
-
-
-def _plain_ticks(axis: Any) -> None:
-    """Ticks at 1, 2, 5, 10, ... of a logarithmic axis, written as plain numbers."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
-    axis.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _draw_touched(axis: Any, line: Sequence[Row]) -> None:
@@ -101,7 +92,7 @@ def draw_frontier(rows: Sequence[Row], directory: Path) -> Path:
     axis.plot([r["latency_ms"] for r in best], [r["usd_per_1k"] for r in best], color=figures.INK, linewidth=1)
     axis.set_xscale("log")
     axis.set_yscale("log")
-    _plain_ticks(axis)
+    figures.plain_ticks(axis)
     axis.legend(frameon=False, fontsize=9, labelcolor=figures.INK)
     figures.title(axis, "Cost against latency", "USD per 1,000 tokens; line: none beats these in both", "ms per token")
     return _save(whole, directory, "frontier")

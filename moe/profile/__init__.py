@@ -6,7 +6,17 @@ from moe.profile.placement import Placement, place, round_robin
 from moe.profile.serving import StepLoad, decode_steps
 from moe.profile.similarity import ClosestPair, closest_pairs, expert_similarity
 from moe.profile.statistics import RoutingProfile, Share, load_entropy, routing
-from moe.profile.step import Ceilings, Memory, Run, StepProfile, make_run, profile_step, random_model, trace_step
+from moe.profile.step import (
+    Ceilings,
+    Memory,
+    Run,
+    StepProfile,
+    make_run,
+    measure_ceilings,
+    profile_step,
+    random_model,
+    trace_step,
+)
 from moe.profile.stopwatch import Timing, timing
 from moe.profile.trace import Comparison, Recorder, Trace, TraceError, compare, record, replay
 
@@ -34,6 +44,7 @@ __all__ = [
     "import_routed_experts",
     "load_entropy",
     "make_run",
+    "measure_ceilings",
     "place",
     "profile_step",
     "random_model",

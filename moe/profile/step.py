@@ -23,13 +23,13 @@ import torch
 from torch import Tensor
 
 from moe.config import Config
-from moe.generate import DecodeStep
-from moe.layers import KVCache
 from moe.model import Transformer
 from moe.plan import step_work
 from moe.plan.experts import touched
 from moe.plan.work import What, Work
 from moe.profile.stopwatch import Part, timing
+from moe.serve.pages import Pages, Segment
+from moe.serve.runner import Runner
 
 
 @dataclass(frozen=True)
@@ -189,18 +189,15 @@ def _decode(model: Transformer, tokens_B: Tensor, context: int) -> Callable[[], 
     if not 0 <= context < model.cfg.max_seq_len:
         raise ValueError(f"context = {context}: must be at least 0 and less than max_seq_len = {model.cfg.max_seq_len}")
     weight = model.embedding.weight
-    cache = KVCache(model.cfg, len(tokens_B), context + 1, weight.dtype, weight.device)
-    for layer in cache.layers:
-        layer.k_BNPC.normal_()
-        layer.v_BNPC.normal_()
-    step = DecodeStep(model, cache)
-
-    @torch.no_grad()
-    def call() -> None:
-        cache.lengths = [context] * len(tokens_B)
-        step(tokens_B)
-
-    return call
+    size = 16
+    each = -(-(context + 1) // size)
+    pages = Pages(model.cfg, len(tokens_B) * each, size, weight.dtype, weight.device)
+    for layer in pages.layers:
+        for stored in layer:
+            stored.normal_()
+    runner, tokens = Runner(model, pages), tokens_B.tolist()
+    segments = [Segment([token], context, range(i * each, (i + 1) * each)) for i, token in enumerate(tokens)]
+    return lambda: runner(segments, range(len(segments)))
 
 
 def _rows_are_copied(model: Transformer, tokens: int, dtype: torch.dtype) -> bool:
@@ -268,6 +265,12 @@ def _row(part: Part, calls: int, values: list[float], rounds: int, work: Work | 
         return Row(*part, calls, seconds)
     peak = ceilings.product_fp32 if work.wide else ceilings.product
     return Row(*part, calls, seconds, work.flop, work.bytes, max(work.flop / peak, work.bytes / ceilings.copy))
+
+
+def measure_ceilings(device: torch.device, dtype: torch.dtype, rounds: int = 3) -> Ceilings:
+    """The ceilings of a device, the best of some samples."""
+    meter = _CeilingMeter(device, dtype)
+    return [meter() for _ in range(rounds)][-1]
 
 
 class _CeilingMeter:

@@ -1,7 +1,9 @@
 """Serving: many requests at once from one model, over paged keys and values. The public names, nothing else."""
 
-from moe.serve.engine import Engine, Output, Stats
+from moe.serve.engine import Engine
+from moe.serve.logprobs import Logprob
+from moe.serve.output import Delta, Output
 from moe.serve.request import SamplingParams
-from moe.serve.scheduler import QueueFullError
+from moe.serve.step import Stats, Step
 
-__all__ = ["Engine", "Output", "QueueFullError", "SamplingParams", "Stats"]
+__all__ = ["Delta", "Engine", "Logprob", "Output", "SamplingParams", "Stats", "Step"]

@@ -4,87 +4,54 @@ engine = Engine(model, tokenizer)
 outputs = engine.generate(["Once upon a time", "def main("], SamplingParams(max_tokens=64))
 """
 
+import operator
 import secrets
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import chain
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from moe.errors import ConfigError
-from moe.generate import TextStream
+from moe.errors import ConfigError, ServeError
 from moe.model import Transformer
 from moe.serve.blocks import BlockPool
+from moe.serve.choice import Choice, choose, wanted
+from moe.serve.draft import proposer_of
+from moe.serve.output import Answer, Delta, Group, Listener, Output
 from moe.serve.pages import Pages, Segment
 from moe.serve.request import FinishReason, Request, SamplingParams
 from moe.serve.runner import Runner
-from moe.serve.sampling import Guess, Position, verify
-from moe.serve.scheduler import Scheduler, Work
-from moe.serve.speculative import ngram
+from moe.serve.scheduler import Scheduler, StepPlan, Work
+from moe.serve.speculative import Proposer
+from moe.serve.step import Stats, Step
 from moe.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
 
-
-@dataclass(slots=True)
-class Output:
-    """An answer, whole or so far.
-
-    Attributes:
-        text: without the stop string or end token; empty where the engine has no tokenizer.
-        cached_tokens: of the prompt, whose keys and values were there already.
-        queue_s, ttft_s, tpot_s: seconds until the first pass, until the first token, and between tokens after it.
-    """
-
-    id: str
-    prompt_token_ids: list[int]
-    token_ids: list[int]
-    text: str
-    finish_reason: FinishReason | None
-    cached_tokens: int = 0
-    preemptions: int = 0
-    queue_s: float = 0.0
-    ttft_s: float = 0.0
-    tpot_s: float = 0.0
-
-
-@dataclass(slots=True)
-class _State:
-    """The engine's own part of a request."""
-
-    seed: int
-    ends: set[int]
-    stream: TextStream | None
-    added: float
-    text: str = ""
-    begun: float = 0.0
-    first: float = 0.0
-    last: float = 0.0
-
-
-@dataclass(slots=True)
-class Stats:
-    """Counts since the engine was made."""
-
-    steps: int = 0
-    tokens: int = 0
-    new_tokens: int = 0
-    drafted: int = 0
-    accepted: int = 0
-    preemptions: int = 0
-    finished: dict[str, int] = field(default_factory=dict)
+# After so many passes that went through, a budget that was halved for want of memory is doubled again.
+_CALM = 64
 
 
 class Engine:
-    """Serves one model.
+    """Serves one model. For one thread; `AsyncEngine` is for many callers.
 
     Args:
         tokenizer: for prompts that are text, and answers as text.
         block_size: tokens of a block of the cache. num_blocks: how many; None: what `max_running` full contexts need.
         max_batch_tokens: tokens of one pass at most. max_running: requests in a pass at most.
+        max_waiting: requests that wait at most; None: any number.
         prefix_cache: keep keys and values for prompts that begin alike.
-        speculative: "ngram", guesses from the request's own text; None: none.
+        speculative: who guesses tokens ahead: "ngram", the request's own text; a smaller model with the same
+            vocabulary; None: no one.
         num_drafts: guesses a step, at most.
+
+    Attributes:
+        listeners: called with a `Step` after every pass.
+        stats: counts since the engine was made.
 
     Raises:
         ConfigError: a setting out of range.
@@ -101,189 +68,336 @@ class Engine:
         max_running: int = 64,
         max_waiting: int | None = None,
         prefix_cache: bool = True,
-        speculative: str | None = None,
+        speculative: str | Transformer | Proposer | None = None,
         num_drafts: int = 4,
     ) -> None:
-        if speculative not in (None, "ngram"):
-            raise ConfigError(f'speculative = {speculative!r}: must be "ngram" or None')
         self.model, self.tokenizer = model, tokenizer
         self.context = model.cfg.max_seq_len
         per_request = -(-self.context // block_size)
-        pool = BlockPool(num_blocks or max_running * per_request, block_size, prefix_cache=prefix_cache)
+        n_blocks = max_running * per_request if num_blocks is None else num_blocks
+        pool = BlockPool(n_blocks, block_size, prefix_cache=prefix_cache)
         weight = model.embedding.weight
         self.runner = Runner(model, Pages(model.cfg, pool.n_blocks, block_size, weight.dtype, weight.device))
         self.scheduler = Scheduler(
             pool, max_batch_tokens=max_batch_tokens, max_running=max_running, max_waiting=max_waiting
         )
-        self.num_drafts = num_drafts if speculative else 0
+        self.proposer = proposer_of(speculative, model, self.scheduler)
+        self.num_drafts = num_drafts
+        self.listeners: list[Callable[[Step], Any]] = []
         self.stats = Stats()
-        self._requests: dict[str, Request] = {}
+        self._groups: dict[str, Group] = {}
         self._named = 0
+        self._budget = max_batch_tokens
+        self._calm = 0
+        self._deltas: list[Delta] = []
 
     # ------------------------------------------------------------------------------------------------- requests
 
     def add(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, request_id: str | None = None, priority: int = 0
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        listener: Listener | None = None,
     ) -> str:
         """Takes a request and returns its name.
 
+        Args:
+            priority: lower goes first.
+            listener: called with each `Delta` of its answers, the last of which has the whole.
+
         Raises:
             ConfigError: a prompt that is empty, too long, holds ids the model does not have, or is text without a
-                tokenizer; or a request that could never fit.
+                tokenizer; settings that do not fit the model; or a request that could never fit into the cache.
             QueueFullError: too many wait already.
         """
         params = params or SamplingParams()
         tokens = self._tokens(prompt)
+        self._check(params)
         request_id = request_id or f"request-{self._named}"
         self._named += 1
-        if request_id in self._requests:
+        if request_id in self._groups:
             raise ConfigError(f"request_id = {request_id!r}: is the name of a request that is not done yet")
-        limit = self.context if params.max_tokens is None else min(self.context, len(tokens) + params.max_tokens)
-        request = Request(request_id, len(tokens), tokens, params, limit, priority)
-        eot = set() if self.tokenizer is None or params.ignore_eos else {self.tokenizer.eot_id}
-        stream = None if self.tokenizer is None else TextStream(self.tokenizer, params.stop, eot)
-        seed = secrets.randbits(64) if params.seed is None else params.seed
-        request.extra = _State(seed, eot | set(params.stop_token_ids), stream, time.perf_counter())
-        self.scheduler.add(request)
-        self._requests[request_id] = request
+        group = Group(request_id, listener, [], [])
+        seed = secrets.randbits(63) if params.seed is None else params.seed
+        for index in range(params.n):
+            group.active.append(self._request(group, index, tokens, params, seed, priority))
+        first, *others = group.active
+        self.scheduler.add(first)
+        for request in others:
+            request.number = first.number + request.extra.index
+        self._groups[request_id] = group
+        group.held = others
+        if not self.scheduler.pool.prefix_cache:
+            self._release(group)
         return request_id
 
     def abort(self, request_id: str) -> None:
-        """The request ends here; one that is unknown or done is left alone."""
-        request = self._requests.pop(request_id, None)
-        if request is not None:
-            request.finish_reason = "abort"
-            self.scheduler.finish(request)
+        """The request's answers end here, with reason "abort"; one that is unknown or done is left alone."""
+        group = self._groups.get(request_id)
+        for request in [] if group is None else [*group.active]:
+            self._finish(request, "abort")
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to do."""
+        return self.scheduler.idle
+
+    def _request(
+        self, group: Group, index: int, tokens: list[int], params: SamplingParams, seed: int, priority: int
+    ) -> Request:
+        """One of the answers to a prompt; all but the first take the prompt's keys and values from the cache."""
+        if index:
+            params = replace(params, prompt_logprobs=None)
+        # The last token of all comes from a full context, and needs no place in it.
+        most = self.context + 1
+        limit = most if params.max_tokens is None else min(most, len(tokens) + params.max_tokens)
+        name = group.id if params.n == 1 else f"{group.id}/{index}"
+        eot = set() if self.tokenizer is None or params.ignore_eos else {self.tokenizer.eot_id}
+        answer = Answer(group, index, seed + index, self.tokenizer, eot | set(params.stop_token_ids), params.stop)
+        return Request(name, len(tokens), [*tokens], params, limit, priority, extra=answer)
 
     def _tokens(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise ConfigError("prompt: text needs a tokenizer; make the engine with one, or give ids")
             prompt = self.tokenizer.encode(prompt)
-        tokens = list(prompt)
+        tokens = [operator.index(i) for i in prompt]
         if not tokens:
             raise ConfigError("prompt = []: must have at least one token")
+        self._check_ids("prompt", tokens)
+        if len(tokens) > self.context:
+            name = self.model.cfg.name
+            raise ConfigError(f"prompt of {len(tokens)} tokens: the context of {name} is {self.context}; cut the prompt")
+        return tokens
+
+    def _check(self, params: SamplingParams) -> None:
+        """Against the model and the tokenizer; the rest SamplingParams has checked itself."""
+        self._check_ids("logit_bias", params.logit_bias)
+        self._check_ids("stop_token_ids", params.stop_token_ids)
+        if params.stop and self.tokenizer is None:
+            raise ConfigError(f"stop = {params.stop!r}: text needs a tokenizer; make the engine with one, or leave out")
+        for name in ("logprobs", "prompt_logprobs"):
+            if (getattr(params, name) or 0) > self.model.cfg.vocab_size:
+                raise ConfigError(f"{name} = {getattr(params, name)}: the vocabulary has {self.model.cfg.vocab_size}")
+
+    def _check_ids(self, name: str, ids: Iterable[int]) -> None:
         vocabulary = self.model.cfg.vocab_size
-        for i in tokens:
-            if not 0 <= i < vocabulary:
-                raise ConfigError(f"prompt has id {i}: must be an id of the vocabulary, 0 to {vocabulary - 1}")
-        if len(tokens) >= self.context:
-            raise ConfigError(
-                f"prompt of {len(tokens)} tokens: the context of {self.model.cfg.name} is {self.context}, and one must "
-                "be left for the answer; cut the prompt"
-            )
-        return tokens
+        wrong = next((i for i in ids if not 0 <= i < vocabulary), None)
+        if wrong is not None:
+            raise ConfigError(f"{name} has id {wrong}: must be an id of the vocabulary, 0 to {vocabulary - 1}")
 
-    # ---------------------------------------------------------------------------------------------------- steps
+    # ----------------------------------------------------------------------------------------------------- a step
 
-    def step(self) -> list[Output]:
-        """One pass of the model; the requests that have new tokens, as far as they are."""
-        plan, now = self.scheduler.plan(), time.perf_counter()
-        self.stats.preemptions += len(plan.preempted)
-        if not plan.works:
-            return []
-        segments, wanted, row = [], [], 0
+    def step(self) -> list[Delta]:
+        """One pass of the model; what it adds to the answers, and what was aborted since the last.
+
+        For want of memory a pass gives nothing, and the next ones are of half as many tokens, for a while. A pass that
+        fails for another reason, or with a single token, ends its requests with reason "error"; others go on.
+        """
+        began = time.perf_counter()
+        plan = self._plan()
+        if plan.works:
+            planned = time.perf_counter()
+            try:
+                logits_NV = self._run(plan.works)
+                ran = time.perf_counter()
+                choices = choose(plan.works, logits_NV, self.tokenizer)
+            except Exception as error:  # nothing is written down yet, so the requests are as they were
+                self._fail(plan.works, error)
+            else:
+                seconds = planned - began, ran - planned, time.perf_counter() - ran
+                blocks = [work.request.blocks for work in plan.works]  # whoever is done gives them back
+                self._take(plan.works, choices)
+                self._propose([work.request for work in plan.works if work.samples])
+                self._report(plan.works, choices, blocks, seconds)
+        deltas, self._deltas = self._deltas, []
+        return deltas
+
+    def _plan(self) -> StepPlan:
+        plan, now = self.scheduler.plan(self._budget), time.perf_counter()
+        for request in plan.preempted:
+            self._forget(request)
         for work in plan.works:
-            segments.append(Segment(work.token_ids, work.start, work.request.blocks))
-            row += work.n
-            if work.samples:
-                wanted += range(row - 1 - work.n_drafts, row)
             work.request.extra.begun = work.request.extra.begun or now
-        logits_NV = self.runner(segments, wanted)
-        return self._take(plan.works, logits_NV)
+        self.stats.preemptions += len(plan.preempted)
+        return plan
 
-    def _take(self, works: Sequence[Work], logits_NV: Tensor) -> list[Output]:
-        sampling = [work for work in works if work.samples]
-        found = iter(verify(logits_NV, [_guess(work) for work in sampling]) if sampling else [])
-        self.stats.steps += 1
-        outputs = []
+    def _run(self, works: Sequence[Work]) -> Tensor:
+        """The logits after the `wanted` tokens of each work, [N, V]."""
+        segments, rows, row = [], [], 0
         for work in works:
-            request = work.request
-            self.stats.tokens += work.n
-            tokens = self._accept(request, next(found)) if work.samples else []
-            if work.samples:
-                self.stats.drafted += work.n_drafts
-                self.stats.accepted += min(len(tokens), work.n_drafts + 1) - 1
-                self.stats.new_tokens += len(tokens)
-            self.scheduler.advance(work, tokens)
-            if not tokens:
-                continue
-            if request.finish_reason:
-                self.scheduler.finish(request)
-                self._requests.pop(request.id, None)
-                self.stats.finished[request.finish_reason] = self.stats.finished.get(request.finish_reason, 0) + 1
-            elif self.num_drafts:
-                room = request.limit - len(request.tokens) - 1
-                request.drafts = ngram(request.tokens, min(self.num_drafts, room)) if room > 0 else []
-            outputs.append(_output(request))
-        return outputs
+            segments.append(Segment(work.token_ids, work.start, work.request.blocks))
+            rows += [row + i for i in chain(*wanted(work))]
+            row += work.n
+        return self.runner(segments, rows)
 
-    def _accept(self, request: Request, tokens: list[int]) -> list[int]:
-        """Those before the end, and why it ends."""
-        state: _State = request.extra
-        now = time.perf_counter()
-        state.first, state.last = state.first or now, now
-        length = len(request.tokens)
-        for n, token in enumerate(tokens, 1):
-            new = length + n - request.prompt_length
-            ended = token in state.ends and new > request.params.min_tokens
-            if state.stream is not None:
-                state.text += state.stream.push(token)
-                ended |= state.stream.done
-            if ended or length + n == request.limit:
-                request.finish_reason = "stop" if ended else "length"
-                if state.stream is not None:
-                    state.text += state.stream.finish()
-                return tokens[:n]
-        return tokens
+    def _take(self, works: Sequence[Work], choices: Sequence[Choice]) -> None:
+        """Writes down what a pass has brought."""
+        self.stats.steps += 1
+        self._calm += 1
+        if self._calm % _CALM == 0:
+            self._budget = min(2 * self._budget, self.scheduler.max_batch_tokens)
+        for work, choice in zip(works, choices, strict=True):
+            if not work.request.finish_reason:  # it may have been aborted by who listens
+                self._take_one(work, choice)
+
+    def _take_one(self, work: Work, choice: Choice) -> None:
+        request, answer, group = work.request, work.request.extra, work.request.extra.group
+        if -1 in choice.tokens:
+            self._fail([work], ArithmeticError("the model's logits are no numbers (NaN): look at weights and dtype"))
+            return
+        self.stats.tokens += work.n
+        answer.prompt_logprobs += choice.prompt_logprobs
+        if not work.samples:
+            self.scheduler.advance(work, [])
+            return
+        n, text, reason = answer.take(request, choice.tokens)
+        self.scheduler.advance(work, choice.tokens[:n])
+        self.stats.drafted += work.n_drafts
+        self.stats.accepted += len(choice.tokens) - 1
+        self.stats.new_tokens += n
+        answer.logprobs += choice.logprobs[:n]
+        self._release(group)
+        logprobs = None if request.params.logprobs is None else choice.logprobs[:n]
+        delta = Delta(group.id, answer.index, choice.tokens[:n], text, logprobs)
+        if reason:
+            self._finish(request, reason, delta)
+        else:
+            self._deliver(group, delta)
+
+    def _propose(self, requests: Sequence[Request]) -> None:
+        """Drafts for the next pass, of requests that are at their newest token."""
+        requests = [r for r in requests if not r.finish_reason]
+        if self.proposer is None or not requests:
+            return
+        # The last token of all is never worth a guess: the pass that verifies the others gives it.
+        counts = [max(0, min(self.num_drafts, r.limit - len(r.tokens) - 1)) for r in requests]
+        for request, proposal in zip(requests, self.proposer.propose(requests, counts), strict=True):
+            request.drafts, request.extra.q_KV = proposal
+
+    def _report(
+        self,
+        works: Sequence[Work],
+        choices: Sequence[Choice],
+        blocks: Sequence[Sequence[int]],
+        seconds: tuple[float, float, float],
+    ) -> None:
+        if self.listeners:
+            accepted = [max(0, len(choice.tokens) - 1) for choice in choices]
+            step = Step(self.stats.steps, works, accepted, *seconds, self.runner.routing, blocks)
+            for listener in self.listeners:
+                listener(step)
+
+    def _fail(self, works: Sequence[Work], error: Exception) -> None:
+        n_tokens = sum(work.n for work in works)
+        if _out_of_memory(error):
+            self.stats.out_of_memory += 1
+            if n_tokens > 1:
+                self._budget, self._calm = n_tokens // 2, 0
+                return
+        for group in {work.request.extra.group for work in works}:
+            for request in [*group.active]:
+                self._finish(request, "error", error=error)
+
+    def _release(self, group: Group) -> None:
+        """The prompt is computed: the other answers to it begin."""
+        for request in group.held:
+            self.scheduler.add(request)
+        group.held = []
+
+    def _finish(
+        self, request: Request, reason: FinishReason, delta: Delta | None = None, error: Exception | None = None
+    ) -> None:
+        answer = request.extra
+        request.finish_reason = reason
+        self.scheduler.finish(request)
+        self._forget(request)
+        self.stats.finished[reason] = self.stats.finished.get(reason, 0) + 1
+        delta = delta or Delta(answer.group.id, answer.index, [], "", None if request.params.logprobs is None else [])
+        text = delta.text + answer.finish()
+        whole = answer.group.finish(request, answer.output(request, error))
+        if whole is not None:
+            del self._groups[whole.id]
+        self._deliver(answer.group, delta._replace(text=text, finish_reason=reason, output=whole))
+
+    def _forget(self, request: Request) -> None:
+        if self.proposer is not None:
+            self.proposer.forget(request)
+
+    def _deliver(self, group: Group, delta: Delta) -> None:
+        self._deltas.append(delta)
+        if group.listener is not None:
+            group.listener(delta)
 
     # -------------------------------------------------------------------------------------------------- answers
 
     def generate(
         self, prompts: Prompt | Iterable[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> list[Output]:
-        """The answers to the prompts, in their order.
+        """The answers to the prompts, in their order; of `n` to one prompt the first, which has the others.
 
         Args:
             params: for all, or one for each.
+
+        Raises:
+            ConfigError, QueueFullError: see `add`; none of the prompts is answered then.
+            ServeError: a pass failed.
         """
-        one = isinstance(prompts, str) or (isinstance(prompts, Sequence) and all(isinstance(p, int) for p in prompts))
+        one = isinstance(prompts, str) or (isinstance(prompts, Sequence) and prompts and isinstance(prompts[0], int))
         every: list[Prompt] = [prompts] if one else list(prompts)  # type: ignore[list-item,arg-type]
         settings = [params] * len(every) if params is None or isinstance(params, SamplingParams) else list(params)
         if len(settings) != len(every):
             raise ConfigError(f"params: {len(settings)} for {len(every)} prompts; give one for each, or one for all")
-        names = [self.add(prompt, p) for prompt, p in zip(every, settings, strict=True)]
-        done = {output.id: output for output in self.run() if output.finish_reason}
+        names: list[str] = []
+        done: dict[str, Output] = {}
+
+        def listener(delta: Delta) -> None:
+            if delta.output is not None:
+                done[delta.request_id] = delta.output
+
+        try:
+            for prompt, p in zip(every, settings, strict=True):
+                names.append(self.add(prompt, p, listener=listener))
+            while len(done) < len(names):
+                self.step()
+                check_served(done.values())
+        finally:
+            for name in names:
+                self.abort(name)
         return [done[name] for name in names]
 
-    def run(self) -> Iterator[Output]:
-        """Steps until nothing is left to do; what every step gives."""
-        while not self.scheduler.idle:
-            yield from self.step()
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Delta]:
+        """The answers to one prompt as they grow; others that were added grow with them. Closed early, it aborts.
+
+        Raises:
+            ConfigError, QueueFullError: see `add`.
+            ServeError: a pass failed.
+        """
+        deltas: deque[Delta] = deque()
+        name = self.add(prompt, params, listener=deltas.append)
+        try:
+            while True:
+                while deltas:
+                    delta = deltas.popleft()
+                    check_served([delta.output] if delta.output else [])
+                    yield delta
+                    if delta.output:
+                        return
+                self.step()
+        finally:
+            self.abort(name)
 
 
-def _guess(work: Work) -> Guess:
-    r, state = work.request, work.request.extra
-    drafts = r.drafts[: work.n_drafts]
-    positions = [
-        Position(r.params, r.tokens, r.prompt_length, state.seed, state.ends, tuple(drafts[:i]))
-        for i in range(len(drafts) + 1)
-    ]
-    return Guess(positions, drafts, None)
+def check_served(outputs: Iterable[Output]) -> None:
+    """Raises ServeError where an answer ended with an error."""
+    for output in outputs:
+        for one in output.outputs:
+            if one.error is not None:
+                raise ServeError(f"{one.id}: {type(one.error).__name__}: {one.error}") from one.error
 
 
-def _output(request: Request) -> Output:
-    state: _State = request.extra
-    n = len(request.tokens) - request.prompt_length
-    return Output(
-        request.id,
-        request.tokens[: request.prompt_length],
-        request.output,
-        state.text,
-        request.finish_reason,
-        request.cached_tokens,
-        request.preemptions,
-        state.begun - state.added,
-        state.first - state.added,
-        (state.last - state.first) / (n - 1) if n > 1 else 0.0,
-    )
+def _out_of_memory(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)

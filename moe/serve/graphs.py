@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from moe.layers import Attend
-from moe.serve.pages import LayerPages, Pages, Segment
+from moe.serve.pages import Pages, Segment
 from moe.serve.tables import Tables
 
 MOST_ROWS = 9  # of one request: a token and eight drafts
@@ -68,7 +68,7 @@ class DecodePass:
 
     def attends(self, n: int) -> list[Attend]:
         """For each layer: stores the tokens' keys and values; each sees its own request's up to itself."""
-        return [functools.partial(self._attend, layer) for layer in self._pages.layers]
+        return [functools.partial(self._attend, layer) for layer in range(len(self._pages.layers))]
 
     def advance(self, n: int) -> None:
         """What a request has is the scheduler's to know."""
@@ -78,9 +78,9 @@ class DecodePass:
         live_T1 = self._live_T.unsqueeze(1)
         return weights_TK * live_T1, torch.where(live_T1 > 0, ids_TK, ids_TK[:1])
 
-    def _attend(self, layer: LayerPages, q_1THC: Tensor, k_1TNC: Tensor, v_1TNC: Tensor) -> Tensor:
+    def _attend(self, layer: int, q_1THC: Tensor, k_1TNC: Tensor, v_1TNC: Tensor) -> Tensor:
         self._pages.store(layer, self._slots_T, k_1TNC[0], v_1TNC[0])
-        return self._tables.attend(q_1THC[0], layer, self._pages.block_size).unsqueeze(0)
+        return self._tables.attend(q_1THC[0], *self._pages.of(layer)).unsqueeze(0)
 
 
 class _Step(NamedTuple):

@@ -18,8 +18,9 @@ from torch import Tensor
 from moe.config import Config
 from moe.errors import ConfigError
 from moe.kernels.quantization import quantize
-from moe.layers import Attend, cast, rope_tables
+from moe.layers import Attend, LayerCache, cast, rope_tables
 from moe.layers.attention import attention_of
+from moe.serve.tables import Tables, on_device
 
 # What keys and values can be kept in; "auto" is the model's own dtype.
 KV_CACHE_DTYPES = {
@@ -35,15 +36,6 @@ KV_CACHE_DTYPES = {
 TOGETHER_TOKENS, TOGETHER_POSITIONS = 16, 1024
 
 
-class LayerPages(NamedTuple):
-    """One layer's keys and values [P, N, C]; in eight bits each vector of C has a scale."""
-
-    k_PNC: Tensor
-    v_PNC: Tensor
-    k_scale_PN: Tensor | None = None
-    v_scale_PN: Tensor | None = None
-
-
 class Pages:
     """The keys and values of all layers: `n_blocks` blocks, and one more for what nobody reads.
 
@@ -51,6 +43,10 @@ class Pages:
         dtype: the model's.
         kv_cache_dtype: one of `KV_CACHE_DTYPES`. "int8" and "fp8" (e4m3) keep a float32 scale for each head of each
             position, of keys and of values.
+
+    Attributes:
+        layers: the keys and values [P, N, C] of each layer.
+        scales: theirs [P, N], in eight bits; else None.
 
     Raises:
         ConfigError: another `kv_cache_dtype`.
@@ -65,52 +61,53 @@ class Pages:
         device: torch.device | str,
         kv_cache_dtype: str = "auto",
     ) -> None:
-        if kv_cache_dtype not in KV_CACHE_DTYPES:
-            names = ", ".join(map(repr, KV_CACHE_DTYPES))
-            raise ConfigError(f"kv_cache_dtype = {kv_cache_dtype!r}: must be one of {names}")
         a, slots = cfg.attention, (n_blocks + 1) * block_size
-        shape = (slots, a.n_kv_heads, a.head_dim)
         self.block_size, self.n_blocks, self.device = block_size, n_blocks, torch.device(device)
-        self.dtype = KV_CACHE_DTYPES[kv_cache_dtype] or dtype
-        self.quantized = self.dtype.itemsize == 1
-        self.layers = [self._layer(shape) for _ in range(cfg.n_layers)]
+        self.dtype = _kept_in(dtype, kv_cache_dtype)
+
+        def layers(shape: tuple[int, ...], dtype: torch.dtype) -> list[LayerCache]:
+            both = ((torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)) for _ in range(cfg.n_layers))
+            return [LayerCache(*pair) for pair in both]
+
+        self.layers = layers((slots, a.n_kv_heads, a.head_dim), self.dtype)
+        self.scales = layers((slots, a.n_kv_heads), torch.float32) if self.dtype.itemsize == 1 else None
         self.rope = rope_tables(0, cfg.max_seq_len, a.head_dim, a.rope, dtype, self.device)
+        # Whether requests of few tokens attend in one call of `ops.paged_attention`.
+        self.paged = self.device.type == "cuda"
 
-    def _layer(self, shape: tuple[int, int, int]) -> LayerPages:
-        k, v = (torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(2))
-        if not self.quantized:
-            return LayerPages(k, v)
-        return LayerPages(k, v, *(torch.ones(shape[:2], device=self.device) for _ in range(2)))
+    @staticmethod
+    def block_bytes(cfg: Config, block_size: int, dtype: torch.dtype, kv_cache_dtype: str = "auto") -> int:
+        """Memory of one block, of all layers. Raises as `Pages` does."""
+        kept = _kept_in(dtype, kv_cache_dtype).itemsize
+        vector = cfg.attention.head_dim * kept + (4 if kept == 1 else 0)
+        return 2 * cfg.n_layers * block_size * cfg.attention.n_kv_heads * vector
 
-    @property
-    def n_bytes(self) -> int:
-        """Memory of the keys and values."""
-        return sum(t.numel() * t.element_size() for layer in self.layers for t in layer if t is not None)
+    def of(self, layer: int) -> tuple[LayerCache, LayerCache | None, int]:
+        """One layer's keys and values, their scales, and the size of a block."""
+        return self.layers[layer], None if self.scales is None else self.scales[layer], self.block_size
 
-    def store(self, layer: LayerPages, slots_T: Tensor, k_TNC: Tensor, v_TNC: Tensor) -> None:
+    def store(self, layer: int, slots: Tensor | slice, k_TNC: Tensor, v_TNC: Tensor) -> None:
         """Put a pass's keys and values into their slots."""
-        both = (k_TNC, layer.k_PNC, layer.k_scale_PN), (v_TNC, layer.v_PNC, layer.v_scale_PN)
-        for x_TNC, kept_PNC, scale_PN in both:
-            if scale_PN is None:
-                kept_PNC.index_copy_(0, slots_T, cast(x_TNC, self.dtype))
+        for i, (x_TNC, kept_PNC) in enumerate(zip((k_TNC, v_TNC), self.layers[layer], strict=True)):
+            if self.scales is None:
+                _put(kept_PNC, slots, x_TNC)
                 continue
             data_TNC, scale_TN = quantize(x_TNC, self.dtype)
-            scale_PN.index_copy_(0, slots_T, scale_TN)
+            _put(self.scales[layer][i], slots, scale_TN)
             # As bytes: torch moves those of every kind.
-            kept_PNC.view(torch.int8).index_copy_(0, slots_T, data_TNC.view(torch.int8))
+            _put(kept_PNC.view(torch.int8), slots, data_TNC.view(torch.int8))
 
-    def load(self, layer: LayerPages, blocks: Tensor | slice, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The keys and values of these blocks, [n * block_size, N, C] each; of a slice where they are, if they can be
-        used so."""
-        k = self._load(layer.k_PNC, layer.k_scale_PN, blocks, dtype)
-        return k, self._load(layer.v_PNC, layer.v_scale_PN, blocks, dtype)
-
-    def _load(self, kept_PNC: Tensor, scale_PN: Tensor | None, blocks: Tensor | slice, dtype: torch.dtype) -> Tensor:
-        raw = kept_PNC if scale_PN is None else kept_PNC.view(torch.int8)
-        x_ANC = self._blocks(raw, blocks)
-        if scale_PN is None:
-            return cast(x_ANC, dtype)
-        return x_ANC.view(self.dtype).to(dtype).mul_(self._blocks(scale_PN, blocks).to(dtype).unsqueeze(2))
+    def load(self, layer: int, blocks: Tensor | slice, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The keys and values of these blocks, [n * block_size, N, C] each, in `dtype`; of a slice, if they are kept in
+        that dtype, where they are."""
+        found = []
+        for i, kept_PNC in enumerate(self.layers[layer]):
+            if self.scales is None:
+                found.append(cast(self._blocks(kept_PNC, blocks), dtype))
+                continue
+            x_ANC = self._blocks(kept_PNC.view(torch.int8), blocks).view(self.dtype).to(dtype)
+            found.append(x_ANC.mul_(self._blocks(self.scales[layer][i], blocks).to(dtype).unsqueeze(2)))
+        return found[0], found[1]
 
     def _blocks(self, x_P: Tensor, blocks: Tensor | slice) -> Tensor:
         size = self.block_size
@@ -118,6 +115,20 @@ class Pages:
             return x_P[blocks.start * size : blocks.stop * size]
         in_blocks = x_P.view(len(x_P) // size, -1)
         return in_blocks.index_select(0, blocks).view(-1, *x_P.shape[1:])
+
+
+def _put(kept_P: Tensor, slots: Tensor | slice, x_T: Tensor) -> None:
+    if isinstance(slots, slice):
+        kept_P[slots] = x_T
+    else:
+        kept_P.index_copy_(0, slots, cast(x_T, kept_P.dtype))
+
+
+def _kept_in(dtype: torch.dtype, kv_cache_dtype: str) -> torch.dtype:
+    if kv_cache_dtype not in KV_CACHE_DTYPES:
+        names = ", ".join(map(repr, KV_CACHE_DTYPES))
+        raise ConfigError(f"kv_cache_dtype = {kv_cache_dtype!r}: must be one of {names}")
+    return KV_CACHE_DTYPES[kv_cache_dtype] or dtype
 
 
 class Segment(NamedTuple):
@@ -153,7 +164,7 @@ class _Group:
             self.blocks = slice(first, first + most)
         else:
             padded = [b for blocks in used for b in (*blocks, *[unread] * (most - len(blocks)))]
-            self.blocks = torch.tensor(padded, device=pages.device)
+            self.blocks = on_device(pages.device, padded)
         # Of one request what lies behind its last position is cut off, of several it is masked.
         self.length = self.ends[0] if self.n == 1 else most * size
         self.masks: dict[torch.dtype, Tensor | None] = {}
@@ -171,6 +182,16 @@ class _Group:
         return (mask_QSA if self.S == 1 else mask_QSA.repeat_interleave(group_size, 1)).unsqueeze(1)
 
 
+class _Paged:
+    """Requests of any numbers of tokens that attend in one call of the kernel: rows [low, high) of the pass."""
+
+    def __init__(self, pages: Pages, low: int, segments: Sequence[Segment]) -> None:
+        counts, ends = [len(s.token_ids) for s in segments], [s.end for s in segments]
+        used = [s.blocks[: -(-s.end // pages.block_size)] for s in segments]
+        self.low, self.high = low, low + sum(counts)
+        self.tables = Tables.of(used, counts, ends, pages.device)
+
+
 class Pass:
     """The tokens of some requests, on their way through the model once.
 
@@ -186,27 +207,41 @@ class Pass:
             tokens += s.token_ids
             positions += range(s.start, s.end)
             slots += [s.blocks[p // size] * size + p % size for p in range(s.start, s.end)]
-        self.tokens_T, self._positions_T, self._slots_T = torch.tensor([tokens, positions, slots], device=pages.device)
+        self.tokens_T, self._positions_T, slots_T = on_device(pages.device, [tokens, positions, slots])
+        first, n = slots[0], len(slots)
+        in_one_run = len(segments) == 1 and slots == [*range(first, first + n)]
+        self._slots = slice(first, first + n) if in_one_run else slots_T
         self._groups = self._grouped(segments)
         # What KVCache says of itself: one sequence, whose last position is the last of any.
         self.batch, self.length = 1, max(positions) + 1 - len(positions)
         self.max_len = len(pages.rope[0])
         self._rope: tuple[Tensor, Tensor] | None = None
 
-    def _grouped(self, segments: Sequence[Segment]) -> list[_Group]:
+    def _grouped(self, segments: Sequence[Segment]) -> list["_Group | _Paged"]:
         groups: list[list[Segment]] = []
         for s in segments:
-            small = len(s.token_ids) <= TOGETHER_TOKENS and s.end <= TOGETHER_POSITIONS and not self._row_by_row
-            last = groups[-1][0] if groups else None
-            if last and small and len(last.token_ids) == len(s.token_ids) and last.end <= TOGETHER_POSITIONS:
+            if groups and self._attend_together(groups[-1][0], s):
                 groups[-1].append(s)
             else:
                 groups.append([s])
         found, low = [], 0
         for group in groups:
-            found.append(_Group(self._pages, low, group, not self._row_by_row))
+            if self._is_paged(group[0]):
+                found.append(_Paged(self._pages, low, group))
+            else:
+                found.append(_Group(self._pages, low, group, may_slice=not self._row_by_row))
             low += sum(len(s.token_ids) for s in group)
         return found
+
+    def _is_paged(self, s: Segment) -> bool:
+        # The kernel's bits do not depend on the batch, those of other libraries for long prompts do.
+        return self._pages.paged and (len(s.token_ids) <= TOGETHER_TOKENS or self._row_by_row)
+
+    def _attend_together(self, a: Segment, b: Segment) -> bool:
+        if self._pages.paged:
+            return self._is_paged(a) and self._is_paged(b)
+        few = len(a.token_ids) == len(b.token_ids) <= TOGETHER_TOKENS
+        return few and max(a.end, b.end) <= TOGETHER_POSITIONS and not self._row_by_row
 
     def rope(self, n: int) -> tuple[Tensor, Tensor]:
         """cos and sin, for `rotate`, of each token's position."""
@@ -217,18 +252,25 @@ class Pass:
 
     def attends(self, n: int) -> list[Attend]:
         """For each layer: stores the tokens' keys and values; each sees its own request's up to itself."""
-        return [functools.partial(self._attend, layer) for layer in self._pages.layers]
+        return [functools.partial(self._attend, layer) for layer in range(len(self._pages.layers))]
 
     def advance(self, n: int) -> None:
         """What a request has is the scheduler's to know."""
 
-    def _attend(self, layer: LayerPages, q_1THC: Tensor, k_1TNC: Tensor, v_1TNC: Tensor) -> Tensor:
-        self._pages.store(layer, self._slots_T, k_1TNC[0], v_1TNC[0])
+    def leave_out_padding(self, weights_TK: Tensor, ids_TK: Tensor) -> tuple[Tensor, Tensor]:
+        """The routing as it is: here is no padding."""
+        return weights_TK, ids_TK
+
+    def _attend(self, layer: int, q_1THC: Tensor, k_1TNC: Tensor, v_1TNC: Tensor) -> Tensor:
+        self._pages.store(layer, self._slots, k_1TNC[0], v_1TNC[0])
         parts = []
         for group in self._groups:
+            if isinstance(group, _Paged):
+                parts.append(group.tables.attend(q_1THC[0, group.low : group.high], *self._pages.of(layer)))
+                continue
             rows = slice(group.low, group.low + group.n * group.S)
             q_THC = q_1THC[0, rows]
-            if not self._row_by_row and group.n == 1 and group.S == group.length and self._pages.dtype == k_1TNC.dtype:
+            if not self._row_by_row and group.n == 1 and group.length == group.S and self._pages.dtype == k_1TNC.dtype:
                 kv_ANC = k_1TNC[0, rows], v_1TNC[0, rows]  # a prompt from its beginning: nothing is to be fetched
             else:
                 kv_ANC = self._pages.load(layer, group.blocks, q_THC.dtype)
@@ -240,9 +282,9 @@ def _together(group: _Group, q_THC: Tensor, k_ANC: Tensor, v_ANC: Tensor) -> Ten
     """Attention of a group's tokens. The heads that share a key head, and few tokens, are rows of one query."""
     (T, H, C), N, Q, S = q_THC.shape, k_ANC.shape[1], group.n, group.S
     k_QANC, v_QANC = (x.view(Q, -1, N, C)[:, : group.length] for x in (k_ANC, v_ANC))
-    if S > TOGETHER_TOKENS or (S == group.length and Q == 1):
+    if S > TOGETHER_TOKENS or (group.length == S and Q == 1):
         batch = q_THC.unsqueeze(0), k_QANC, v_QANC
-        if S == group.length:
+        if group.length == S:
             return attention_of(*batch, is_causal=True)[0]
         sees_SA = torch.ones(S, group.length, dtype=torch.bool, device=q_THC.device).tril(group.length - S)
         return attention_of(*batch, attn_mask=sees_SA)[0]

@@ -8,7 +8,7 @@ Shape suffixes: T tokens, I inputs, O outputs, D model width, E experts, K exper
 expert hidden width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -17,12 +17,17 @@ from torch import Tensor
 from moe.experts import Experts
 from moe.kernels import ops
 from moe.kernels.experts.grouped import combine, inverse
+from moe.kernels.spans import span
 
 # Rows that a weight is packed for. From 1 to 256 rows a weight packed for 16 lost to one packed for the very number
 # nowhere by more than a tenth, and one packed for 1 was up to twice as slow (float32, AVX2).
 PACKED_ROWS = 16
+# So many products of several rows a weight waits before it is packed.
+PATIENCE = 4
 # Up to so many rows int8 weights are multiplied as they are; of more, taking them to float32 first is faster.
 INT8_ROWS = 12
+# Up to so many rows Python sorts them sooner than four operations of torch are started.
+SORTED_IN_PYTHON = 256
 
 Multiply = Callable[[Tensor], Tensor]
 
@@ -30,23 +35,47 @@ Multiply = Callable[[Tensor], Tensor]
 def product(w_OI: Tensor, tile: int = 0) -> Multiply:
     """x [T, I] -> x @ w.T [T, O], in x's dtype, which is w's.
 
-    Holds a copy of the weight on a CPU (but in float64): what is done to the weight afterwards goes unseen.
+    On a CPU it holds a copy of the weight: what is done to the weight afterwards goes unseen.
 
     Args:
         tile: rows that are multiplied at a time, always as many: then a row's bits do not depend on the others. 0: all.
     """
-    dtype, multiply = w_OI.dtype, None
-    if w_OI.device.type == "cpu" and torch.backends.mkldnn.is_available():
-        computed = _computed_in(dtype)
-        if computed is not None:
-            multiply = _packed(w_OI.to(computed), dtype)
-    if multiply is None:
-        w_IO = w_OI.t().contiguous() if w_OI.device.type == "cpu" else w_OI.t()
+    if w_OI.device.type != "cpu":
+        w_IO = w_OI.detach().t()
+        return _in_tiles(lambda x_TI: torch.mm(x_TI, w_IO), tile)
+    if tile:
+        return _in_tiles(packed(w_OI) or _transposed(w_OI), tile)
+    return _Patient(w_OI)
 
-        def multiply(x_TI: Tensor) -> Tensor:
-            return torch.mm(x_TI, w_IO)
 
-    return _in_tiles(multiply, tile)
+class _Patient:
+    """Packs its weight once it is sure to be used often: packing takes as long as some products."""
+
+    def __init__(self, w_OI: Tensor) -> None:
+        self._w_OI, self._plain = w_OI.detach(), _transposed(w_OI)
+        self._packed: Multiply | None = None
+        self._calls = 0
+
+    def __call__(self, x_TI: Tensor) -> Tensor:
+        if len(x_TI) == 1:  # a product of one row loses nothing by a weight that is not packed
+            return self._plain(x_TI)
+        if self._packed is None:
+            self._calls += 1
+            if self._calls <= PATIENCE:
+                return self._plain(x_TI)
+            self._packed = packed(self._w_OI) or self._plain
+        return self._packed(x_TI)
+
+
+def _transposed(w_OI: Tensor) -> Multiply:
+    w_IO = w_OI.detach().t().contiguous()
+    return lambda x_TI: torch.mm(x_TI, w_IO)
+
+
+def packed(w_OI: Tensor) -> Multiply | None:
+    """The product with a weight on a CPU, packed for few rows; None where oneDNN is missing or cannot."""
+    computed = _computed_in(w_OI.dtype) if torch.backends.mkldnn.is_available() else None
+    return None if computed is None else _packed(w_OI.detach().to(computed), w_OI.dtype)
 
 
 def int8_product(w_OI: Tensor, scale_O: Tensor, tile: int = 0) -> Multiply:
@@ -81,11 +110,11 @@ def _computed_in(dtype: torch.dtype) -> torch.dtype | None:
 
 
 def _packed(w_OI: Tensor, dtype: torch.dtype) -> Multiply:
-    packed = torch.ops.mkldnn._reorder_linear_weight.default(w_OI.detach().contiguous(), PACKED_ROWS)
+    w = torch.ops.mkldnn._reorder_linear_weight.default(w_OI.contiguous(), PACKED_ROWS)
     linear = torch.ops.mkldnn._linear_pointwise.default
     if w_OI.dtype == dtype:
-        return lambda x_TI: linear(x_TI, packed, None, "none", [], "")
-    return lambda x_TI: linear(x_TI.to(w_OI.dtype), packed, None, "none", [], "").to(dtype)
+        return lambda x_TI: linear(x_TI, w, None, "none", [], "")
+    return lambda x_TI: linear(x_TI.to(w_OI.dtype), w, None, "none", [], "").to(dtype)
 
 
 def _in_tiles(multiply: Multiply, tile: int) -> Multiply:
@@ -93,12 +122,17 @@ def _in_tiles(multiply: Multiply, tile: int) -> Multiply:
         return multiply
 
     def tiled(x_TI: Tensor) -> Tensor:
-        T = len(x_TI)
+        T, width = x_TI.shape
         rows = -(-T // tile) * tile
-        # New memory, so that every tile begins where a new tensor does: libraries choose by alignment, too.
-        padded_TI = x_TI.new_zeros(rows, x_TI.shape[1])
+        padded_TI = x_TI.new_zeros(rows, width)
         padded_TI[:T] = x_TI
-        return torch.cat([multiply(part.clone()) for part in padded_TI.split(tile)])[:T]
+        if rows == tile:
+            return multiply(padded_TI)[:T]
+        parts = padded_TI.split(tile)
+        if tile * width * x_TI.itemsize % 64:
+            # Every tile begins where a new tensor does: libraries choose by alignment, too.
+            parts = [part.clone() for part in parts]
+        return torch.cat([multiply(part) for part in parts])[:T]
 
     return tiled
 
@@ -116,46 +150,80 @@ class CpuExperts:
 
     def __init__(self, experts: Experts, quantization: str | None = None, tile: int = 0) -> None:
         self.activation, self.tile = experts.activation, tile
-        w_in_EGFD, w_out_EDF = experts.w_in_EGFD.detach(), experts.w_out_EDF.detach()
-        self.gates = w_in_EGFD.shape[1]
-        if quantization is None:
-            self.up = [product(w.flatten(0, 1), tile) for w in w_in_EGFD]
-            self.down = [product(w, tile) for w in w_out_EDF]
-            return
-        q = ops.quantize_experts(w_in_EGFD, w_out_EDF, torch.int8)
-        self.up = [
-            int8_product(w.flatten(0, 1), s.flatten(), tile) for w, s in zip(q.w_in_EGFD, q.s_in_EGF, strict=True)
-        ]
-        self.down = [int8_product(w, s, tile) for w, s in zip(q.w_out_EDF, q.s_out_ED, strict=True)]
+        self.weights = experts.w_in_EGFD.detach(), experts.w_out_EDF.detach()
+        self.n_experts, self.gates = self.weights[0].shape[:2]
+        self.up: dict[int, Multiply] = {}
+        self.down: dict[int, Multiply] = {}
+        self.patience = PATIENCE
+        if tile or quantization:
+            self.patience = 0
+        if quantization is not None:
+            data = ops.quantize_experts(*self.weights, torch.int8)
+            for e in range(self.n_experts):
+                up = data.w_in_EGFD[e].flatten(0, 1), data.s_in_EGF[e].flatten()
+                self.up[e] = int8_product(*up, tile)
+                self.down[e] = int8_product(data.w_out_EDF[e], data.s_out_ED[e], tile)
 
     def __call__(self, x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor) -> Tensor:
         """-> y [T, D] in the dtype of x."""
         T, K = ids_TK.shape
+        if self.patience:
+            # One token has each expert's weights to read once in any way.
+            self.patience -= T > 1
+            return ops.expert_mlp_inference(x_TD, *self.weights, weights_TK, ids_TK, self.activation)
         if T == 1 and not self.tile:
-            ids = ids_TK[0].tolist()
-            y_KD = self._mlps(ids, [x_TD] * K)
-            return torch.mm(weights_TK.to(y_KD.dtype), y_KD)
-        ids_R = ids_TK.flatten()
-        order_R = ids_R.sort(stable=True).indices
-        counts = torch.bincount(ids_R, minlength=len(self.up)).tolist()
-        x_RD = x_TD.index_select(0, order_R // K)
-        touched = [e for e, n in enumerate(counts) if n]
-        y_RD = self._mlps(touched, x_RD.split([counts[e] for e in touched]))
-        return combine(y_RD, inverse(order_R), K, weights_TK)
+            y_KD = self._mlps(ids_TK[0].tolist(), [x_TD] * K)
+            with span("combine"):
+                return torch.mm(weights_TK.to(y_KD.dtype), y_KD)
+        with span("permute"):
+            order_R, rows_R, counts = _by_expert(ids_TK, self.n_experts)
+            touched = [e for e, n in enumerate(counts) if n]
+            parts = x_TD.index_select(0, order_R // K).split([counts[e] for e in touched])
+        y_RD = self._mlps(touched, parts)
+        with span("combine"):
+            return combine(y_RD, rows_R, K, weights_TK)
 
-    def _mlps(self, experts: list[int], parts: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
+    def _mlps(self, experts: list[int], parts: Sequence[Tensor]) -> Tensor:
         """Each expert of its part, one after the other."""
+        for e in experts:
+            if e not in self.up:
+                self.up[e], self.down[e] = self._packed(e)
         if sum(map(len, parts)) > PACKED_ROWS * len(parts):
             # Of many rows an expert's pre-activations are best used while they are in the processor's cache.
-            return torch.cat(
-                [self.down[e](self._activate(self.up[e](x))) for e, x in zip(experts, parts, strict=True)]
-            )
-        act_RF = self._activate(torch.cat([self.up[e](x) for e, x in zip(experts, parts, strict=True)]))
-        acts = act_RF.split([len(x) for x in parts])
-        return torch.cat([self.down[e](a) for e, a in zip(experts, acts, strict=True)])
+            with span("up"):
+                return torch.cat(
+                    [self.down[e](self._activate(self.up[e](x))) for e, x in zip(experts, parts, strict=True)]
+                )
+        with span("up"):
+            act_RF = self._activate(torch.cat([self.up[e](x) for e, x in zip(experts, parts, strict=True)]))
+            acts = act_RF.split([len(x) for x in parts])
+        with span("down"):
+            return torch.cat([self.down[e](a) for e, a in zip(experts, acts, strict=True)])
+
+    def _packed(self, e: int) -> tuple[Multiply, Multiply]:
+        up, down = self.weights[0][e].flatten(0, 1), self.weights[1][e]
+        if self.tile:
+            return product(up, self.tile), product(down, self.tile)
+        return packed(up) or _transposed(up), packed(down) or _transposed(down)
 
     def _activate(self, h_RH: Tensor) -> Tensor:
         h_RGF = h_RH.unflatten(1, (self.gates, -1))
         if self.activation != "swiglu":
             return ops.activate(h_RGF, self.activation)
         return F.silu(h_RGF[:, 0]).mul_(h_RGF[:, 1])
+
+
+def _by_expert(ids_TK: Tensor, n_experts: int) -> tuple[Tensor, Tensor, list[int]]:
+    """Sorted row -> flat (token, slot), its inverse, and the rows of each expert."""
+    ids_R = ids_TK.flatten()
+    if len(ids_R) > SORTED_IN_PYTHON:
+        order_R = ids_R.sort(stable=True).indices
+        return order_R, inverse(order_R), torch.bincount(ids_R, minlength=n_experts).tolist()
+    ids, counts = ids_R.tolist(), [0] * n_experts
+    order = sorted(range(len(ids)), key=ids.__getitem__)
+    rows = [0] * len(ids)
+    for row, at in enumerate(order):
+        counts[ids[at]] += 1
+        rows[at] = row
+    order_R, rows_R = torch.tensor([order, rows])
+    return order_R, rows_R, counts

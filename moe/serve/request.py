@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from moe.errors import ConfigError
 
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 @dataclass(frozen=True, slots=True)

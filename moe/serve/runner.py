@@ -4,27 +4,45 @@ Shape suffixes: T tokens, N wanted positions, D model width, H query heads, C he
 token.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe.experts import MoE
-from moe.generate import DecodeStep
-from moe.kernels import ops
-from moe.layers import MLP, at_least_fp32, cast, rotate, untouched
-from moe.model import Transformer
+from moe.errors import ConfigError
+from moe.experts import Experts, MoE, Router
+from moe.kernels import cards, ops
+from moe.kernels.arguments import autocasts
+from moe.kernels.spans import span
+from moe.layers import MLP, Attention, Head, Linear, RMSNorm, at_least_fp32, cast, rotate, untouched
+from moe.model import Block, Embedding, Transformer
+from moe.serve.graphs import DecodeGraphs
 from moe.serve.pages import Pages, Pass, Segment
+from moe.serve.products import CpuExperts, Multiply, product
+from moe.serve.tables import on_device
+
+QUANTIZATIONS = (None, "int8", "fp8")
+# Rows of every product where results must not depend on the batch. Few: most of them are padding where single tokens
+# are decoded.
+INVARIANT_ROWS = 8
+
+_KINDS = {Transformer, nn.ModuleList, Embedding, Block, RMSNorm, Attention, Linear, MoE, Router, Experts, MLP, Head}
 
 
-class _Layer(NamedTuple):
-    attention_norm_D: Tensor
-    wqkv_DA: Tensor  # A = (H + 2N) * C
-    wo_AD: Tensor
-    mlp_norm_D: Tensor
-    mlp: MoE | MLP
+def fits(model: Transformer) -> bool:
+    """Whether every module is exactly ours and as the configuration says, and no autocast is on: what is not has to be
+    called."""
+    if autocasts(next(model.parameters()).device.type):
+        return False
+    if isinstance(model.embedding, Embedding) and model.embedding.max_norm is not None:
+        return False
+    if any(isinstance(m, RMSNorm) and m.eps != model.cfg.norm_eps for m in model.modules()):
+        return False
+    return all(type(m) in _KINDS and untouched(m, type(m)) for m in model.modules())
 
 
 class Choice(NamedTuple):
@@ -37,26 +55,57 @@ class Choice(NamedTuple):
 class Runner:
     """Runs a model over passes, with its keys and values in `pages`.
 
-    `record`: whether `routing` shall hold, after a pass, the choices of each layer with experts, on the model's device.
-
     A pass of few tokens computes little: the time goes into reading the weights and into starting operations, of which
     the modules of model.py need twice as many as are needed. So where every module is exactly ours and untouched, the
-    same computation is done from one fused query/key/value weight, without modules between; results agree with the
-    modules' up to rounding. Else the modules run.
+    same computation is done from weights as the device reads them fastest (on a CPU from copies, which are packed after
+    some passes: see products.py), without modules between; results agree with the modules' up to rounding. Else the
+    modules run. The weights must not change while a runner is in use.
+
+    `record`: whether `routing` shall hold, after a pass, the choices of each layer with experts, on the model's device.
+
+    Args:
+        quantization: the expert weights in eight bits, "int8" (on a CPU and on CUDA) or "fp8" (e4m3, on CUDA), one
+            scale for each output channel; None: as they are.
+        batch_invariant: a token's logits have the same bits whatever else is in its pass, and however the positions
+            before it were computed: products of a fixed number of rows, attention token by token. On one machine, with
+            one number of threads, and as long as a library's product of one shape is always computed alike.
+
+    Raises:
+        ConfigError: a setting that this model or device cannot have.
     """
 
-    def __init__(self, model: Transformer, pages: Pages) -> None:
-        self.model, self.pages = model, pages
+    def __init__(
+        self, model: Transformer, pages: Pages, *, quantization: str | None = None, batch_invariant: bool = False
+    ) -> None:
+        if quantization not in QUANTIZATIONS:
+            raise ConfigError(f'quantization = {quantization!r}: must be "int8", "fp8" or None')
+        if quantization == "fp8" and pages.device.type != "cuda":
+            raise ConfigError(f'quantization = "fp8": {pages.device.type} multiplies no such numbers; take "int8"')
+        if quantization == "fp8" and (reason := cards.why_not_e4m3(pages.device)):
+            raise ConfigError(f'quantization = "fp8": {reason}; take "int8"')
+        ours = fits(model)
+        for name, value in (("quantization", quantization), ("batch_invariant", batch_invariant)):
+            if value and not ours:
+                raise ConfigError(
+                    f"{name} = {value!r}: needs a model of plain modules, and this one has others in their place "
+                    "(adapters, hooks, imported parts) or runs under autocast; merge them, or leave the setting out"
+                )
+        self.model, self.pages, self.batch_invariant = model, pages, batch_invariant
         self.record = False
         self.routing: list[Choice] = []
-        self._fused = _Fused(model) if DecodeStep.fits(model) else None
+        tile = INVARIANT_ROWS if batch_invariant else 0
+        self._fused = _Fused(model, quantization, tile) if ours else None
+        graphed = self._fused is not None and pages.device.type == "cuda"
+        self._graphs = DecodeGraphs(pages, self._fused) if graphed else None
 
     @torch.no_grad()
     def __call__(self, segments: Sequence[Segment], wanted: Sequence[int]) -> Tensor:
         """Stores the tokens' keys and values; the logits [N, V] after the `wanted` rows of the pass."""
-        one = Pass(self.pages, segments)
-        rows_N = torch.tensor(wanted, dtype=torch.int64, device=self.pages.device)
-        logits_NV, routing = (self._modules if self._fused is None else self._fused)(one, rows_N)
+        done = None if self._graphs is None else self._graphs(segments, wanted)
+        if done is None:
+            one = Pass(self.pages, segments, row_by_row=self.batch_invariant)
+            done = (self._fused or self._modules)(one, on_device(self.pages.device, [*wanted]))
+        logits_NV, routing = done
         self.routing = routing if self.record else []
         return logits_NV
 
@@ -75,48 +124,103 @@ class Runner:
         return self.model.head(self.model.norm(x_1TD.index_select(1, rows_N)))[0], routing
 
 
-class _Fused:
-    """Holds copies of the norms and of the query, key and value weights."""
+# ------------------------------------------------------------------------------------------------- without modules
 
-    def __init__(self, model: Transformer) -> None:
+
+class _Layer(NamedTuple):
+    attention_norm_D: Tensor
+    wqkv: Multiply
+    wo: Multiply
+    mlp_norm_D: Tensor
+    router: Multiply | None
+    choose: Callable[[Tensor], tuple[Tensor, Tensor]] | None
+    mlp: Callable[..., Tensor]
+
+
+class _Fused:
+    """Holds copies of the norms and of the query, key and value weights; on a CPU of more (products.py)."""
+
+    def __init__(self, model: Transformer, quantization: str | None, tile: int) -> None:
         self.embedding = model.embedding.weight
         self.dtype = self.embedding.dtype
         self.wide = at_least_fp32(self.dtype)
         self.n_heads, self.head_dim = model.cfg.attention.n_heads, model.cfg.attention.head_dim
-        self.eps = model.cfg.norm_eps
+        self.eps, self.d_model = model.cfg.norm_eps, model.cfg.d_model
+        self.on_cpu = self.embedding.device.type == "cpu"
+        # x / rms(x) = x * sqrt(D) / sqrt(|x|^2 + D eps): on a CPU the sqrt(D) moves into the norm's weight, and what is
+        # left is a hypotenuse.
+        self.root_eps = torch.tensor((self.eps * self.d_model) ** 0.5, dtype=self.wide)
         self.layers = []
         blocks: Any = model.blocks
         for block in blocks:
-            a = block.attention
-            wqkv_DA = torch.cat([w.weight.t() for w in (a.wq, a.wk, a.wv)], 1)
-            norms = (cast(n.weight, self.wide) for n in (block.attention_norm, block.mlp_norm))
-            one, two = norms
-            self.layers.append(_Layer(one, wqkv_DA, a.wo.weight.t().contiguous(), two, block.moe or block.mlp))
-        self.norm_D = cast(model.norm.weight, self.wide)
-        self.head_DV = model.head.weight.t().contiguous()
+            self.layers.append(self._layer(block, quantization, tile))
+        self.norm_D = self._norm_weight(model.norm)
+        self.head = product(model.head.weight, tile)
+
+    def _layer(self, block: Any, quantization: str | None, tile: int) -> _Layer:
+        a, moe = block.attention, block.moe
+        wqkv = product(torch.cat([w.weight for w in (a.wq, a.wk, a.wv)]), tile)
+        router = choose = None
+        if moe is None:
+            mlp = _dense(block.mlp, tile)
+        else:
+            router, choose = product(cast(moe.router.weight, self.wide), tile), moe.router.choose
+            mlp = self._experts(moe.experts, quantization, tile)
+        norms = self._norm_weight(block.attention_norm), self._norm_weight(block.mlp_norm)
+        return _Layer(norms[0], wqkv, product(a.wo.weight, tile), norms[1], router, choose, mlp)
+
+    def _experts(self, experts: Experts, quantization: str | None, tile: int) -> Callable[..., Tensor]:
+        w_in, w_out, activation = experts.w_in_EGFD, experts.w_out_EDF, experts.activation
+        if self.on_cpu:
+            return CpuExperts(experts, quantization, tile)
+        if quantization is None:
+            run = functools.partial(ops.expert_mlp_inference, activation=activation, batch_invariant=tile > 0)
+            return lambda x, weights, ids: run(x, w_in, w_out, weights, ids)
+        small = ops.quantize_experts(w_in, w_out, torch.int8 if quantization == "int8" else torch.float8_e4m3fn)
+        run = functools.partial(ops.expert_mlp_quantized, activation=activation, batch_invariant=tile > 0)
+        return lambda x, weights, ids: run(x, small, weights, ids)
 
     def __call__(self, one: Pass, rows_N: Tensor) -> tuple[Tensor, list[Choice]]:
-        routing: list[Choice] = []
-        T, H, C = len(one.tokens_T), self.n_heads, self.head_dim
+        T, H, C, routing = len(one.tokens_T), self.n_heads, self.head_dim, []
         cos, sin = one.rope(T)
-        x_TD = F.embedding(one.tokens_T, self.embedding)
+        with span("embedding"):
+            x_TD = F.embedding(one.tokens_T, self.embedding)
         for layer, attend in zip(self.layers, one.attends(T), strict=True):
-            qkv_TAC = torch.mm(self._norm(x_TD, layer.attention_norm_D), layer.wqkv_DA).view(T, -1, C)
+            n_TD = self._norm(x_TD, layer.attention_norm_D)
+            with span("projections"):
+                qkv_TAC = layer.wqkv(n_TD).view(T, -1, C)
             n_kv = (qkv_TAC.shape[1] - H) // 2
-            qk_TAC = rotate(qkv_TAC[:, : H + n_kv], cos, sin)
-            y_1THC = attend(qk_TAC[None, :, :H], qk_TAC[None, :, H:], qkv_TAC[None, :, H + n_kv :])
-            x_TD = torch.addmm(x_TD, y_1THC.reshape(T, H * C), layer.wo_AD)
-            x_TD = x_TD + self._mlp(layer.mlp, self._norm(x_TD, layer.mlp_norm_D), routing)
-        return torch.mm(self._norm(x_TD.index_select(0, rows_N), self.norm_D), self.head_DV), routing
+            with span("attention"):
+                qk_TAC = rotate(qkv_TAC[:, : H + n_kv], cos, sin)
+                y_1THC = attend(qk_TAC[None, :, :H], qk_TAC[None, :, H:], qkv_TAC[None, :, H + n_kv :])
+            with span("projections"):
+                x_TD = layer.wo(y_1THC.reshape(T, H * C)).add_(x_TD)
+            n_TD = self._norm(x_TD, layer.mlp_norm_D)
+            if layer.router is None or layer.choose is None:
+                x_TD = layer.mlp(n_TD).add_(x_TD)
+                continue
+            with span("router"):
+                weights_TK, ids_TK = one.leave_out_padding(*layer.choose(layer.router(cast(n_TD, self.wide))))
+                routing.append(Choice(ids_TK, weights_TK))
+            x_TD = layer.mlp(n_TD, weights_TK, ids_TK).add_(x_TD)
+        n_ND = self._norm(x_TD.index_select(0, rows_N), self.norm_D)
+        with span("head"):
+            return self.head(n_ND), routing
 
-    def _mlp(self, mlp: MoE | MLP, x_TD: Tensor, routing: list[Choice]) -> Tensor:
-        if isinstance(mlp, MLP):
-            return mlp(x_TD)
-        router, experts = mlp.router, mlp.experts
-        weights_TK, ids_TK = router.choose(F.linear(cast(x_TD, self.wide), cast(router.weight, self.wide)))
-        routing.append(Choice(ids_TK, weights_TK))
-        weights = experts.w_in_EGFD, experts.w_out_EDF
-        return ops.expert_mlp_inference(x_TD, *weights, weights_TK, ids_TK, experts.activation)
+    def _norm_weight(self, norm: RMSNorm) -> Tensor:
+        weight_D = norm.weight.detach().to(self.wide)
+        return weight_D * self.d_model**0.5 if self.on_cpu else weight_D
 
     def _norm(self, x_TD: Tensor, weight_D: Tensor) -> Tensor:
-        return cast(F.rms_norm(cast(x_TD, self.wide), weight_D.shape, weight_D, self.eps), self.dtype)
+        with span("norm"):
+            x_TD = cast(x_TD, self.wide)
+            if not self.on_cpu:
+                return cast(F.rms_norm(x_TD, weight_D.shape, weight_D, self.eps), self.dtype)
+            length_T1 = torch.linalg.vector_norm(x_TD, dim=1, keepdim=True).hypot_(self.root_eps)
+            return cast((x_TD / length_T1).mul_(weight_D), self.dtype)
+
+
+def _dense(mlp: MLP, tile: int) -> Multiply:
+    up, down = product(mlp.w_in.weight, tile), product(mlp.w_out.weight, tile)
+    gates = ops.ACTIVATIONS[mlp.activation]
+    return lambda x_TD: down(ops.activate(up(x_TD).unflatten(1, (gates, -1)), mlp.activation))

@@ -10,7 +10,7 @@ import heapq
 from bisect import insort
 from dataclasses import dataclass, field
 
-from moe.errors import ConfigError
+from moe.errors import ConfigError, QueueFullError
 from moe.serve.blocks import BlockPool, block_hash
 from moe.serve.request import Request
 
@@ -44,10 +44,6 @@ class StepPlan:
     def n_tokens(self) -> int:
         """Tokens of the pass."""
         return sum(work.n for work in self.works)
-
-
-class QueueFullError(RuntimeError):
-    """More requests wait than the engine lets wait."""
 
 
 class Scheduler:
@@ -87,7 +83,7 @@ class Scheduler:
         return not self.running and not self._waiting
 
     def add(self, request: Request) -> None:
-        """Takes a request.
+        """Takes a request. One that has its `number` already, as a further answer to a prompt, is always taken.
 
         Raises:
             ConfigError: one that would not fit if it were alone.
@@ -101,18 +97,25 @@ class Scheduler:
                 f"{request.limit - request.prompt_length} new ones need {needed} blocks of {self.pool.block_size}, and "
                 f"the pool has {self.pool.n_blocks}; ask for fewer (max_tokens), or give the engine more num_blocks"
             )
-        if self.max_waiting is not None and self.n_waiting >= self.max_waiting:
-            raise QueueFullError(f"{self.n_waiting} requests wait already, the most that are let wait; try again later")
-        request.number, self._arrived = self._arrived, self._arrived + 1
+        if request.number < 0:
+            if self.max_waiting is not None and self.n_waiting >= self.max_waiting:
+                raise QueueFullError(f"{self.n_waiting} requests wait, the most that are let wait; try again later")
+            request.number, self._arrived = self._arrived, self._arrived + request.params.n
         heapq.heappush(self._waiting, (request.rank, request))
 
     # ---------------------------------------------------------------------------------------------------- a step
 
-    def plan(self) -> StepPlan:
-        """Blocks are taken and the pass is planned. Without work the plan is empty."""
+    def plan(self, budget: int | None = None) -> StepPlan:
+        """Blocks are taken and the pass is planned. Without work the plan is empty.
+
+        A pass that fails may be planned anew: nothing has changed before `advance`, but for who holds which blocks.
+
+        Args:
+            budget: tokens of this pass at most, where they are to be fewer than `max_batch_tokens`.
+        """
         plan = StepPlan()
         self._make_way(plan)
-        left, enough = self._serve_running(plan, self.max_batch_tokens)
+        left, enough = self._serve_running(plan, min(budget or self.max_batch_tokens, self.max_batch_tokens))
         if enough:  # else what came free is needed by those who run
             self._admit(plan, left)
         return plan
@@ -132,6 +135,15 @@ class Scheduler:
         # The keys and values of refused drafts are in the cache, and will be written over.
         r.computed = min(work.start + work.n, len(r.tokens) - bool(accepted))
         self._remember(r)
+
+    def reserve(self, r: Request, n: int) -> int:
+        """Blocks for the newest token and up to `n` drafts of a running request: for how many drafts there are.
+
+        A guess is worth no one's blocks: as many as there are running requests stay free.
+        """
+        while n and self.pool.blocks_for(r.computed + 1 + n) > len(r.blocks) + self.pool.n_free - len(self.running):
+            n -= 1
+        return n if n and self._grow(r, 1 + n) else 0
 
     def finish(self, request: Request) -> None:
         """The request is done, or is to be: its blocks come free. One that is unknown here is left alone."""

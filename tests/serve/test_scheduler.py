@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe.errors import ConfigError
+from moe.errors import ConfigError, QueueFullError
 from moe.serve.blocks import BlockPool, block_hash
 from moe.serve.request import Request, SamplingParams
-from moe.serve.scheduler import QueueFullError, Scheduler, StepPlan, Work
+from moe.serve.scheduler import Scheduler, StepPlan, Work
 
 VOCAB = 5
 
@@ -230,7 +230,7 @@ def test_what_can_never_fit_is_refused_at_once_and_the_queue_has_an_end() -> Non
     assert scheduler.idle
     scheduler.add(request("fits", [1] * 5, 8))
     scheduler.add(request(2, [1], 1))
-    with pytest.raises(QueueFullError, match="2 requests wait already"):
+    with pytest.raises(QueueFullError, match="2 requests wait, the most"):
         scheduler.add(request(3, [1], 1))
     Machine(scheduler).run()
 

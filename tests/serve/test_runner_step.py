@@ -1,4 +1,4 @@
-"""The lean step of generation against the modules it goes around."""
+"""A pass without modules against the modules it goes around."""
 
 from typing import Any
 
@@ -7,8 +7,10 @@ import torch
 from torch import nn
 
 from moe.config import ExpertsConfig, RopeConfig, RouterConfig
-from moe.generate import DecodeStep, stream
+from moe.generate import stream
 from moe.layers import KVCache
+from moe.serve.pages import Pages, Segment
+from moe.serve.runner import Runner, fits
 from tests.conftest import rel, tiny_config
 from tests.test_model import lively
 
@@ -17,23 +19,28 @@ def tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(61, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
+BLOCK = 4
+
+
 @torch.no_grad()
 def both_ways(model: Any, batch: int, steps: int = 5) -> float:
-    """The largest relative difference of logits and caches over some steps after a prompt of 7 tokens."""
+    """The largest relative difference of logits, keys and values over some passes after a prompt of 7 tokens."""
     dtype = model.embedding.weight.dtype
-    caches = [KVCache(model.cfg, batch, 7 + steps, dtype, "cpu") for _ in range(2)]
-    for cache in caches:
-        model(tokens(batch, 7), cache=cache)
-    lean, differences = DecodeStep(model, caches[0]), []
-    for position in range(7, 7 + steps):
-        new = tokens(batch, 1, seed=position)
-        got = lean(new[:, 0])
-        expected = model(new, cache=caches[1]).logits_BSV[:, 0]
+    cache, pages = KVCache(model.cfg, batch, 7 + steps, dtype, "cpu"), Pages(model.cfg, 3 * batch, BLOCK, dtype, "cpu")
+    runner, differences = Runner(model, pages), []
+    new, start = tokens(batch, 7), 0
+    for position in range(7, 7 + steps + 1):
+        rows = new.tolist()
+        segments = [Segment(row, start, range(3 * i, 3 * i + 3)) for i, row in enumerate(rows)]
+        wanted = [len(rows[0]) * (i + 1) - 1 for i in range(batch)]
+        got, expected = runner(segments, wanted), model(new, cache=cache).logits_BSV[:, -1]
         assert got.dtype == expected.dtype
         differences.append(rel(got, expected))
-    for a, b in zip(caches[0].layers, caches[1].layers, strict=True):
-        differences += [rel(a.k_BNPC, b.k_BNPC), rel(a.v_BNPC, b.v_BNPC)]
-    assert caches[0].length == caches[1].length
+        new, start = tokens(batch, 1, seed=position), position
+    for layer, own in zip(cache.layers, pages.layers, strict=True):
+        for theirs_BNPC, ours_PNC in zip(layer, own, strict=True):
+            ours_BPNC = ours_PNC[: 3 * batch * BLOCK].unflatten(0, (batch, -1))[:, : 7 + steps]
+            differences.append(rel(ours_BPNC, theirs_BNPC.transpose(1, 2)))
     return max(differences)
 
 
@@ -58,7 +65,7 @@ def test_same_logits_and_cache_as_the_modules(changes: dict[str, Any], batch: in
         for block in model.blocks:
             if block.moe.router.bias_E is not None:
                 block.moe.router.bias_E.copy_(torch.tensor([0.9, -0.4, 0.1, -0.2, 0.5]))
-        assert DecodeStep.fits(model)
+        assert fits(model)
         assert both_ways(model, batch) < tolerance
 
 
@@ -89,15 +96,15 @@ def test_hooked_and_replaced_modules_are_called() -> None:
     model: Any = lively(tiny_config(), torch.float32)
     calls: list[int] = []
     hook = model.blocks[1].moe.router.register_forward_hook(lambda *_: calls.append(1))
-    assert not DecodeStep.fits(model)
+    assert not fits(model)
     list(stream(model, tokens(1, 4), 6, temperature=0))
     assert len(calls) == 6
     hook.remove()
-    assert DecodeStep.fits(model)
+    assert fits(model)
 
     plain = model.generate(tokens(1, 4), 6, temperature=0)
     model.head = _Twice(model.head)
-    assert not DecodeStep.fits(model)
+    assert not fits(model)
     assert torch.equal(model.generate(tokens(1, 4), 6, temperature=0), plain)  # twice the logits, the same argmax
 
 

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe.generate import TextStream
+from moe.serve.detokenize import TextStream
 
 
 class Table:
