@@ -126,7 +126,7 @@ def _surprise(model: Transformer, texts: list[list[int]]) -> float:
 def table(record: dict[str, Any]) -> str:
     """In Markdown."""
     lines = [
-        "| lenience | accepted of first drafts | total variation | KL, nats | tokens per pass | speed | nats per token |",
+        "| lenience | first drafts accepted | total variation | KL, nats | tokens per pass | speed | nats per token |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in record["rows"]:

@@ -11,7 +11,14 @@ from moe.model import Transformer
 from moe.train.optimizer import build
 
 TARGET = ("d_model=192", "n_layers=3", "max_seq_len=256")
-DRAFT = ("d_model=96", "n_layers=1", "attention.n_heads=3", "experts.d_ff=256", "experts.n_experts=4", "max_seq_len=256")
+DRAFT = (
+    "d_model=96",
+    "n_layers=1",
+    "attention.n_heads=3",
+    "experts.d_ff=256",
+    "experts.n_experts=4",
+    "max_seq_len=256",
+)
 RECIPE = ("optimizer=muon", "lr=3e-3", "muon_lr=0.02", "embedding_lr=5.0", "weight_decay=0.0")
 BATCH, LENGTH, WARMUP = 16, 128, 10
 

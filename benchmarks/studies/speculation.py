@@ -43,7 +43,11 @@ def pairs() -> dict[str, tuple[Transformer, Transformer]]:
     target, near, far = Transformer(cfg, 0), Transformer(small, 0), Transformer(small, 1)
     with torch.no_grad():
         for name, p in target.named_parameters():
-            if name.startswith("blocks.") and not name.startswith("blocks.0.") and name.endswith(("wo.weight", "w_out_EDF")):
+            if (
+                name.startswith("blocks.")
+                and not name.startswith("blocks.0.")
+                and name.endswith(("wo.weight", "w_out_EDF"))
+            ):
                 p *= DAMPED
     near.load_state_dict({name: target.state_dict()[name] for name in near.state_dict()})
     return {"knows nothing": (target, far), "nearly the model": (target, near)}
@@ -100,7 +104,10 @@ def _engine(target: Transformer, draft: Transformer, batch: int, k: int | None) 
 def table(record: dict[str, Any]) -> str:
     """In Markdown: medians of the second half of the rounds, tokens per second."""
     names = [*(f"{k} drafts" for k in FIXED), "controller"]
-    lines = [f"| draft model | requests | {' | '.join(names)} | controller, all / end |", "|---" * (len(names) + 3) + "|"]
+    lines = [
+        f"| draft model | requests | {' | '.join(names)} | controller, all / end |",
+        "|---" * (len(names) + 3) + "|",
+    ]
     for row in record["rows"]:
         rates = row["tokens_per_second"]
         cells = [f"{_median(rates[name][len(rates[name]) // 2 :]):.0f}" for name in names]
@@ -122,7 +129,9 @@ def draw(record: dict[str, Any]) -> Any:
             axis.plot([x] * len(values), [v / unit for v in values], "o", color=colour, alpha=0.35, markersize=4)
             axis.plot([x - 0.25, x + 0.25], [_median(values) / unit] * 2, color=colour, linewidth=2)
         plural = "" if row["batch"] == 1 else "s"
-        figures.title(axis, f"The draft {row['pair']}", f"{row['batch']} request{plural}; line: median of rounds", "drafts")
+        figures.title(
+            axis, f"The draft {row['pair']}", f"{row['batch']} request{plural}; line: median of rounds", "drafts"
+        )
         axis.set_xticks(range(len(rates)), [name.removesuffix(" drafts") for name in rates])
         axis.set_ylim(bottom=0)
     axes[0].set_ylabel("tokens per second, 1 without drafts", color=figures.MUTED)

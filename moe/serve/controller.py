@@ -30,7 +30,7 @@ SHARE = 0.005  # of the time, for trying what does not seem best
 GRANT = 4  # steps that trying may cost besides, once
 EVERY = 3  # steps from one try to the next, at least
 MEMORY, LEAST = 0.99, 0.88  # what acceptance counts one request later, and at least one step later
-REFRESH = 4  # steps for which a comparison is kept, and of which the experts of one are counted
+REFRESH = 8  # steps for which a comparison is kept; of so many alike, one is looked at closely
 
 
 class Observed(NamedTuple):
@@ -239,9 +239,7 @@ class Controller:
         n_bytes = (gates + 1) * e.d_ff * cfg.d_model * bytes_per_number
         return cls(num_drafts, e.n_experts, e.top_k, n_bytes * cfg.n_moe_layers)
 
-    def choose(
-        self, requests: Sequence[Hashable], room: Sequence[int], behind: Callable[[Any], int]
-    ) -> list[int]:
+    def choose(self, requests: Sequence[Hashable], room: Sequence[int], behind: Callable[[Any], int]) -> list[int]:
         """The number of drafts for each request, all of which are at their newest token.
 
         Args:
@@ -273,7 +271,8 @@ class Controller:
             self._experts.add(n_tokens + seen.other_tokens, seen.experts)
         x = self._features(n_tokens, seen.other_tokens, seen.context)
         z = float(max(seen.asked, default=0)), float(seen.draft_tokens)
-        self._pass.add(x, seen.seconds)
+        if any(seen.asked) or self._step % REFRESH == 0 or self._step < 4 * REFRESH:
+            self._pass.add(x, seen.seconds)
         if z[0] and seen.draft_seconds > 0:
             self._guessing.add(z, seen.draft_seconds)
         if not n or seen.other_tokens:  # not to be compared with others
@@ -330,17 +329,16 @@ class Controller:
         return "\n".join(lines) or "nothing was measured yet"
 
     def _sentence(self, n: int, none: Row, best: Row) -> str:
-        accepted = [row.accepted for row in self.rows(n)[: best.drafts + 1]]
-        steps = np.diff(accepted).tolist()
-        megabytes = [row.experts * self.expert_bytes / 1e6 for row in (none, best)]
-        helps = best.rate > none.rate
+        shares = np.diff([row.accepted for row in self.rows(n)[: best.drafts + 1]])
+        before, after = (row.experts * self.expert_bytes / 1e6 for row in (none, best))
+        requests, drafts = f"{n} request{'s' * (n > 1)}", f"{best.drafts} draft{'s' * (best.drafts > 1)}"
         return (
-            f"{n} request{'s' * (n > 1)}, {best.drafts} draft{'s' * (best.drafts > 1)}: {1 + best.accepted:.2f} tokens a request and step "
-            f"(accepted at each position: {', '.join(f'{s:.2f}' for s in steps)}); "
-            f"{best.experts:.1f} experts a layer instead of {none.experts:.1f} ({megabytes[1]:.1f} MB instead of "
-            f"{megabytes[0]:.1f}), {best.seconds * 1e3:.2f} ms instead of {none.seconds * 1e3:.2f}: "
-            f"{best.rate / none.rate:.2f}x the tokens per second. "
-            + ("Speculation helps." if helps else "Speculation will not help here.")
+            f"{requests}, {drafts}: {1 + best.accepted:.2f} tokens a request and step "
+            f"(accepted at each position: {', '.join(f'{share:.2f}' for share in shares)}); "
+            f"{best.experts:.1f} experts a layer instead of {none.experts:.1f} "
+            f"({after:.1f} MB instead of {before:.1f}), {best.seconds * 1e3:.2f} ms instead of "
+            f"{none.seconds * 1e3:.2f}: {best.rate / none.rate:.2f}x the tokens per second. "
+            + ("Speculation helps." if best.rate > none.rate else "Speculation will not help here.")
         )
 
     # ----------------------------------------------------------------------------------------------------- choosing
@@ -360,9 +358,7 @@ class Controller:
         known = bucket.arms[0].seen >= 1
         bucket.best = max(bucket.rows, key=lambda row: row.rate).drafts if known else 0
 
-    def _worth_trying(
-        self, bucket: _Bucket, requests: Sequence[Hashable], behind: Callable[[Any], int]
-    ) -> _Try | None:
+    def _worth_trying(self, bucket: _Bucket, requests: Sequence[Hashable], behind: Callable[[Any], int]) -> _Try | None:
         """What was not seen for long, and costs little: as many requests, those least behind, as the budget allows."""
         n, rows, best = len(requests), bucket.rows, bucket.rows[bucket.best]
         dear = self._price[0] == n and self._allowance < self._price[1]
@@ -442,7 +438,7 @@ class Controller:
         tried, self._try = self._try, None
         if tried is None:
             return
-        bucket.arms[tried.drafts].last = self._step
+        bucket.arms[tried.drafts].last, bucket.compared = self._step, (-REFRESH, 0)
         rows = self.rows(len(seen.asked))
         best = max(row.rate for row in rows)
         needed = sum(1 + rows[n].accepted for n in seen.asked) / best

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -123,7 +124,7 @@ def test_where_guessing_loses_it_costs_two_percent_in_all(machine: Machine, n: i
 @pytest.mark.parametrize("machine", WINNING.values(), ids=WINNING)
 def test_where_guessing_helps_it_comes_within_ten_percent_of_the_best_number(machine: Machine, n: int) -> None:
     best, rate = machine.best(n)
-    tokens, seconds, controller, chosen = machine.run(n, 1000)
+    tokens, seconds, controller, _ = machine.run(n, 1000)
     assert tokens / seconds >= 0.9 * rate, (best, controller.report())
 
 
@@ -132,7 +133,7 @@ def test_one_rate_for_all_positions_would_promise_more() -> None:
     machine = WINNING["good at first"]
     _, _, controller, _ = machine.run(8, 600)
     rows = controller.rows(8)
-    gains = [b.accepted - a.accepted for a, b in zip(rows, rows[1:], strict=False)]
+    gains = [b.accepted - a.accepted for a, b in pairwise(rows)]
     assert gains[:3] == pytest.approx([0.95, 0.95 * 0.9, 0.95 * 0.9 * 0.3], abs=0.08)
 
 

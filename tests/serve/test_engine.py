@@ -116,7 +116,7 @@ def test_of_several_answers_each_ends_by_itself_and_all_can_be_aborted_at_any_st
     warm=st.booleans(),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=15)
+@settings(max_examples=6)
 def test_log_probabilities_are_those_of_the_uncached_model(
     budget: int, block_size: int, spare: int, speculative: str | None, warm: bool, seed: int
 ) -> None:
@@ -136,7 +136,8 @@ def test_log_probabilities_are_those_of_the_uncached_model(
     ]  # fmt: skip
     for output, p in zip(engine.generate(every, params), params, strict=True):
         tokens = output.prompt_token_ids + output.token_ids
-        log_SV = MODEL(torch.tensor([tokens])).logits_BSV[0].double().log_softmax(-1)
+        with torch.no_grad():
+            log_SV = MODEL(torch.tensor([tokens])).logits_BSV[0].double().log_softmax(-1)
         assert (output.logprobs is None, output.prompt_logprobs is None) == (
             p.logprobs is None,
             p.prompt_logprobs is None,
@@ -190,7 +191,7 @@ def reference(answer: Sequence[int], p: SamplingParams) -> tuple[int, str, str]:
     ignore_eos=st.booleans(),
     drafts=st.lists(st.lists(st.booleans(), max_size=4), min_size=14, max_size=14),
 )
-@settings(max_examples=200)
+@settings(max_examples=100)
 def test_text_ends_where_it_should_and_a_stop_string_is_never_seen(
     answer: list[int],
     stop: list[str],
@@ -349,7 +350,8 @@ def test_blocks_are_as_many_as_there_is_memory_for(monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(room, "free_memory", lambda _, n=contexts: weights + 2 * int(n * 40) * token)
         engine = Engine(MODEL, block_size=4, max_running=3)
         assert engine.scheduler.pool.n_blocks == want
-        assert engine.runner.pages.n_bytes == (want + 1) * 4 * token
+        kept = [t for pair in engine.runner.pages.layers for t in pair]
+        assert sum(t.numel() * t.element_size() for t in kept) == (want + 1) * 4 * token
     both = Engine(MODEL, block_size=4, max_running=3, speculative=Transformer(tiny_config(), seed=1))
     assert both.scheduler.pool.n_blocks == 30
     monkeypatch.setattr(room, "free_memory", lambda _: weights + 79 * token)

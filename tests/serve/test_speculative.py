@@ -182,10 +182,10 @@ def test_logprobs_are_those_of_an_uncached_pass(model: Transformer, drafts: dict
         text = torch.tensor([output.prompt_token_ids + output.token_ids])
         want = model(text).logits_BSV[0].log_softmax(-1)
         assert output.logprobs is not None
-        for i, (token, given) in enumerate(zip(output.token_ids, output.logprobs, strict=True)):
+        for i, (token, row_given) in enumerate(zip(output.token_ids, output.logprobs, strict=True)):
             row = want[len(output.prompt_token_ids) + i - 1]
-            assert {*given} == {token, *row.topk(2).indices.tolist()}
-            assert all(given[t].logprob == pytest.approx(row[t].item(), abs=1e-5) for t in given)
+            assert {*row_given} == {token, *row.topk(2).indices.tolist()}
+            assert all(row_given[t].logprob == pytest.approx(row[t].item(), abs=1e-5) for t in row_given)
     assert engine.stats.accepted > 0
 
 
