@@ -110,6 +110,6 @@ def test_answers_are_those_of_transformers_through_dozens_of_preemptions(few: Su
 
 @pytest.mark.slow
 @given(limits=LIMITS)
-@settings(max_examples=40)
+@settings(max_examples=20)
 def test_two_hundred_answers_are_those_of_transformers(many: Subject, limits: dict[str, Any]) -> None:
     check(many, limits, many.requests)
