@@ -62,7 +62,7 @@ def generate(
         print(f"notice: {said}", file=sys.stderr)
     ids, context = tokenizer.encode(prompt) or [tokenizer.eot_id], model.cfg.max_seq_len
     if len(ids) > context:
-        raise ConfigError(f"prompt of {len(ids)} tokens, but the context of {model.cfg.name} is {context}; cut it")
+        raise ConfigError(f"prompt of {len(ids)} tokens, but max_seq_len = {context} ({model.cfg.name}): cut it")
     blocks = -(-min(len(ids) + max_tokens, context) // _BLOCK)
     engine = Engine(model, tokenizer, block_size=_BLOCK, num_blocks=blocks, max_running=1)
     if sys.stdout.isatty():
