@@ -51,12 +51,26 @@ def _cpu_has_bf16() -> bool:
     return said == "1" if said else not {"amx_bf16", "avx512_bf16"}.isdisjoint(_cpu_flags())
 
 
+def device_name(device: torch.device) -> str:
+    """What a device calls itself; of a CPU the processor, and how many threads compute."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return device.type
+    return f"{torch.get_num_threads()} threads of {_cpu_info('model name') or platform.machine()}"
+
+
 def _cpu_flags() -> set[str]:
+    return set(_cpu_info("flags").split())
+
+
+def _cpu_info(field: str) -> str:
+    """What Linux says of the first processor; "" where it does not."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return set()
-    return next((set(line.split()) for line in lines if line.startswith("flags")), set())
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(field)), "")
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:

@@ -10,7 +10,7 @@ import tyro
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from moe.cli.flags import Flag, Settings, within
-from moe.cli.show import SHOW, Output, Show, check_pictures, show_rows
+from moe.cli.show import SHOW, Output, Show, check_pictures, show_rows, write_csv
 
 if TYPE_CHECKING:
     from moe.serve.bench import Bench, Row
@@ -40,6 +40,7 @@ class Load:
         str, arg(metavar="NAME", help="Who guesses tokens: none, ngram (the text itself), or a smaller checkpoint.")
     ] = "none"
     num_drafts: Annotated[int, arg(help="Guesses for a request and pass, at most.")] = 4
+    fixed_drafts: Annotated[Flag, arg(help="Always so many, not what the engine finds to be best.")] = False
     quantization: Annotated[Literal["none", "int8", "fp8"], arg(help="Expert weights in eight bits; fp8 on CUDA.")] = (
         "none"
     )
@@ -50,6 +51,9 @@ class Load:
     max_batch_tokens: Annotated[int, arg(help="Tokens of a pass at most: long prompts take several.")] = 2048
     device: Annotated[str | None, arg(help="cuda or cpu. Default: cuda where there is one.")] = None
     pictures: Annotated[Path | None, arg(help="Draw latency, throughput and utilisation into this directory.")] = None
+    passes: Annotated[
+        Path | None, arg(help="Write each pass's experts, bytes, FLOP, floor and time to this CSV file.")
+    ] = None
     calibrate: Annotated[
         Path | None, arg(help="Append a row for each pass to this CSV file, for moe plan calibrate.")
     ] = None
@@ -60,7 +64,7 @@ LOAD = Load()
 
 # What a table shows; --csv and --json have all.
 SHOWN = ("ttft_ms", "tpot_ms", "plan_tpot_ms", "throughput", "plan_throughput", "utilisation", "plan_utilisation")
-PASSES = ("roofline", "host", "running", "experts", "experts_expected")
+PASSES = ("roofline", "host", "running", "experts", "experts_expected", "experts_most")
 
 
 @bench_app.command
@@ -156,6 +160,7 @@ def _prepare(name: str, load: Load, over: "Mapping[str, tuple[float, ...]]") -> 
         "batch_invariant": load.batch_invariant,
         "max_batch_tokens": load.max_batch_tokens,
         "num_drafts": load.num_drafts,
+        "adaptive": not load.fixed_drafts,
     }
     if Path(load.speculative).is_dir():
         settings["speculative"] = checkpoint.load(load.speculative, device=where).to(dtype)
@@ -169,6 +174,10 @@ def _results(subject: "Bench", load: Load, rows: "Iterable[Row]", x: str, show: 
     for row in rows:
         found.append(row)
         print(f"{x} {row[x]:g}: {row['throughput']:,.0f} tokens/s", file=sys.stderr)
+    for report in subject.reports:
+        print(report, file=sys.stderr)
+    if load.passes is not None:
+        write_csv(subject.passes, load.passes)
     if load.calibrate is not None:
         from moe.plan.calibrate import append_row
 

@@ -11,7 +11,7 @@ import random
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from moe.errors import ConfigError
@@ -24,7 +24,7 @@ from moe.plan.serving import decode
 from moe.plan.shape import shape_of
 from moe.serve.engine import Engine, check_served
 from moe.serve.request import SamplingParams
-from moe.serve.roofline import DTYPES, Pass, Roofline, watch
+from moe.serve.roofline import DTYPES, Pass, watch
 
 Row = dict[str, Any]
 
@@ -144,7 +144,6 @@ class Run:
     seconds: float
     answers: list[Answer]
     passes: list[Pass]
-    plan_rows: list[dict[str, Any]] = field(default_factory=list)
 
 
 def drive(engine: Engine, jobs: Sequence[Job], arrivals: Sequence[float]) -> tuple[float, list[Answer]]:
@@ -201,6 +200,10 @@ class Bench:
         machine: `moe.serve.roofline.machine`, against which utilisation and rooflines are taken.
         settings: of the engine, beside `max_running` and `num_blocks`.
 
+    Attributes:
+        passes: a row for each pass of the model, by the number of the row that it belongs to.
+        plan_rows: the same for `moe plan calibrate`. reports: what speculation's controllers found.
+
     Raises:
         ConfigError: a workload that is longer than the model's context.
     """
@@ -215,7 +218,10 @@ class Bench:
             )
         self.shape = shape_of(model.cfg)
         self.layout = Layout(weights=self.dtype, kv_cache=self.dtype)
+        self.passes: list[Row] = []
         self.plan_rows: list[dict[str, Any]] = []
+        self._runs = 0
+        self.reports: list[str] = []
 
     @property
     def dtype(self) -> str:
@@ -278,10 +284,11 @@ class Bench:
             for jobs, arrivals in parts:
                 took, found = drive(engine, jobs, arrivals)
                 seconds, answers = seconds + took, answers + found
-        return self._done(seconds, answers, roofline)
-
-    def _done(self, seconds: float, answers: list[Answer], roofline: Roofline) -> Run:
+        self.passes += [{"row": self._runs, **p.as_dict()} for p in roofline.passes()]
         self.plan_rows += roofline.plan_rows()
+        self._runs += 1
+        if engine.controller is not None:
+            self.reports.append(engine.controller.report())
         return Run(seconds, answers, roofline.passes())
 
     def _row(self, run: Run) -> Row:

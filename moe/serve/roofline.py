@@ -16,6 +16,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from moe.device import device_name
 from moe.plan.hardware import Hardware, device_hardware
 from moe.plan.passes import Bytes, PassLoad, Span, expected_experts, most_experts, pass_load
 from moe.plan.quantities import quantity
@@ -139,7 +140,7 @@ def machine(device: torch.device, dtype: torch.dtype) -> Hardware:
 
     Measured are a large product in the dtype and a large copy, as by `moe profile step`; links and price are none.
     """
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    name = device_name(device)
     return device_hardware(name) or _measured(name, measure_ceilings(device, dtype), DTYPES.get(dtype, "fp32"))
 
 
@@ -156,5 +157,6 @@ def _sizes(engine: Engine) -> Bytes:
     pool, pages, size = engine.scheduler.pool, engine.runner.pages, engine.model.embedding.weight.element_size()
     cached = sum(layer.attention.cached for layer in shape_of(engine.model.cfg).layers)
     # Scales of keys and values in eight bits are among the bytes; one block more is there for what nobody reads.
-    kv = pages.n_bytes / ((pool.n_blocks + 1) * pool.block_size * cached)
+    held = sum(kept.nbytes for pair in (*pages.layers, *(pages.scales or ())) for kept in pair)
+    kv = held / ((pool.n_blocks + 1) * pool.block_size * cached)
     return Bytes(size, 1 if engine.quantization else size, kv)

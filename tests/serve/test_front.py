@@ -44,26 +44,30 @@ def test_a_caller_who_leaves_takes_the_request_back(how: str) -> None:
     async def leave(front: AsyncEngine) -> None:
         deltas = front.generate([1], LONG)
         async for _ in deltas:
-            if how == "cancelled":
-                task.cancel()
-                await asyncio.sleep(1)
-            break
+            began.set()
+            if how != "cancelled":
+                break
         if how == "returns":
-            await deltas.aclose()  # type: ignore[attr-defined]
+            await deltas.aclose()
 
     async def main() -> None:
-        nonlocal task
         async with AsyncEngine(engine) as front:
             task = asyncio.create_task(leave(front))
+            await began.wait()
+            if how == "cancelled":
+                task.cancel()
             await asyncio.wait([task])
             gc.collect()
             go.set()
             assert await answer(front, [2]) == greedy_answer([2], 12)
 
-    task: Any = None
-    go = threading.Event()
-    # Every pass but the first few waits until the caller has gone.
-    engine = scripted_engine(lambda _: None if engine.stats.steps < 2 else go.wait(30) and None)
+    began, go = asyncio.Event(), threading.Event()
+
+    def fault(_: int) -> None:
+        if engine.stats.steps >= 2:  # every later pass waits until the caller has gone
+            go.wait(30)
+
+    engine = scripted_engine(fault)
     run(main())
     assert_empty(engine)
     assert engine.stats.finished == {"abort": 1, "length": 1}

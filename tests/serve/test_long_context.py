@@ -21,7 +21,8 @@ from tests.conftest import tiny_config
 n = int(sys.argv[1])
 engine = Engine(Transformer(tiny_config(max_seq_len=32_768)), num_blocks=n // 16, max_batch_tokens=256)
 engine.generate([[i % 61 for i in range(n - 2)]], SamplingParams(max_tokens=2, temperature=0))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, engine.runner.pages.n_bytes)
+kept = [t for pair in engine.runner.pages.layers for t in pair]
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, sum(t.numel() * t.element_size() for t in kept))
 """
 
 

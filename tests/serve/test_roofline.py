@@ -77,7 +77,7 @@ def test_loads_are_of_what_was_computed(model: Transformer) -> None:
 
 
 def test_drafts_are_computed_and_their_logits_wanted(model: Transformer) -> None:
-    engine = Engine(model, speculative="ngram", num_drafts=3)
+    engine = Engine(model, speculative="ngram", adaptive=False, num_drafts=3)
     with roofline.watch(engine, CPU) as found:
         engine.generate([[5, 6, 7] * 5], SamplingParams(temperature=0, max_tokens=12))
     passes = found.passes()
@@ -104,7 +104,7 @@ def test_rows_are_fitted_by_the_planner(model: Transformer, tmp_path: Path) -> N
 
 def test_this_machine_is_measured() -> None:
     found = roofline.machine(torch.device("cpu"), torch.float32)
-    assert found.name == "cpu"
+    assert found.name.startswith(f"{torch.get_num_threads()} threads of ")
     assert 1e8 < found.peak("fp32").to("FLOP/s") < 1e15
     assert 1e8 < found.bandwidth.to("B/s") < 1e13
     assert found.compute_dtype("fp32") == "fp32"

@@ -192,7 +192,7 @@ def check_distribution(settings: dict, kind: str, n: int) -> None:
 @pytest.mark.parametrize("kind", ["none", "drawn", "named"])
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_tokens_are_distributed_as_the_settings_say(settings: dict, kind: str) -> None:
-    check_distribution(settings, kind, 2000)
+    check_distribution(settings, kind, 1000)
 
 
 @pytest.mark.slow
@@ -233,8 +233,8 @@ def lenient(logits: Tensor, guesses: Sequence[Guess]) -> list[list[int]]:
 @pytest.mark.parametrize("verifier", [without_the_residual, with_another_q, one_number_for_all, lenient])
 def test_a_verifier_that_is_wrong_is_found_out(verifier: Verifier) -> None:
     p = SamplingParams()
-    counts = first_two(p, "drawn", 10_000, verifier)
-    assert max(chi_square(found, want, 10_000) for found, want in zip(counts, expected(p), strict=True)) > 20
+    counts = first_two(p, "drawn", 6000, verifier)
+    assert max(chi_square(found, want, 6000) for found, want in zip(counts, expected(p), strict=True)) > 20
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
@@ -243,7 +243,8 @@ def test_drafts_that_are_named_change_no_token_of_a_seed(settings: dict) -> None
     drafter, memo = Drafter(p, "named"), {}
     guesses = drafter.guesses(range(300))
     found = verify(rows_of([at for g in guesses for at in g.positions], memo), guesses)
-    assert {len(tokens) for tokens in found} >= {1, 2}
+    possible = expected(p)[0][guesses[0].drafts[0]] > 0.02
+    assert {len(tokens) for tokens in found} >= ({1, 2} if possible else {1})
     for place in range(3):
         same = [i for i, tokens in enumerate(found) if len(tokens) > place]
         rows = [Position(p, (*PROMPT, *found[i][:place]), 2, i, (0,)) for i in same]

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe import Transformer, profile
-from moe.profile import RecordedPass, Trace
+from moe.profile import Trace
 from moe.profile.observe import Pass, observe
+from moe.profile.trace import RecordedPass
 from moe.serve.engine import Engine
 from moe.serve.request import SamplingParams
 from moe.serve.trace import record
@@ -58,7 +59,7 @@ def check(model: Transformer, p: RecordedPass, tokens: list[int]) -> None:
     prefix_cache=st.booleans(),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=10)
+@settings(max_examples=8)
 def test_a_trace_is_what_the_model_chooses_for_prompt_and_answer(
     model: Transformer,
     tmp_path_factory: pytest.TempPathFactory,
@@ -72,7 +73,7 @@ def test_a_trace_is_what_the_model_chooses_for_prompt_and_answer(
     """With small pools, where requests are preempted, drafts that are refused, and prefixes from the cache."""
     engine = Engine(
         model, block_size=block_size, num_blocks=-(-40 // block_size) + spare, max_batch_tokens=budget,
-        speculative=speculative, prefix_cache=prefix_cache, max_running=6,
+        speculative=speculative, adaptive=False, prefix_cache=prefix_cache, max_running=6,
     )  # fmt: skip
     place = tmp_path_factory.mktemp("trace") / "trace"
     with record(engine, place) as recorder:
@@ -91,7 +92,9 @@ def test_a_trace_is_what_the_model_chooses_for_prompt_and_answer(
 
 def test_preemptions_refused_drafts_and_cached_prefixes_are_among_them(model: Transformer, tmp_path: Path) -> None:
     """What the test above means to draw does occur."""
-    engine = Engine(model, block_size=4, num_blocks=12, max_batch_tokens=30, speculative="ngram", max_running=6)
+    engine = Engine(
+        model, block_size=4, num_blocks=12, max_batch_tokens=30, speculative="ngram", adaptive=False, max_running=6
+    )
     with record(engine, tmp_path / "trace"):
         outputs = engine.generate(prompts(1), GREEDY)
     assert engine.stats.preemptions > 0
