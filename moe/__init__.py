@@ -7,7 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moe import data, hf, plan, profile, train
+    from moe import data, hf, plan, profile, serve, train
     from moe.checkpoint import load, load_tokenizer, save
     from moe.config import Config, load_config
     from moe.errors import ConfigError, MoeError
@@ -46,6 +46,7 @@ __all__ = [
     "plan",
     "profile",
     "save",
+    "serve",
     "train",
 ]
 

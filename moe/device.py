@@ -51,12 +51,26 @@ def _cpu_has_bf16() -> bool:
     return said == "1" if said else not {"amx_bf16", "avx512_bf16"}.isdisjoint(_cpu_flags())
 
 
+def device_name(device: torch.device) -> str:
+    """What a device calls itself; of a CPU the processor, and how many threads compute."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return device.type
+    return f"{torch.get_num_threads()} threads of {_cpu_info('model name') or platform.machine()}"
+
+
 def _cpu_flags() -> set[str]:
+    return set(_cpu_info("flags").split())
+
+
+def _cpu_info(field: str) -> str:
+    """What Linux says of the first processor; "" where it does not."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return set()
-    return next((set(line.split()) for line in lines if line.startswith("flags")), set())
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(field)), "")
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
@@ -154,3 +168,31 @@ def callers_state(device: torch.device) -> Iterator[None]:
                 torch.set_float32_matmul_precision(precision)
             if flushes_denormals() != flushing:
                 flush_denormals(flushing)
+
+
+# ------------------------------------------------------------------------------------------------------------- memory
+
+# Where a control group says what it may use and what it uses: version 2, and version 1.
+_CGROUPS = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that new tensors may take: on CUDA what the driver has and what torch holds unused; on a CPU what Linux
+    calls available, within the limit of a container. Elsewhere all memory that is installed."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 2**32
+    for limit, used in _CGROUPS:
+        try:
+            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
+        except (OSError, ValueError):  # no such group, or "max": no limit
+            continue
+    return max(0, free)

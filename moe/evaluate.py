@@ -27,9 +27,10 @@ from moe.data import (
     validation_windows,
 )
 from moe.errors import DataError
-from moe.generate import stream
 from moe.kernels.loss import IGNORE_INDEX
 from moe.model import Transformer
+from moe.serve.engine import Engine
+from moe.serve.request import SamplingParams
 from moe.tokenizer import Tokenizer
 
 
@@ -261,22 +262,18 @@ def draw_samples(
     with `chat`.
     """
     template = ChatTemplate(tokenizer)
-    samples = []
     if prompts is None:
         prompts = REQUESTS if chat else PROMPTS
-    for prompt in prompts:
-        if chat:
-            ids, end_id = template.prompt([{"role": "user", "content": prompt}]), template.end_id
-        else:
-            ids, end_id = tokenizer.encode(prompt) or [tokenizer.eot_id], tokenizer.eot_id
-        ids = ids[: model.cfg.max_seq_len]
-        new: list[int] = []
-        prompt_1S = torch.tensor([ids], device=model.embedding.weight.device)
-        for next_1 in stream(model, prompt_1S, n_tokens, temperature=0.8, top_p=0.95):
-            if int(next_1) == end_id:
-                break
-            new.append(int(next_1))
+    end_id = template.end_id if chat else tokenizer.eot_id
+    texts = [template.prompt([{"role": "user", "content": p}]) if chat else tokenizer.encode(p) for p in prompts]
+    limit = model.cfg.max_seq_len
+    params = SamplingParams(max_tokens=n_tokens, temperature=0.8, top_p=0.95, seed=0, stop_token_ids=[end_id])
+    blocks = len(texts) * -(-max([1, *(min(len(t) + n_tokens, limit) for t in texts)]) // 16)
+    engine = Engine(model, block_size=16, num_blocks=blocks)
+    answers = engine.generate([t[:limit] or [tokenizer.eot_id] for t in texts], params)
+    samples = []
+    for prompt, answer in zip(prompts, answers, strict=True):
         # A model may have more ids than its tokenizer; nothing ever trained them, but the first steps may draw one.
-        text = tokenizer.decode([i for i in new if i < tokenizer.vocab_size])
+        text = tokenizer.decode([i for i in answer.token_ids if i < tokenizer.vocab_size and i != end_id])
         samples.append({"prompt": f"{prompt}\n\n" if chat else prompt, "text": text})
     return samples

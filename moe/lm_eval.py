@@ -88,6 +88,7 @@ class MoeLM(TemplateLM):
         self.model, self.vocabulary = model.eval(), tokenizer
         self._device = model.embedding.weight.device
         self._dtype = pick_dtype(model.cfg.train, self._device)
+        self._draws = 0
 
     @property
     def eot_token_id(self) -> int:
@@ -280,17 +281,19 @@ class MoeLM(TemplateLM):
             ServeError: the model's pass failed.
         """
         prompts, settings = [], []
-        for i, request in enumerate(requests):
+        for request in requests:
             context, given = request.arguments  # type: ignore[misc]
-            params = _generation(given, self.max_gen_toks, self.max_length, seed=i)
+            self._draws += 1
+            params = _generation(given, self.max_gen_toks, self.max_length, seed=self._draws)
             room = self.max_length - (params.max_tokens or 0)
             prompts.append((self.tok_encode(context) or [self.eot_token_id])[-room:])
             settings.append(params)
         found = [""] * len(requests)
         longest = max((len(p) + (s.max_tokens or 0) for p, s in zip(prompts, settings, strict=True)), default=1)
+        together = max(1, min(self.batch_size, len(requests)))
         engine = Engine(
-            self.model, self.vocabulary, block_size=_BLOCK, num_blocks=self.batch_size * -(-longest // _BLOCK),
-            max_running=self.batch_size,
+            self.model, self.vocabulary, block_size=_BLOCK, num_blocks=together * -(-longest // _BLOCK),
+            max_running=together,
         )  # fmt: skip
         with tqdm(total=len(requests), disable=disable_tqdm, desc="generation") as bar:
 

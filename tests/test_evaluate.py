@@ -1,6 +1,7 @@
 """Bits per byte: exact for a model whose probabilities are known, every token once, the same each time."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -84,8 +85,8 @@ def test_what_has_no_byte_scored_has_no_score(data, cfg):
 
 
 def test_ids_that_the_vocabulary_leaves_unused_may_be_drawn(cfg, monkeypatch):
-    drawn = [torch.tensor([i]) for i in (15339, 100256, 100261, 1917)]
-    monkeypatch.setattr(evaluate, "stream", lambda *_, **__: iter(drawn))
+    drawn = SimpleNamespace(token_ids=[15339, 100256, 100261, 1917])
+    monkeypatch.setattr(evaluate.Engine, "generate", lambda _, prompts, __: [drawn for _ in prompts])
     model = Transformer(cfg.with_overrides(["vocab_size=100277", "d_model=32"]))
     texts = [s["text"] for chat in (False, True) for s in evaluate.draw_samples(model, cl100k(), chat=chat)]
     assert set(texts) == {"hello world"}

@@ -79,9 +79,7 @@ def test_the_seed_of_a_stream(model: Transformer) -> None:
 
 @pytest.mark.parametrize("sampling", [{"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-6}])
 def test_the_narrowest_filters_of_a_stream_are_greedy(model: Transformer, sampling: dict) -> None:
-    assert torch.equal(
-        streamed(model, PROMPT, 8, seed=5, **sampling), model.generate(PROMPT, 8, temperature=0)[:, 3:]
-    )
+    assert torch.equal(streamed(model, PROMPT, 8, seed=5, **sampling), model.generate(PROMPT, 8, temperature=0)[:, 3:])
 
 
 def test_prompts_longer_than_a_pass_come_out_side_by_side(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,7 +199,10 @@ def cut(free_S: list[int], ends: set[int], length: int) -> list[int]:
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("several", [False, True])
 def test_a_sequence_that_has_ended_repeats_its_end_until_all_have(model: Transformer, seed: int, several: bool) -> None:
-    for write in (lambda **ends: model.generate(PROMPT, 30, seed=seed, **ends)[:, 3:], partial(streamed, model, PROMPT, 30, seed=seed)):
+    for write in (
+        lambda **ends: model.generate(PROMPT, 30, seed=seed, **ends)[:, 3:],
+        partial(streamed, model, PROMPT, 30, seed=seed),
+    ):
         check_ends(write, several)
 
 

@@ -34,7 +34,7 @@ RANK = {
     "moe.hf": 7,
     "moe.lora": 7,
     "moe.data": 7,
-    "moe.device": 7,
+    "moe.device": 2,
     "moe.parallel": 7,
     "moe.chat": 8,
     "moe.profile": 8,

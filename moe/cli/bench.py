@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
-from moe.cli.flags import Settings, within
-from moe.cli.show import SHOW, Output, Show, check_pictures, show_rows
+from moe.cli.flags import Flag, Settings, within
+from moe.cli.show import SHOW, Output, Show, check_pictures, show_rows, write_csv
 
 if TYPE_CHECKING:
     from moe.serve.bench import Bench, Row
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 bench_app = tyro.extras.SubcommandApp()
 Model = Annotated[str, arg(metavar="MODEL", help="A checkpoint, a shipped configuration or a TOML file.")]
 Batches = Annotated[tuple[int, ...], arg(metavar="N ...")]
+Rates = Annotated[tuple[float, ...], arg(metavar="NUMBER ...")]
 
 
 @dataclass(frozen=True)
@@ -35,11 +36,24 @@ class Load:
     seed: Annotated[int, arg(help="Of prompts and arrivals.")] = 0
     set_: Settings = ()
     dtype: Annotated[Literal["auto", "bf16", "fp32"], arg(help="Of weights and products.")] = "auto"
-    speculative: Annotated[Literal["none", "ngram"], arg(help="Who guesses tokens for the model to verify.")] = "none"
+    speculative: Annotated[
+        str, arg(metavar="NAME", help="Who guesses tokens: none, ngram (the text itself), or a smaller checkpoint.")
+    ] = "none"
     num_drafts: Annotated[int, arg(help="Guesses for a request and pass, at most.")] = 4
+    fixed_drafts: Annotated[Flag, arg(help="Always so many, not what the engine finds to be best.")] = False
+    quantization: Annotated[Literal["none", "int8", "fp8"], arg(help="Expert weights in eight bits; fp8 on CUDA.")] = (
+        "none"
+    )
+    kv_cache_dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16", "int8", "fp8"], arg(help="Of keys and values.")
+    ] = "auto"
+    batch_invariant: Annotated[Flag, arg(help="A request's logits have the same bits whatever runs beside it.")] = False
     max_batch_tokens: Annotated[int, arg(help="Tokens of a pass at most: long prompts take several.")] = 2048
     device: Annotated[str | None, arg(help="cuda or cpu. Default: cuda where there is one.")] = None
     pictures: Annotated[Path | None, arg(help="Draw latency, throughput and utilisation into this directory.")] = None
+    passes: Annotated[
+        Path | None, arg(help="Write each pass's experts, bytes, FLOP, floor and time to this CSV file.")
+    ] = None
     calibrate: Annotated[
         Path | None, arg(help="Append a row for each pass to this CSV file, for moe plan calibrate.")
     ] = None
@@ -50,7 +64,7 @@ LOAD = Load()
 
 # What a table shows; --csv and --json have all.
 SHOWN = ("ttft_ms", "tpot_ms", "plan_tpot_ms", "throughput", "plan_throughput", "utilisation", "plan_utilisation")
-PASSES = ("roofline", "host", "running", "experts", "experts_expected")
+PASSES = ("roofline", "host", "running", "experts", "experts_expected", "experts_most")
 
 
 @bench_app.command
@@ -86,7 +100,7 @@ def throughput(
 
 @bench_app.command
 def serve(
-    model: Positional[Model], /, *, load: On = LOAD, rate: Annotated[tuple[float, ...], arg(metavar="NUMBER ...")] = (4.0, 16.0, 64.0),
+    model: Positional[Model], /, *, load: On = LOAD, rate: Rates = (8.0, 32.0, 128.0),
     requests: int = 16, max_running: int = 16, ttft_limit: float | None = None, tpot_limit: float | None = None,
     show: Output = SHOW,
 ) -> int:  # fmt: skip
@@ -140,8 +154,18 @@ def _prepare(name: str, load: Load, over: "Mapping[str, tuple[float, ...]]") -> 
     auto = pick_dtype(cfg.train, where)
     dtype = {"auto": auto, "bf16": torch.bfloat16, "fp32": torch.float32}[load.dtype]
     model = checkpoint.load(name, device=where).to(dtype) if trained else profile.random_model(cfg, dtype, where)
-    settings: dict[str, Any] = {"max_batch_tokens": load.max_batch_tokens, "num_drafts": load.num_drafts}
-    settings["speculative"] = None if load.speculative == "none" else load.speculative
+    settings: dict[str, Any] = {
+        "quantization": None if load.quantization == "none" else load.quantization,
+        "kv_cache_dtype": load.kv_cache_dtype,
+        "batch_invariant": load.batch_invariant,
+        "max_batch_tokens": load.max_batch_tokens,
+        "num_drafts": load.num_drafts,
+        "adaptive": not load.fixed_drafts,
+    }
+    if Path(load.speculative).is_dir():
+        settings["speculative"] = checkpoint.load(load.speculative, device=where).to(dtype)
+    elif load.speculative != "none":
+        settings["speculative"] = load.speculative
     return Bench(model.eval(), machine(where, dtype), work, **settings)
 
 
@@ -150,6 +174,10 @@ def _results(subject: "Bench", load: Load, rows: "Iterable[Row]", x: str, show: 
     for row in rows:
         found.append(row)
         print(f"{x} {row[x]:g}: {row['throughput']:,.0f} tokens/s", file=sys.stderr)
+    for report in subject.reports:
+        print(report, file=sys.stderr)
+    if load.passes is not None:
+        write_csv(subject.passes, load.passes)
     if load.calibrate is not None:
         from moe.plan.calibrate import append_row
 

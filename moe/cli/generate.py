@@ -3,12 +3,14 @@
 import contextlib
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from tyro.conf import Positional, UseAppendAction, arg
 
 from moe.cli.flags import Flag
 from moe.cli.show import printable, write
+
+_BLOCK = 16
 
 
 def generate(
@@ -40,37 +42,36 @@ def generate(
         trace: Record the routing of the prompt and of every generated token here, for moe profile.
         device: cuda or cpu. Default: cuda where there is one.
     """
-    import torch
-
     from moe import checkpoint as checkpoints
     from moe.data.chat import ChatTemplate
     from moe.device import pick_device
-    from moe.errors import ConfigError
-    from moe.generate import TextStream, stream
-    from moe.profile import record
+    from moe.errors import ConfigError, TraceError
+    from moe.serve.engine import Engine
+    from moe.serve.request import SamplingParams
+    from moe.serve.trace import record
 
-    if max_tokens < 1:
-        raise ConfigError(f"max_tokens = {max_tokens}: must be 1 or more")
-    where = pick_device(device)
     tokenizer = checkpoints.load_tokenizer(checkpoint)
-    model = checkpoints.load(checkpoint, device=where)
-    ends = [] if ignore_eos else [tokenizer.eot_id]
-    if tokenizer.chat_template is not None:
-        ends += [] if ignore_eos else [ChatTemplate(tokenizer).end_id]
+    chats = tokenizer.chat_template is not None
+    params = SamplingParams(
+        max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop=stop,
+        ignore_eos=ignore_eos, stop_token_ids=[ChatTemplate(tokenizer).end_id] if chats and not ignore_eos else [],
+    )  # fmt: skip
+    model = checkpoints.load(checkpoint, device=pick_device(device))
+    if chats:
         said = f"this model was taught to answer: `moe chat {checkpoint}` talks with it; here it goes on with your text"
         print(f"notice: {said}", file=sys.stderr)
-    ids = tokenizer.encode(prompt) or [tokenizer.eot_id]
+    ids, context = tokenizer.encode(prompt) or [tokenizer.eot_id], model.cfg.max_seq_len
+    if len(ids) > context:
+        raise ConfigError(f"prompt of {len(ids)} tokens, but max_seq_len = {context} ({model.cfg.name}): cut it")
+    blocks = -(-min(len(ids) + max_tokens, context) // _BLOCK)
+    engine = Engine(model, tokenizer, block_size=_BLOCK, num_blocks=blocks, max_running=1)
     if sys.stdout.isatty():
         write(f"\033[2m{printable(prompt)}\033[0m")
     try:
-        text = TextStream(tokenizer, stop, ends)
-        sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-        with contextlib.nullcontext() if trace is None else record(model, trace):
-            for next_1 in stream(model, torch.tensor([ids], device=where), max_tokens, eos_id=ends, **sampling):
-                write(printable(text.push(int(next_1))))
-                if text.done:
-                    break
-    except ValueError as error:
+        with contextlib.nullcontext() if trace is None else record(engine, trace):
+            for delta in engine.stream(ids, params):
+                write(printable(delta.text))
+    except TraceError as error:
         raise ConfigError(str(error)) from error
-    write(printable(text.finish()) + ("\n" if sys.stdout.isatty() else ""))
+    write("\n" if sys.stdout.isatty() else "")
     return 0

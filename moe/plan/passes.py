@@ -77,6 +77,4 @@ def expected_experts(shape: Shape, tokens: float) -> list[float]:
 
 def most_experts(shape: Shape, tokens: int) -> list[float]:
     """The most that so many tokens can reach, min(k T, E): what vLLM's roofline takes for the number of them."""
-    return [
-        min(m.top_k * tokens, m.n_experts) for m in (layer.mlp for layer in shape.layers) if m.n_experts
-    ]
+    return [min(m.top_k * tokens, m.n_experts) for m in (layer.mlp for layer in shape.layers) if m.n_experts]

@@ -1,7 +1,7 @@
 """Latency, throughput and utilisation of an engine, measured, beside what the planner says of the same machine.
 
-`latency`: so many requests begin together, and nothing else runs. `throughput`: many requests, so many of them in a pass
-at a time. `serve`: requests arrive by chance (Poisson), at a rate. Prompts are random ids, and every answer has the
+`latency`: so many requests begin together, and nothing else runs. `throughput`: many requests, of which so many run
+together. `serve`: requests arrive by chance (Poisson), at a rate. Prompts are random ids, and every answer has the
 length that was asked for, so that a model's training does not matter to its speed. A request's clock starts when it
 arrives, whether or not the engine looks at that moment; TPOT = (E2E - TTFT) / (n - 1), as vLLM's benchmark has it.
 """
@@ -11,7 +11,7 @@ import random
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from moe.errors import ConfigError
@@ -22,9 +22,9 @@ from moe.plan.load import under_load
 from moe.plan.quantities import Sheet
 from moe.plan.serving import decode
 from moe.plan.shape import shape_of
-from moe.serve.engine import Engine
+from moe.serve.engine import Engine, check_served
 from moe.serve.request import SamplingParams
-from moe.serve.roofline import DTYPES, Pass, Roofline, watch
+from moe.serve.roofline import DTYPES, Pass, watch
 
 Row = dict[str, Any]
 
@@ -144,7 +144,6 @@ class Run:
     seconds: float
     answers: list[Answer]
     passes: list[Pass]
-    plan_rows: list[dict[str, Any]] = field(default_factory=list)
 
 
 def drive(engine: Engine, jobs: Sequence[Job], arrivals: Sequence[float]) -> tuple[float, list[Answer]]:
@@ -152,6 +151,9 @@ def drive(engine: Engine, jobs: Sequence[Job], arrivals: Sequence[float]) -> tup
 
     Args:
         arrivals: seconds from the beginning, rising.
+
+    Raises:
+        ServeError: a pass failed.
     """
     names: dict[str, int] = {}
     first: dict[int, float] = {}
@@ -164,18 +166,18 @@ def drive(engine: Engine, jobs: Sequence[Job], arrivals: Sequence[float]) -> tup
             params = SamplingParams(max_tokens=job.output_len, temperature=0, ignore_eos=True)
             names[engine.add(job.prompt, params)] = added
             added += 1
-        if engine.scheduler.idle:
+        if engine.idle:
             time.sleep(max(0.0, arrivals[added] - now))
             continue
-        outputs = engine.step()
+        deltas = engine.step()
         now = time.perf_counter() - start
-        for output in outputs:
-            i = names[output.id]
-            begun = first.setdefault(i, now)
-            if output.finish_reason:
-                waited = now - arrivals[i]
-                n, prompt = len(output.token_ids), len(jobs[i].prompt)
-                found[i] = Answer(n, prompt, output.cached_tokens, begun - arrivals[i], waited)
+        for delta in deltas:
+            i = names[delta.request_id]
+            first.setdefault(i, now)
+            if delta.output is not None:
+                check_served([delta.output])
+                n, prompt, cached = len(delta.output.token_ids), len(jobs[i].prompt), delta.output.cached_tokens
+                found[i] = Answer(n, prompt, cached, first[i] - arrivals[i], now - arrivals[i])
     return time.perf_counter() - start, [found[i] for i in range(len(jobs))]
 
 
@@ -198,6 +200,10 @@ class Bench:
         machine: `moe.serve.roofline.machine`, against which utilisation and rooflines are taken.
         settings: of the engine, beside `max_running` and `num_blocks`.
 
+    Attributes:
+        passes: a row for each pass of the model, by the number of the row that it belongs to.
+        plan_rows: the same for `moe plan calibrate`. reports: what speculation's controllers found.
+
     Raises:
         ConfigError: a workload that is longer than the model's context.
     """
@@ -212,7 +218,10 @@ class Bench:
             )
         self.shape = shape_of(model.cfg)
         self.layout = Layout(weights=self.dtype, kv_cache=self.dtype)
+        self.passes: list[Row] = []
         self.plan_rows: list[dict[str, Any]] = []
+        self._runs = 0
+        self.reports: list[str] = []
 
     @property
     def dtype(self) -> str:
@@ -275,10 +284,11 @@ class Bench:
             for jobs, arrivals in parts:
                 took, found = drive(engine, jobs, arrivals)
                 seconds, answers = seconds + took, answers + found
-        return self._done(seconds, answers, roofline)
-
-    def _done(self, seconds: float, answers: list[Answer], roofline: Roofline) -> Run:
+        self.passes += [{"row": self._runs, **p.as_dict()} for p in roofline.passes()]
         self.plan_rows += roofline.plan_rows()
+        self._runs += 1
+        if engine.controller is not None:
+            self.reports.append(engine.controller.report())
         return Run(seconds, answers, roofline.passes())
 
     def _row(self, run: Run) -> Row:

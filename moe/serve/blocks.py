@@ -89,10 +89,12 @@ class BlockPool:
         if self.prefix_cache and self._block_of.setdefault(name, block) == block:
             self._hash_of[block] = name
 
-    def clear(self) -> None:
-        """Forget every prefix: the weights have changed."""
-        self._hash_of.clear()
-        self._block_of.clear()
+    def discard(self, blocks: Iterable[int]) -> list[int]:
+        """Of the caller's blocks those that no one else holds; what is in them is no good, and has no name any more."""
+        own = [block for block in blocks if self._holders[block] == 1]
+        for block in own:
+            self._forget(block)
+        return own
 
     def check(self) -> None:
         """For tests: that every block is either free or held, and named at most once.

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from itertools import chain, islice
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from moe.serve.logprobs import Logprobs, logprobs_of
@@ -24,7 +25,7 @@ class Choice(NamedTuple):
 
 
 class _Asked(NamedTuple):
-    """Log-probabilities that are wanted at some rows of the logits: of what follows there, and of so many of the top."""
+    """Log-probabilities wanted at some rows of the logits: of the token that follows, and of so many of the top."""
 
     rows: range
     tokens: list[int]
@@ -41,12 +42,15 @@ def wanted(work: Work) -> tuple[range, range]:
     return range(begin, max(begin, end)), sampled
 
 
-def choose(works: Sequence[Work], logits_NV: Tensor, tokenizer: Tokenizer | None) -> list[Choice]:
+def choose(
+    works: Sequence[Work], logits_NV: Tensor, tokenizer: Tokenizer | None, lenience: float = 1.0
+) -> list[Choice]:
     """For each work of a pass.
 
     Args:
         logits_NV: after the `wanted` tokens of each work, one after the other.
         tokenizer: for the texts of tokens beside their log-probabilities.
+        lenience: with drafts; see `verify`.
     """
     rows, row = [], 0
     for scored, sampled in map(wanted, works):
@@ -54,8 +58,10 @@ def choose(works: Sequence[Work], logits_NV: Tensor, tokenizer: Tokenizer | None
         rows.append((range(row, middle), range(middle, end)))
         row = end
     guesses = [_guess(work) for work in works if work.samples]
-    own_NV = logits_NV[[*chain(*(sampled for _, sampled in rows))]] if any(scored for scored, _ in rows) else logits_NV
-    found = iter(verify(own_NV, guesses) if guesses else [])
+    own_NV = logits_NV
+    if any(scored for scored, _ in rows):
+        own_NV = _rows(logits_NV, [*chain(*(sampled for _, sampled in rows))])
+    found = iter(verify(own_NV, guesses, lenience) if guesses else [])
     tokens = [next(found) if work.samples else [] for work in works]
     asked = []
     for work, new, (scored, sampled) in zip(works, tokens, rows, strict=True):
@@ -71,8 +77,12 @@ def _scores(logits_NV: Tensor, asked: Sequence[_Asked], tokenizer: Tokenizer | N
     rows = [row for one in asked for row in one.rows[: len(one.tokens)]]
     tokens = [token for one in asked for token in one.tokens]
     tops = [one.top or 0 for one in asked for _ in one.tokens]
-    found = iter(logprobs_of(logits_NV[rows], tokens, tops, tokenizer) if rows else [])
+    found = iter(logprobs_of(_rows(logits_NV, rows), tokens, tops, tokenizer) if rows else [])
     return (list(islice(found, len(one.tokens))) for one in asked)
+
+
+def _rows(logits_NV: Tensor, rows: list[int]) -> Tensor:
+    return logits_NV.index_select(0, torch.tensor(rows, dtype=torch.int64, device=logits_NV.device))
 
 
 def _guess(work: Work) -> Guess:

@@ -36,23 +36,40 @@ class DraftModel:
     """Guesses by a model with the same vocabulary.
 
     Args:
+        runner: of the served model.
         scheduler: of the engine, whose blocks it shares.
+        kv_cache_dtype, quantization: of the draft model, as the engine's.
 
     Raises:
-        ConfigError: another vocabulary than the served model's, or a shorter context.
+        ConfigError: another vocabulary than the served model's, a shorter context, or another device.
     """
 
-    def __init__(self, draft: Transformer, model: Transformer, scheduler: Scheduler) -> None:
-        for name in ("vocab_size", "max_seq_len"):
-            of_draft, needed = getattr(draft.cfg, name), getattr(model.cfg, name)
-            if of_draft != needed if name == "vocab_size" else of_draft < needed:
-                rule = "the same" if name == "vocab_size" else "no less"
+    def __init__(
+        self,
+        draft: Transformer,
+        runner: Runner,
+        scheduler: Scheduler,
+        kv_cache_dtype: str = "auto",
+        quantization: str | None = None,
+    ) -> None:
+        cfg, needs = draft.cfg, runner.model.cfg
+        for name, ok in (
+            ("vocab_size", cfg.vocab_size == needs.vocab_size),
+            ("max_seq_len", cfg.max_seq_len >= needs.max_seq_len),
+        ):
+            if not ok:
                 raise ConfigError(
-                    f"speculative: the draft model {draft.cfg.name} has {name} = {of_draft}, and {model.cfg.name} has "
-                    f"{needed}; it must be {rule}: choose another draft model"
+                    f"speculative: the draft model {cfg.name} has {name} = {getattr(cfg, name)}, and {needs.name} has "
+                    f"{getattr(needs, name)}; it must be {'the same' if name == 'vocab_size' else 'no less'}: choose "
+                    "another draft model"
                 )
-        pool, weight = scheduler.pool, draft.embedding.weight
-        self.runner = Runner(draft, Pages(draft.cfg, pool.n_blocks, pool.block_size, weight.dtype, weight.device))
+        pool, weight, device = scheduler.pool, draft.embedding.weight, runner.pages.device
+        if weight.device != device:
+            raise ConfigError(
+                f"speculative: the draft model is on {weight.device}, and the model on {device}; move it: .to({device})"
+            )
+        pages = Pages(cfg, pool.n_blocks, pool.block_size, weight.dtype, device, kv_cache_dtype)
+        self.runner = Runner(draft, pages, quantization=quantization)
         self._scheduler = scheduler
         self._computed: dict[Request, _Computed] = {}
         # Which full block of which text a block holds; it may be a former one's, which does no harm.
@@ -82,11 +99,16 @@ class DraftModel:
         live = list(range(len(requests)))
         while True:
             tokens, q_NV = _draw(logits_NV, [_position(requests[i], drafts[i]) for i in live])
+            going = []
             for row, (i, token) in enumerate(zip(live, tokens, strict=True)):
+                if token < 0:  # of logits that are no numbers: a draft model that is broken guesses nothing
+                    continue
                 drafts[i].append(token)
                 if q_NV is not None and not requests[i].params.greedy:
                     rows[i].append(q_NV[row])
-            live = [i for i in live if len(drafts[i]) < counts[i]]
+                if len(drafts[i]) < counts[i]:
+                    going.append(i)
+            live = going
             if not live:
                 break
             logits_NV = self._run([_newest(requests[i], drafts[i]) for i in live], range(len(live)))
@@ -156,9 +178,13 @@ class DraftModel:
 
 
 def proposer_of(
-    speculative: str | Transformer | Proposer | None, model: Transformer, scheduler: Scheduler
+    speculative: str | Transformer | Proposer | None,
+    runner: Runner,
+    scheduler: Scheduler,
+    kv_cache_dtype: str = "auto",
+    quantization: str | None = None,
 ) -> Proposer | None:
-    """Who guesses, by the engine's setting.
+    """Who guesses, by the engine's settings.
 
     Raises:
         ConfigError: an unknown name, or a draft model that does not fit the served one.
@@ -166,7 +192,7 @@ def proposer_of(
     if speculative == "ngram":
         return NGram()
     if isinstance(speculative, Transformer):
-        return DraftModel(speculative, model, scheduler)
+        return DraftModel(speculative, runner, scheduler, kv_cache_dtype, quantization)
     if isinstance(speculative, str):
         raise ConfigError(f'speculative = {speculative!r}: must be "ngram", a draft model, a proposer, or None')
     return speculative

@@ -8,7 +8,7 @@ import operator
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import replace
 from itertools import chain
 from typing import Any
@@ -20,10 +20,12 @@ from moe.errors import ConfigError, ServeError
 from moe.model import Transformer
 from moe.serve.blocks import BlockPool
 from moe.serve.choice import Choice, choose, wanted
+from moe.serve.controller import Controller
 from moe.serve.draft import proposer_of
 from moe.serve.output import Answer, Delta, Group, Listener, Output
 from moe.serve.pages import Pages, Segment
 from moe.serve.request import FinishReason, Request, SamplingParams
+from moe.serve.room import blocks_that_fit
 from moe.serve.runner import Runner
 from moe.serve.scheduler import Scheduler, StepPlan, Work
 from moe.serve.speculative import Proposer
@@ -41,15 +43,25 @@ class Engine:
 
     Args:
         tokenizer: for prompts that are text, and answers as text.
-        block_size: tokens of a block of the cache. num_blocks: how many; None: what `max_running` full contexts need.
+        block_size: tokens of a block of the cache.
+        num_blocks: how many; None: as many as `max_running` full contexts need, or as there is memory for.
         max_batch_tokens: tokens of one pass at most. max_running: requests in a pass at most.
         max_waiting: requests that wait at most; None: any number.
         prefix_cache: keep keys and values for prompts that begin alike.
+        kv_cache_dtype: of keys and values, see `moe.serve.pages`. quantization, batch_invariant: see `Runner`.
         speculative: who guesses tokens ahead: "ngram", the request's own text; a smaller model with the same
             vocabulary; None: no one.
         num_drafts: guesses a step, at most.
+        adaptive: how many, from 0 to `num_drafts`, is chosen by what guessing brings and costs (`Controller`); what a
+            seeded request answers may then depend on time, where a draft model guesses, though not its distribution.
+            False: always `num_drafts`.
+        lenience: 1: tokens are distributed as without guesses. Below 1, a guess is accepted with probability
+            min(1, p / (lenience q)): more of them, and the answers are no longer the model's own. Greedy requests stay
+            as they are.
+        device: of keys and values; None: that of the weights.
 
     Attributes:
+        controller: whose `report()` says what speculation brings, with the figures; None where not `adaptive`.
         listeners: called with a `Step` after every pass.
         stats: counts since the engine was made.
 
@@ -68,22 +80,41 @@ class Engine:
         max_running: int = 64,
         max_waiting: int | None = None,
         prefix_cache: bool = True,
+        kv_cache_dtype: str = "auto",
+        quantization: str | None = None,
+        batch_invariant: bool = False,
         speculative: str | Transformer | Proposer | None = None,
         num_drafts: int = 4,
+        adaptive: bool = True,
+        lenience: float = 1.0,
+        device: torch.device | None = None,
     ) -> None:
-        self.model, self.tokenizer = model, tokenizer
+        if num_drafts < 1:
+            raise ConfigError(f"num_drafts = {num_drafts}: must be 1 or more; speculative=None turns guessing off")
+        if not 0 < lenience <= 1:
+            raise ConfigError(f"lenience = {lenience}: must be above 0, and at most 1, which is exact")
+        self.model, self.tokenizer, self.quantization = model, tokenizer, quantization
         self.context = model.cfg.max_seq_len
-        per_request = -(-self.context // block_size)
-        n_blocks = max_running * per_request if num_blocks is None else num_blocks
-        pool = BlockPool(n_blocks, block_size, prefix_cache=prefix_cache)
         weight = model.embedding.weight
-        self.runner = Runner(model, Pages(model.cfg, pool.n_blocks, block_size, weight.dtype, weight.device))
+        device = weight.device if device is None else device
+        if num_blocks is None:
+            models = [model, speculative] if isinstance(speculative, Transformer) else [model]
+            num_blocks = blocks_that_fit(models, block_size, max_running, device, kv_cache_dtype)
+        pool = BlockPool(num_blocks, block_size, prefix_cache=prefix_cache)
+        pages = Pages(model.cfg, num_blocks, block_size, weight.dtype, device, kv_cache_dtype)
+        self.runner = Runner(model, pages, quantization=quantization, batch_invariant=batch_invariant)
         self.scheduler = Scheduler(
             pool, max_batch_tokens=max_batch_tokens, max_running=max_running, max_waiting=max_waiting
         )
-        self.proposer = proposer_of(speculative, model, self.scheduler)
-        self.num_drafts = num_drafts
+        self.proposer = proposer_of(speculative, self.runner, self.scheduler, kv_cache_dtype, quantization)
+        self.num_drafts, self.lenience = num_drafts, lenience
+        self.controller: Controller | None = None
         self.listeners: list[Callable[[Step], Any]] = []
+        if self.proposer is not None and adaptive:
+            self.controller = Controller.of_model(num_drafts, model.cfg, 1 if quantization else weight.element_size())
+            self.listeners.append(self.controller)
+            self.runner.record = True
+        self._propose_s = 0.0
         self.stats = Stats()
         self._groups: dict[str, Group] = {}
         self._named = 0
@@ -140,6 +171,11 @@ class Engine:
         for request in [] if group is None else [*group.active]:
             self._finish(request, "abort")
 
+    def abort_all(self) -> None:
+        """Every request ends here, with reason "abort"."""
+        for request_id in [*self._groups]:
+            self.abort(request_id)
+
     @property
     def idle(self) -> bool:
         """Whether there is nothing to do."""
@@ -170,7 +206,9 @@ class Engine:
         self._check_ids("prompt", tokens)
         if len(tokens) > self.context:
             name = self.model.cfg.name
-            raise ConfigError(f"prompt of {len(tokens)} tokens: the context of {name} is {self.context}; cut the prompt")
+            raise ConfigError(
+                f"prompt: the context of {name} is {self.context}, and it has {len(tokens)} tokens; cut it"
+            )
         return tokens
 
     def _check(self, params: SamplingParams) -> None:
@@ -204,15 +242,15 @@ class Engine:
             try:
                 logits_NV = self._run(plan.works)
                 ran = time.perf_counter()
-                choices = choose(plan.works, logits_NV, self.tokenizer)
+                choices = choose(plan.works, logits_NV, self.tokenizer, self.lenience)
             except Exception as error:  # nothing is written down yet, so the requests are as they were
                 self._fail(plan.works, error)
             else:
-                seconds = planned - began, ran - planned, time.perf_counter() - ran
+                seconds = self._propose_s, planned - began, ran - planned, time.perf_counter() - ran
                 blocks = [work.request.blocks for work in plan.works]  # whoever is done gives them back
                 self._take(plan.works, choices)
-                self._propose([work.request for work in plan.works if work.samples])
                 self._report(plan.works, choices, blocks, seconds)
+                self._propose([work.request for work in plan.works if work.samples])
         deltas, self._deltas = self._deltas, []
         return deltas
 
@@ -247,7 +285,8 @@ class Engine:
     def _take_one(self, work: Work, choice: Choice) -> None:
         request, answer, group = work.request, work.request.extra, work.request.extra.group
         if -1 in choice.tokens:
-            self._fail([work], ArithmeticError("the model's logits are no numbers (NaN): look at weights and dtype"))
+            error = ArithmeticError("the model's logits are no numbers (NaN): look at its weights and their dtype")
+            self._end([request], error, spoiled=True)
             return
         self.stats.tokens += work.n
         answer.prompt_logprobs += choice.prompt_logprobs
@@ -270,20 +309,36 @@ class Engine:
 
     def _propose(self, requests: Sequence[Request]) -> None:
         """Drafts for the next pass, of requests that are at their newest token."""
+        began, self._propose_s = time.perf_counter(), 0.0
         requests = [r for r in requests if not r.finish_reason]
         if self.proposer is None or not requests:
             return
         # The last token of all is never worth a guess: the pass that verifies the others gives it.
-        counts = [max(0, min(self.num_drafts, r.limit - len(r.tokens) - 1)) for r in requests]
-        for request, proposal in zip(requests, self.proposer.propose(requests, counts), strict=True):
+        room = [r.limit - len(r.tokens) - 1 for r in requests]
+        if self.controller is None:
+            counts = [max(0, min(self.num_drafts, n)) for n in room]
+        else:
+            counts = self.controller.choose(requests, room, self.proposer.behind)
+        if not any(counts):
+            return
+        try:
+            proposals = self.proposer.propose(requests, counts)
+        except Exception as error:
+            if _out_of_memory(error):  # then without
+                self.stats.out_of_memory += 1
+            else:
+                self._end(requests, error)
+            return
+        for request, proposal in zip(requests, proposals, strict=True):
             request.drafts, request.extra.q_KV = proposal
+        self._propose_s = time.perf_counter() - began
 
     def _report(
         self,
         works: Sequence[Work],
         choices: Sequence[Choice],
         blocks: Sequence[Sequence[int]],
-        seconds: tuple[float, float, float],
+        seconds: tuple[float, float, float, float],
     ) -> None:
         if self.listeners:
             accepted = [max(0, len(choice.tokens) - 1) for choice in choices]
@@ -292,14 +347,25 @@ class Engine:
                 listener(step)
 
     def _fail(self, works: Sequence[Work], error: Exception) -> None:
+        """For want of memory the next passes are of half as many tokens; else this one's requests end."""
         n_tokens = sum(work.n for work in works)
         if _out_of_memory(error):
             self.stats.out_of_memory += 1
             if n_tokens > 1:
                 self._budget, self._calm = n_tokens // 2, 0
                 return
-        for group in {work.request.extra.group for work in works}:
+        self._end([work.request for work in works], error)
+
+    def _end(self, requests: Sequence[Request], error: Exception, spoiled: bool = False) -> None:
+        """These end with an error, and with each all answers to its prompt.
+
+        Args:
+            spoiled: their keys and values may be no numbers, and are not to be met with by who has the blocks next.
+        """
+        for group in {request.extra.group for request in requests}:
             for request in [*group.active]:
+                if spoiled:
+                    self.runner.pages.wipe(self.scheduler.pool.discard(request.blocks))
                 self._finish(request, "error", error=error)
 
     def _release(self, group: Group) -> None:
@@ -311,6 +377,8 @@ class Engine:
     def _finish(
         self, request: Request, reason: FinishReason, delta: Delta | None = None, error: Exception | None = None
     ) -> None:
+        if request.finish_reason:  # who listens to another answer's end has aborted this one
+            return
         answer = request.extra
         request.finish_reason = reason
         self.scheduler.finish(request)
@@ -353,23 +421,22 @@ class Engine:
             raise ConfigError(f"params: {len(settings)} for {len(every)} prompts; give one for each, or one for all")
         names: list[str] = []
         done: dict[str, Output] = {}
-
-        def listener(delta: Delta) -> None:
-            if delta.output is not None:
-                done[delta.request_id] = delta.output
-
+        deltas: deque[Delta] = deque()
         try:
             for prompt, p in zip(every, settings, strict=True):
-                names.append(self.add(prompt, p, listener=listener))
+                names.append(self.add(prompt, p, listener=deltas.append))
             while len(done) < len(names):
                 self.step()
-                check_served(done.values())
+                outputs = [delta.output for delta in deltas if delta.output]
+                deltas.clear()
+                check_served(outputs)
+                done |= {output.id: output for output in outputs}
         finally:
             for name in names:
                 self.abort(name)
         return [done[name] for name in names]
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Delta]:
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Generator[Delta, None, None]:
         """The answers to one prompt as they grow; others that were added grow with them. Closed early, it aborts.
 
         Raises:

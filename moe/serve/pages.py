@@ -86,6 +86,13 @@ class Pages:
         """One layer's keys and values, their scales, and the size of a block."""
         return self.layers[layer], None if self.scales is None else self.scales[layer], self.block_size
 
+    def wipe(self, blocks: Sequence[int]) -> None:
+        """Zeros, where numbers were none: a position that is masked is multiplied by 0, and a NaN stays one."""
+        for pair in (*self.layers, *(self.scales or ())):
+            for kept in pair:
+                raw = kept.view(torch.int8) if kept.itemsize == 1 else kept
+                raw.view(-1, self.block_size, *kept.shape[1:])[list(blocks)] = 0
+
     def store(self, layer: int, slots: Tensor | slice, k_TNC: Tensor, v_TNC: Tensor) -> None:
         """Put a pass's keys and values into their slots."""
         for i, (x_TNC, kept_PNC) in enumerate(zip((k_TNC, v_TNC), self.layers[layer], strict=True)):
@@ -296,10 +303,10 @@ def _together(group: _Group, q_THC: Tensor, k_ANC: Tensor, v_ANC: Tensor) -> Ten
 
 def _by_row(group: _Group, q_SHC: Tensor, k_ANC: Tensor, v_ANC: Tensor) -> Tensor:
     (S, H, C), N = q_SHC.shape, k_ANC.shape[1]
-    k_NAC, v_NAC = k_ANC.transpose(0, 1), v_ANC.transpose(0, 1)
+    k_1NAC, v_1NAC = (x.transpose(0, 1).unsqueeze(0) for x in (k_ANC, v_ANC))
     rows = []
     for s, q_HC in enumerate(q_SHC):
         seen = group.length - S + s + 1
-        q_NGC = q_HC.reshape(N, H // N, C).clone()
-        rows.append(F.scaled_dot_product_attention(q_NGC, k_NAC[:, :seen], v_NAC[:, :seen]).reshape(H, C))
+        q_1NGC = q_HC.reshape(1, N, H // N, C).clone()
+        rows.append(F.scaled_dot_product_attention(q_1NGC, k_1NAC[:, :, :seen], v_1NAC[:, :, :seen]).reshape(H, C))
     return torch.stack(rows)

@@ -18,12 +18,16 @@ from moe.experts import Experts
 from moe.kernels import ops
 from moe.kernels.experts.grouped import combine, inverse
 from moe.kernels.spans import span
+from moe.layers import cast
 
 # Rows that a weight is packed for. From 1 to 256 rows a weight packed for 16 lost to one packed for the very number
 # nowhere by more than a tenth, and one packed for 1 was up to twice as slow (float32, AVX2).
 PACKED_ROWS = 16
 # So many products of several rows a weight waits before it is packed.
 PATIENCE = 4
+# Up to so many rows a product with an expert's weight on the left, which reads it once where it is, is faster than with
+# one that is packed: of weights of at most a MiB, and of larger ones (float32, AVX2).
+FEW_ROWS, FEW_ROWS_LARGE = 4, 2
 # Up to so many rows int8 weights are multiplied as they are; of more, taking them to float32 first is faster.
 INT8_ROWS = 12
 # Up to so many rows Python sorts them sooner than four operations of torch are started.
@@ -52,18 +56,32 @@ class _Patient:
     """Packs its weight once it is sure to be used often: packing takes as long as some products."""
 
     def __init__(self, w_OI: Tensor) -> None:
-        self._w_OI, self._plain = w_OI.detach(), _transposed(w_OI)
-        self._packed: Multiply | None = None
-        self._calls = 0
+        self._w_OI, self._multiply = w_OI.detach(), _transposed(w_OI)
+        self._left = PATIENCE
 
     def __call__(self, x_TI: Tensor) -> Tensor:
-        if len(x_TI) == 1:  # a product of one row loses nothing by a weight that is not packed
-            return self._plain(x_TI)
+        if self._left and len(x_TI) > 1:  # a product of one row gains little
+            self._left -= 1
+            if not self._left:
+                self._multiply = packed(self._w_OI) or self._multiply
+        return self._multiply(x_TI)
+
+
+class _OfFew:
+    """A product that mostly has few rows; the weight is packed when more come."""
+
+    def __init__(self, w_OI: Tensor) -> None:
+        few = FEW_ROWS if w_OI.nbytes <= 2**20 else FEW_ROWS_LARGE
+        self._w_OI, self._few = w_OI, few if w_OI.dtype in (torch.float32, torch.float64) else 0
+        self._packed: Multiply | None = None
+
+    def __call__(self, x_TI: Tensor) -> Tensor:
+        if len(x_TI) <= self._few:
+            if len(x_TI) == 1:  # which is computed twice: a matrix times a vector is slower, and has one thread
+                return torch.mm(self._w_OI, x_TI.repeat(2, 1).t())[:, :1].t()
+            return torch.mm(self._w_OI, x_TI.t()).t()
         if self._packed is None:
-            self._calls += 1
-            if self._calls <= PATIENCE:
-                return self._plain(x_TI)
-            self._packed = packed(self._w_OI) or self._plain
+            self._packed = packed(self._w_OI) or _transposed(self._w_OI)
         return self._packed(x_TI)
 
 
@@ -86,8 +104,13 @@ def int8_product(w_OI: Tensor, scale_O: Tensor, tile: int = 0) -> Multiply:
         tile: as `product`'s.
     """
     multiply_few, scale_bf16_O = torch.ops.aten._weight_int8pack_mm.default, scale_O.bfloat16()
+    # Of the last inputs the kernel reads 16, whether they are there or not.
+    missing = -w_OI.shape[1] % 16
+    w_OI = F.pad(w_OI, (0, missing))
 
     def multiply(x_TI: Tensor) -> Tensor:
+        if missing:
+            x_TI = F.pad(x_TI, (0, missing))
         if tile or len(x_TI) <= INT8_ROWS:
             return multiply_few(x_TI.bfloat16(), w_OI, scale_bf16_O).to(x_TI.dtype)
         y_TO = torch.mm(x_TI.float(), w_OI.float().t())
@@ -174,7 +197,8 @@ class CpuExperts:
         if T == 1 and not self.tile:
             y_KD = self._mlps(ids_TK[0].tolist(), [x_TD] * K)
             with span("combine"):
-                return torch.mm(weights_TK.to(y_KD.dtype), y_KD)
+                wide = torch.promote_types(weights_TK.dtype, y_KD.dtype)
+                return cast(torch.mm(cast(weights_TK, wide), cast(y_KD, wide)), x_TD.dtype)
         with span("permute"):
             order_R, rows_R, counts = _by_expert(ids_TK, self.n_experts)
             touched = [e for e, n in enumerate(counts) if n]
@@ -187,7 +211,7 @@ class CpuExperts:
         """Each expert of its part, one after the other."""
         for e in experts:
             if e not in self.up:
-                self.up[e], self.down[e] = self._packed(e)
+                self.up[e], self.down[e] = self._made(e)
         if sum(map(len, parts)) > PACKED_ROWS * len(parts):
             # Of many rows an expert's pre-activations are best used while they are in the processor's cache.
             with span("up"):
@@ -200,11 +224,9 @@ class CpuExperts:
         with span("down"):
             return torch.cat([self.down[e](a) for e, a in zip(experts, acts, strict=True)])
 
-    def _packed(self, e: int) -> tuple[Multiply, Multiply]:
+    def _made(self, e: int) -> tuple[Multiply, Multiply]:
         up, down = self.weights[0][e].flatten(0, 1), self.weights[1][e]
-        if self.tile:
-            return product(up, self.tile), product(down, self.tile)
-        return packed(up) or _transposed(up), packed(down) or _transposed(down)
+        return (product(up, self.tile), product(down, self.tile)) if self.tile else (_OfFew(up), _OfFew(down))
 
     def _activate(self, h_RH: Tensor) -> Tensor:
         h_RGF = h_RH.unflatten(1, (self.gates, -1))

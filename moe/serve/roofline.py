@@ -1,8 +1,8 @@
 """What each pass of an engine had to compute and to move, from the experts that it really touched, beside its time.
 
 Three figures for the experts of a layer stand side by side: counted; expected of even, independent routing,
-E (1 - (1 - k/E)^T); and min(k T, E), which others' rooflines assume. The floor of a pass is the longer of FLOP over peak
-and bytes over bandwidth; what is predicted is the floor with the expected number.
+E (1 - (1 - k/E)^T); and min(k T, E), which others' rooflines assume. The floor of a pass is the longer of FLOP over
+peak and bytes over bandwidth; what is predicted is the floor with the expected number.
 
 Shape suffixes: L layers that have experts, T tokens, K experts of a token, E experts.
 """
@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn as nn
 from torch import Tensor
 
+from moe.device import device_name
 from moe.plan.hardware import Hardware, device_hardware
 from moe.plan.passes import Bytes, PassLoad, Span, expected_experts, most_experts, pass_load
 from moe.plan.quantities import quantity
@@ -63,11 +65,13 @@ class Roofline:
         self._seen: list[tuple[list[Span], int, Tensor, float]] = []
 
     def __call__(self, step: Step) -> None:
-        """Takes a step: its counts stay on the device."""
+        """Takes a step; nothing is counted yet, for that would take time of its own."""
         spans = [(work.start, work.n) for work in step.works]
         wanted = sum(work.n_drafts + 1 for work in step.works if work.samples)
-        counts = [_counts(ids_TK, self.shape.n_experts) for ids_TK, _ in step.routing or ()]
-        self._seen.append((spans, wanted, torch.stack(counts), step.forward_s))
+        ids_LTK = torch.stack([ids_TK for ids_TK, _ in step.routing or ()])
+        # On CUDA whoever chooses tokens waits for the model.
+        seconds = step.forward_s + (step.sample_s if ids_LTK.is_cuda else 0.0)
+        self._seen.append((spans, wanted, ids_LTK, seconds))
 
     def passes(self) -> list[Pass]:
         """What was seen so far."""
@@ -96,17 +100,12 @@ def watch(engine: Engine, machine: Hardware) -> Iterator[Roofline]:
         engine.runner.record = before
 
 
-def _counts(ids_TK: Tensor, n_experts: int) -> Tensor:
-    """Tokens of each expert, int64 [E], without waiting for the device."""
-    ids = ids_TK.flatten().long()
-    return torch.zeros(n_experts, dtype=torch.int64, device=ids.device).scatter_add_(0, ids, torch.ones_like(ids))
-
-
 def _pass(
-    shape: Shape, size: Bytes, spans: Sequence[Span], wanted: int, counts_LE: Tensor, seconds: float, peak: float,
+    shape: Shape, size: Bytes, spans: Sequence[Span], wanted: int, ids_LTK: Tensor, seconds: float, peak: float,
     bandwidth: float,
 ) -> Pass:  # fmt: skip
     tokens = sum(n for _, n in spans)
+    counts_LE = nn.functional.one_hot(ids_LTK.long().flatten(1), shape.n_experts).sum(1)
     distinct_L = (counts_LE > 0).sum(1).tolist()
     expected = expected_experts(shape, tokens)
     load, predicted = (pass_load(shape, spans, wanted, experts, size) for experts in (distinct_L, expected))
@@ -141,7 +140,7 @@ def machine(device: torch.device, dtype: torch.dtype) -> Hardware:
 
     Measured are a large product in the dtype and a large copy, as by `moe profile step`; links and price are none.
     """
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    name = device_name(device)
     return device_hardware(name) or _measured(name, measure_ceilings(device, dtype), DTYPES.get(dtype, "fp32"))
 
 
@@ -155,5 +154,9 @@ def _measured(name: str, ceilings: Ceilings, dtype: str) -> Hardware:
 
 def _sizes(engine: Engine) -> Bytes:
     """Bytes of an element, as the engine stores them."""
-    weight, keys = engine.model.embedding.weight, engine.runner.pages.layers[0][0]
-    return Bytes(weight.element_size(), weight.element_size(), keys.element_size())
+    pool, pages, size = engine.scheduler.pool, engine.runner.pages, engine.model.embedding.weight.element_size()
+    cached = sum(layer.attention.cached for layer in shape_of(engine.model.cfg).layers)
+    # Scales of keys and values in eight bits are among the bytes; one block more is there for what nobody reads.
+    held = sum(kept.nbytes for pair in (*pages.layers, *(pages.scales or ())) for kept in pair)
+    kv = held / ((pool.n_blocks + 1) * pool.block_size * cached)
+    return Bytes(size, 1 if engine.quantization else size, kv)

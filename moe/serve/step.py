@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from moe.serve.scheduler import Work
@@ -16,8 +17,8 @@ class Step:
         number: 1 for the engine's first.
         works: what it computed, in rank order.
         accepted: of each work's drafts, how many.
-        schedule_s, forward_s, sample_s: seconds of planning, of the model, and of choosing tokens. On CUDA the model's
-            time is in part in the next one's, who waits for it.
+        propose_s, schedule_s, forward_s, sample_s: seconds of guessing the drafts that were in it, of planning, of the
+            model, and of choosing tokens. On CUDA the model's time is in part in the next one's, who waits for it.
         routing: for each MoE layer the chosen experts and their weights, (ids_TK, weights_TK), of the pass's tokens in
             the order of the works; empty where `Engine.runner.record` is off.
         blocks: of the cache, that each work's request held during the pass.
@@ -26,6 +27,7 @@ class Step:
     number: int
     works: Sequence[Work]
     accepted: Sequence[int]
+    propose_s: float
     schedule_s: float
     forward_s: float
     sample_s: float
@@ -46,6 +48,15 @@ class Step:
     def contexts(self) -> list[int]:
         """How many positions the last token of each work saw."""
         return [work.start + work.n for work in self.works]
+
+    @property
+    def experts(self) -> float | None:
+        """Distinct experts that the tokens touched, the mean of the layers; None where it was not recorded."""
+        if not self.routing:
+            return None
+        ids_LR = torch.stack([ids_TK.flatten() for ids_TK, _ in self.routing])
+        touched_LE = torch.zeros(len(ids_LR), int(ids_LR.max()) + 1, dtype=torch.bool, device=ids_LR.device)
+        return touched_LE.scatter_(1, ids_LR, True).sum().item() / len(ids_LR)
 
 
 @dataclass(slots=True)

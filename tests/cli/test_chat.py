@@ -10,6 +10,8 @@ import torch
 import moe
 from moe.chat import Session
 from moe.data.chat import ChatTemplate
+from moe.generate import stream
+from moe.serve.output import Delta
 from moe.tokenizer import train_bpe
 from tests.conftest import run_cli
 
@@ -31,7 +33,10 @@ def expected(checkpoint, turns, n, seed, **sampling) -> str:
     model, tokenizer = moe.load(checkpoint), moe.load_tokenizer(checkpoint)
     messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
     ids = ChatTemplate(tokenizer).prompt(messages)
-    new = model.generate(torch.tensor([ids]), n, seed=seed, **sampling)[0, len(ids) :].tolist()
+    if sampling["temperature"]:
+        new = torch.cat(list(stream(model, torch.tensor([ids]), n, seed=seed, **sampling))).tolist()
+    else:
+        new = model.generate(torch.tensor([ids]), n, temperature=0)[0, len(ids) :].tolist()
     return tokenizer.decode(new[: new.index(tokenizer.eot_id)] if tokenizer.eot_id in new else new)
 
 
@@ -59,9 +64,19 @@ def test_the_end_of_the_turn_stops_a_reply_and_is_not_printed(checkpoint, monkey
     tokenizer = moe.load_tokenizer(checkpoint)
     session = Session(moe.load(checkpoint), tokenizer, max_tokens=50)
     ids = [*tokenizer.encode("é日本"), tokenizer.eot_id, *tokenizer.encode("never")]
-    monkeypatch.setattr("moe.chat.stream", lambda *args, **kwargs: (torch.tensor([i]) for i in ids))
+    monkeypatch.setattr(session.engine, "stream", lambda *_: (Delta("", 0, [i], "") for i in ids))
     assert "".join(session.reply("hello")) == "é日本"
     assert session.turns == [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "é日本"}]
+
+
+def test_a_conversation_computes_only_what_is_new(checkpoint) -> None:
+    session = Session(moe.load(checkpoint), moe.load_tokenizer(checkpoint), max_tokens=8, temperature=0)
+    list(session.reply("hello " * 12))
+    before, first = session.engine.stats.tokens, session.template.prompt(session.turns[:1])
+    list(session.reply("what"))
+    prompt = session.template.prompt(session.turns[:-1])
+    # Whole blocks of the first message stay; the last token of an answer is not computed.
+    assert session.engine.stats.tokens - before <= len(prompt) - len(first) // 16 * 16 + 8 - 1
 
 
 def test_a_full_context_forgets_the_oldest_turns_and_keeps_the_system_message(checkpoint, capsys, monkeypatch) -> None:

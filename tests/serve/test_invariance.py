@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moe import Transformer
+from moe.config import AttentionConfig, ExpertsConfig
 from moe.errors import ConfigError
 from moe.serve import products, runner
 from moe.serve.engine import Engine
@@ -22,9 +23,14 @@ from tests.test_model import lively
 SIZE, LENGTH = 4, 30
 
 
-@pytest.fixture(scope="module")
-def model() -> Transformer:
-    return lively(tiny_config(), torch.float32)
+@pytest.fixture(scope="module", params=["odd widths", "wide"])
+def model(request: pytest.FixtureRequest) -> Transformer:
+    changes = {} if request.param == "odd widths" else {
+        "d_model": 160,
+        "attention": AttentionConfig(n_heads=4, n_kv_heads=2, head_dim=16),
+        "experts": ExpertsConfig(n_experts=5, top_k=2, d_ff=96),
+    }  # fmt: skip
+    return lively(tiny_config(**changes), torch.float32)
 
 
 def text(seed: int, n: int = LENGTH) -> list[int]:
@@ -114,14 +120,12 @@ def test_answers_are_the_same_alone_together_preempted_and_warm(model: Transform
     warm = SamplingParams(temperature=0, max_tokens=10, logprobs=2)
     prompts = [text(0, 17), [*text(0, 17)[:16], 3], text(2, 9), text(0, 8), text(4, 20)]
 
-    def engine(num_blocks: int, **limits: int) -> Engine:
-        made = Engine(model, block_size=SIZE, num_blocks=num_blocks, **limits)
-        made.runner = Runner(model, made.runner.pages, batch_invariant=True)
-        return made
+    def engine(num_blocks: int, budget: int = 2048) -> Engine:
+        return Engine(model, block_size=SIZE, num_blocks=num_blocks, batch_invariant=True, max_batch_tokens=budget)
 
     alone = [engine(40).generate([p], params)[0] for p in prompts]
     together = engine(40).generate(prompts, params)
-    tight = engine(12, max_batch_tokens=7)
+    tight = engine(12, budget=7)
     preempted = tight.generate(prompts, params)
     assert sum(o.preemptions for o in preempted)
     for other in (together, preempted):

@@ -7,8 +7,11 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
+from moe.serve import sampling
 from moe.serve.request import SamplingParams
 from moe.serve.sampling import DRAFT, Guess, Position, distributions, draw, uniform, verify
 
@@ -112,75 +115,205 @@ def test_a_number_depends_on_the_row_alone_and_never_draws_what_has_no_probabili
     assert uniform(-1, 0, 0) == uniform(2**64 - 1, 0, 0)
 
 
-def speculate(p: SamplingParams, seed: int, kind: str, n_drafts: int) -> Guess:
-    """Drafts from another model than the one that verifies, or without chance."""
-    prompt, drafts, rows = (3, 1), [], []
-    positions = [Position(p, prompt, 2, seed, (0,))]
-    for i in range(n_drafts):
-        if kind == "named":
-            drafts.append((2 + i) % V)
-        else:
-            logits = torch.tensor([logits_of(("draft", *prompt, *drafts))])  # type: ignore[arg-type]
-            rows.append(distributions(logits, positions[-1:]))
-            drafts += draw(rows[-1], [uniform(seed, positions[-1].index, DRAFT)]).tolist()
-        positions.append(positions[0]._replace(drafts=tuple(drafts)))
-    return Guess(positions, drafts, torch.cat(rows) if rows else None)
+PROMPT = (3, 1)
+Verifier = Callable[[Tensor, Sequence[Guess]], list[list[int]]]
 
 
-def first_two(
-    p: SamplingParams, kind: str, n: int, verifier: Callable[..., list[list[int]]]
-) -> tuple[Counter, Counter]:
+class Drafter:
+    """Two drafts a request: drawn from another model by the same processors, or named without chance."""
+
+    def __init__(self, p: SamplingParams, kind: str) -> None:
+        self.p, self.kind = p, kind
+        histories = [(), *((i,) for i in range(V))]
+        logits = torch.tensor([logits_of(("draft", *PROMPT, *h)) for h in histories])  # type: ignore[arg-type]
+        self.q = dict(zip(histories, distributions(logits, [self.position(0, h) for h in histories]), strict=True))
+
+    def position(self, seed: int, drafts: Sequence[int] = ()) -> Position:
+        return Position(self.p, PROMPT, 2, seed, (0,), tuple(drafts))
+
+    def guesses(self, seeds: Sequence[int]) -> list[Guess]:
+        drafts: list[tuple[int, ...]] = [()] * len(seeds)
+        for i in range(2):
+            if self.kind == "named":
+                drafts = [(*d, (2 + i) % V) for d in drafts]
+            else:
+                q = torch.stack([self.q[d] for d in drafts])
+                tokens = draw(q, [uniform(seed, 2 + i, DRAFT) for seed in seeds]).tolist()
+                drafts = [(*d, t) for d, t in zip(drafts, tokens, strict=True)]
+        return [
+            Guess(
+                [self.position(seed, d[:i]) for i in range(3)],
+                d,
+                None if self.kind == "named" else torch.stack([self.q[()], self.q[d[:1]]]),
+            )
+            for seed, d in zip(seeds, drafts, strict=True)
+        ]
+
+
+def rows_of(positions: Sequence[Position], memo: dict[tuple[int, ...], list[float]]) -> Tensor:
+    histories = [(*at.tokens, *at.drafts) for at in positions]
+    for h in histories:
+        if h not in memo:
+            memo[h] = logits_of(h)
+    return torch.tensor([memo[h] for h in histories])
+
+
+def first_two(p: SamplingParams, kind: str, n: int, verifier: Verifier = verify) -> tuple[Counter, Counter]:
     """Counts of first tokens, and of pairs (the second drawn plainly where the first pass gave one token)."""
-    firsts, pairs, batch = Counter(), Counter(), 2000
+    firsts, pairs, batch = Counter(), Counter(), 4000
     memo: dict[tuple[int, ...], list[float]] = {}
+    drafter = Drafter(p, kind)
     for start in range(0, n, batch):
-        guesses = [speculate(p, start + i, kind, 2) for i in range(batch)]
-        logits = [memo.setdefault(h, logits_of(h)) for g in guesses for h in ((3, 1, *at.drafts) for at in g.positions)]
-        found = verifier(torch.tensor(logits), guesses)
+        seeds = range(start, min(start + batch, n))
+        guesses = [Guess([drafter.position(s)], (), None) for s in seeds] if kind == "none" else drafter.guesses(seeds)
+        found = verifier(rows_of([at for g in guesses for at in g.positions], memo), guesses)
         short = [i for i, tokens in enumerate(found) if len(tokens) == 1]
-        rows = [Position(p, (3, 1, *found[i]), 2, start + i, (0,)) for i in short]
-        if rows:
-            logits = [memo.setdefault(tuple(at.tokens), logits_of(tuple(at.tokens))) for at in rows]
-            plain = verify(torch.tensor(logits), [Guess([at], (), None) for at in rows])
-            for i, token in zip(short, plain, strict=True):
-                found[i] += token
+        rows = [Position(p, (*PROMPT, *found[i]), 2, seeds[i], (0,)) for i in short]
+        plain = verify(rows_of(rows, memo), [Guess([at], (), None) for at in rows]) if rows else []
+        for i, token in zip(short, plain, strict=True):
+            found[i] += token
         firsts.update(tokens[0] for tokens in found)
         pairs.update(tuple(tokens[:2]) for tokens in found)
     return firsts, pairs
 
 
 def expected(p: SamplingParams) -> tuple[dict, dict]:
-    one = dict(enumerate(exact(logits_of((3, 1)), p, (3, 1), ())))
-    two = {(a, b): one[a] * q for a in one for b, q in enumerate(exact(logits_of((3, 1, a)), p, (3, 1), (a,)))}
+    one = dict(enumerate(exact(logits_of(PROMPT), p, PROMPT, ())))
+    two = {(a, b): one[a] * q for a in one for b, q in enumerate(exact(logits_of((*PROMPT, a)), p, PROMPT, (a,)))}
     return one, two
 
 
-@pytest.mark.parametrize("kind", ["drawn", "named"])
-@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-def test_tokens_are_distributed_as_without_drafts(settings: dict, kind: str) -> None:
+def check_distribution(settings: dict, kind: str, n: int) -> None:
     p = SamplingParams(**{"max_tokens": 20, **settings})
-    counts = first_two(p, kind, DRAWS // 25, verify)
-    for found, want in zip(counts, expected(p), strict=True):
-        assert abs(chi_square(found, want, DRAWS // 25)) < 5
+    for found, want in zip(first_two(p, kind, n), expected(p), strict=True):
+        assert abs(chi_square(found, want, n)) < 5
 
 
-def test_a_verifier_that_is_wrong_is_found_out() -> None:
-    def without_the_residual(logits: Tensor, guesses: Sequence[Guess]) -> list[list[int]]:
-        """After a refusal it draws from p, a common mistake."""
-        tokens = verify(logits, guesses)
-        rows = distributions(logits, [at for g in guesses for at in g.positions]).split([3] * len(guesses))
-        return [
-            t
-            if len(t) == 3
-            else [*t[:-1], *draw(p[len(t) - 1 : len(t)], [uniform(g.positions[0].seed, 99, 7)]).tolist()]
-            for t, p, g in zip(tokens, rows, guesses, strict=True)
-        ]
+@pytest.mark.parametrize("kind", ["none", "drawn", "named"])
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_tokens_are_distributed_as_the_settings_say(settings: dict, kind: str) -> None:
+    check_distribution(settings, kind, 1000)
 
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["none", "drawn", "named"])
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_a_hundred_thousand_tokens_are_distributed_as_the_settings_say(settings: dict, kind: str) -> None:
+    check_distribution(settings, kind, DRAWS)
+
+
+def without_the_residual(logits: Tensor, guesses: Sequence[Guess]) -> list[list[int]]:
+    """After a refusal it draws from p."""
+    tokens = verify(logits, guesses)
+    rows = distributions(logits, [at for g in guesses for at in g.positions]).split([3] * len(guesses))
+    p = torch.stack([row[len(t) - 1] for row, t in zip(rows, tokens, strict=True)])
+    other = draw(p, [uniform(g.positions[0].seed, 99, 7) for g in guesses]).tolist()
+    return [t if len(t) == 3 else [*t[:-1], o] for t, o in zip(tokens, other, strict=True)]
+
+
+def with_another_q(logits: Tensor, guesses: Sequence[Guess]) -> list[list[int]]:
+    """It takes the drafts to be drawn from q as it was before the processors."""
+    flat = [g._replace(q_KV=None if g.q_KV is None else g.q_KV.sqrt() / g.q_KV.sqrt().sum(-1, True)) for g in guesses]
+    return verify(logits, flat)
+
+
+def one_number_for_all(logits: Tensor, guesses: Sequence[Guess]) -> list[list[int]]:
+    """Every position of a request has the random number of the first."""
+    return verify(logits, [g._replace(positions=[Same(*at) for at in g.positions]) for g in guesses])
+
+
+class Same(Position):
+    index = 2  # type: ignore[assignment]
+
+
+def lenient(logits: Tensor, guesses: Sequence[Guess]) -> list[list[int]]:
+    return verify(logits, guesses, lenience=0.5)
+
+
+@pytest.mark.parametrize("verifier", [without_the_residual, with_another_q, one_number_for_all, lenient])
+def test_a_verifier_that_is_wrong_is_found_out(verifier: Verifier) -> None:
     p = SamplingParams()
-    counts = first_two(p, "drawn", 10_000, without_the_residual)
-    assert chi_square(counts[0], expected(p)[0], 10_000) > 20
-    lenient = first_two(p, "drawn", 10_000, lambda x, g: verify(x, g, lenience=0.5))
-    assert chi_square(lenient[0], expected(p)[0], 10_000) > 20
+    counts = first_two(p, "drawn", 6000, verifier)
+    assert max(chi_square(found, want, 6000) for found, want in zip(counts, expected(p), strict=True)) > 20
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_drafts_that_are_named_change_no_token_of_a_seed(settings: dict) -> None:
+    p = SamplingParams(**{"max_tokens": 20, **settings})
+    drafter, memo = Drafter(p, "named"), {}
+    guesses = drafter.guesses(range(300))
+    found = verify(rows_of([at for g in guesses for at in g.positions], memo), guesses)
+    possible = expected(p)[0][guesses[0].drafts[0]] > 0.02
+    assert {len(tokens) for tokens in found} >= ({1, 2} if possible else {1})
+    for place in range(3):
+        same = [i for i, tokens in enumerate(found) if len(tokens) > place]
+        rows = [Position(p, (*PROMPT, *found[i][:place]), 2, i, (0,)) for i in same]
+        plain = verify(rows_of(rows, memo), [Guess([at], (), None) for at in rows]) if rows else []
+        assert plain == [[found[i][place]] for i in same]
+
+
+def test_requests_of_every_kind_share_a_pass() -> None:
+    greedy, drawn = SamplingParams(temperature=0, max_tokens=20), SamplingParams(max_tokens=20, top_p=0.9)
+    guesses = [
+        (Drafter(p, kind).guesses([seed])[0] if kind != "none" else Guess([Drafter(p, kind).position(seed)], (), None))
+        for seed, (p, kind) in enumerate([(greedy, "named"), (drawn, "drawn"), (drawn, "none"), (greedy, "drawn")] * 3)
+    ]
+    rows = [rows_of(g.positions, {}) for g in guesses]
+    alone = [verify(row, [g])[0] for row, g in zip(rows, guesses, strict=True)]
+    assert verify(torch.cat(rows), guesses) == alone
+
+
+def test_what_is_no_distribution_is_said_to_be_none() -> None:
+    drawn, greedy = (
+        Position(SamplingParams(top_p=0.9, top_k=3), [1], 1, 0),
+        Position(SamplingParams(temperature=0), [1], 1, 0),
+    )
+    for bad in (torch.nan, torch.inf):
+        logits = torch.zeros(4, 300)
+        logits[1:3, 7] = bad
+        guesses = [Guess([at], (), None) for at in (drawn, drawn, greedy, greedy)]
+        found = [t for (t,) in verify(logits, guesses)]
+        assert [t == -1 for t in found] == [False, True, True, False]
+    guess = Guess([drawn._replace(drafts=(5,) * i) for i in range(2)], [5], torch.eye(300)[5:6])
+    assert verify(torch.full((2, 300), torch.nan), [guess]) == [[-1]]
+
+
+@given(st.integers(0, 10**6), st.integers(1, 1500), st.integers(1, 5))
+def test_a_large_vocabulary_is_cut_as_sorting_all_of_it_would(seed: int, size: int, rows: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    logits = torch.randn(rows, size, generator=g).mul(3).round(decimals=seed % 3)  # ties, in part
+    rng = random.Random(seed)
+    params = [
+        SamplingParams(top_k=rng.choice([0, 1, 7, 2000]), top_p=rng.choice([1, 0.999, 0.5, 1e-9])) for _ in range(rows)
+    ]
+    got = distributions(logits, [Position(p, [], 0, 0) for p in params])
+    for row_V, z_V, p in zip(got, logits, params, strict=True):
+        probabilities, order = z_V.double().softmax(-1).sort(descending=True, stable=True)
+        k = min(p.top_k or size, size)
+        probabilities = probabilities[:k] / probabilities[:k].sum()
+        before = probabilities.cumsum(-1) - probabilities
+        n = int((before < p.top_p - 1e-7).sum()) if p.top_p < 1 else k
+        most = int((before < p.top_p + 1e-6).sum()) if p.top_p < 1 else k  # rounding at the edge
+        kept = int((row_V > 0).sum())
+        assert max(n, 1) <= kept <= max(most, 1)
+        assert sorted(row_V.nonzero().flatten().tolist()) == sorted(order[:kept].tolist())
+        assert torch.allclose(
+            row_V[order[:kept]].double(), probabilities[:kept] / probabilities[:kept].sum(), rtol=1e-4
+        )
+
+
+@given(st.integers(0, 10**6), st.sampled_from([1, 255, 256, 257, 700]))
+def test_a_draw_is_the_first_token_whose_sum_exceeds_the_number(seed: int, size: int) -> None:
+    rng = random.Random(seed)
+    p = torch.rand(3, size, generator=torch.Generator().manual_seed(seed)).double()
+    p *= torch.rand(3, size, generator=torch.Generator().manual_seed(seed + 1)) < 0.3
+    p[:, rng.randrange(size)] = 1.0
+    u = [0.0, rng.random(), 1 - 2**-53]
+    for row_V, number, token in zip(p, u, draw(p, u).tolist(), strict=True):
+        sums = row_V.cumsum(-1)
+        assert row_V[token] > 0
+        assert sums[token] >= number * sums[-1] * (1 - 1e-12)
+        assert sums[token] - row_V[token] <= number * sums[-1] * (1 + 1e-12)
 
 
 def test_a_draft_that_is_the_model_itself_is_always_accepted() -> None:
@@ -206,3 +339,24 @@ def test_greedy_requests_get_the_greedy_tokens_whatever_the_drafts() -> None:
         positions = [Position(p, history, 2, 0, drafts=tuple(drafts[:i])) for i in range(4)]
         logits = torch.tensor([logits_of((*history, *at.drafts)) for at in positions])
         assert verify(logits, [Guess(positions, drafts, None)]) == [best[: right + 1]]
+
+
+@pytest.mark.parametrize("number", [0.0, 1 - 2**-53])
+def test_at_the_edges_of_chance_no_impossible_token_comes(number: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling, "uniform", lambda *_: number)
+    p = SamplingParams(top_k=2)
+    logits = torch.tensor([[3.0, 2.9, 1.0, 0.0], [3.0, 2.9, 1.0, 0.0]])
+    p_V = distributions(logits[:1], [Position(p, [1], 1, 0)])[0]
+    # Drafts that the target never gives; and q that are the target's but for rounding: nothing is left of p - q.
+    for draft, q_V in (
+        (2, torch.full((4,), 0.25)),
+        (2, None),
+        (0, p_V * (1 + 1e-6)),
+        (1, p_V.nextafter(torch.ones(4))),
+    ):
+        guess = Guess(
+            [Position(p, [1], 1, 0, drafts=(draft,) * i) for i in range(2)], [draft], None if q_V is None else q_V[None]
+        )
+        for lenience in (1.0, 0.5):
+            (tokens,) = verify(logits, [guess], lenience)
+            assert set(tokens) <= {0, 1}

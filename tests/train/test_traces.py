@@ -86,7 +86,7 @@ def test_generation_is_recorded(cfg, data_dir, tmp_path, capsys):
     assert capsys.readouterr().out == text
     passes = list(Trace.open(tmp_path / "t"))
     prompt = moe.load_tokenizer(tmp_path / "model").encode("the cat")
-    assert [p.shape for p in passes] == [(1, len(prompt))] + [(1, 1)] * 11
+    assert [p.shape for p in passes] == [(1, len(prompt) + 11)]
     tokens = torch.cat([p.tokens_T for p in passes])  # type: ignore[arg-type]
     assert tokens[: len(prompt)].tolist() == prompt
     want = torch.stack([r.ids_TK for r in model(tokens[None]).routing], 1)
