@@ -28,7 +28,7 @@ def model() -> Transformer:
     return Transformer(CFG, seed=3)
 
 
-def routed(model: Transformer, tokens: list[int]) -> list[set[int]]:
+def routed(model: Transformer, tokens: list[int]) -> list[set[tuple[int, int]]]:
     """For each position, (layer, expert) pairs, by the model's own modules."""
     seen: list[Pass] = []
     with torch.no_grad(), observe(model, seen.append):
