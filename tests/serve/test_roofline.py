@@ -104,7 +104,7 @@ def test_rows_are_fitted_by_the_planner(model: Transformer, tmp_path: Path) -> N
 
 def test_this_machine_is_measured() -> None:
     found = roofline.machine(torch.device("cpu"), torch.float32)
-    assert found.name.startswith(f"{torch.get_num_threads()} threads of ")
+    assert found.name.startswith(f"{torch.get_num_threads()} thread")
     assert 1e8 < found.peak("fp32").to("FLOP/s") < 1e15
     assert 1e8 < found.bandwidth.to("B/s") < 1e13
     assert found.compute_dtype("fp32") == "fp32"
