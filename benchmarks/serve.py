@@ -429,6 +429,13 @@ def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
             if ours in speed and best:
                 found[f"{kind} {measure}"] = speed[ours] / best
                 print(f"  {kind}, {measure}: {speed[ours] / best:.2f}x the best of the others")
+    plain, invariant = (
+        next((row["tokens_per_cpu_second"] for row in rows if row["side"] == f"gpt4-moe {kind}"), 0.0)
+        for kind in ("float32", "batch-invariant")
+    )
+    if plain and invariant:
+        found["batch_invariant tokens_per_cpu_second"] = invariant / plain
+        print(f"  batch invariance: {invariant / plain:.2f}x the tokens per CPU second of float32 without")
     return found
 
 
