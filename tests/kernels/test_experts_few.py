@@ -41,8 +41,8 @@ class Case:
         return inference.forward(*given).cpu()
 
     def wanted(self) -> Tensor:
-        given = (t.double() for t in (self.x_TD, self.w_in, self.w_out, self.weights_TK))
-        return reference.expert_mlp(*given, self.ids_TK, self.activation)
+        x, w_in, w_out, weights = (t.double() for t in (self.x_TD, self.w_in, self.w_out, self.weights_TK))
+        return reference.expert_mlp(x, w_in, w_out, weights, self.ids_TK, self.activation)
 
 
 @pytest.mark.parametrize(("T", "activation"), [(1, "swiglu"), (17, "swiglu"), (3, "gelu"), (3, "swiglu_oai")])

@@ -69,8 +69,9 @@ class Case:
         starts = torch.tensor([0, *rows]).cumsum(0).int()
         tables = (self.blocks[chosen], starts, torch.tensor(lengths, dtype=torch.int32))
         given = (torch.cat([self.q_RHC[i] for i in chosen]).to(dtype), k, v, *tables)
+        q, k, v, blocks, starts, ends = (t.to(DEVICE) for t in given)
         limits = {"max_query_len": max(rows), "max_seq_len": max(lengths), **changes}
-        return ops.paged_attention(*(t.to(DEVICE) for t in given), self.block_size, **limits, impl=impl).cpu()
+        return ops.paged_attention(q, k, v, blocks, starts, ends, self.block_size, **limits, impl=impl).cpu()
 
     def wanted(self, kept: torch.dtype | None = None) -> Tensor:
         """Torch's own attention in float64, of the keys and values as they are kept."""
