@@ -150,15 +150,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results" / "studies")
     arguments = parser.parse_args()
     tune_cpu()
+    arguments.out.mkdir(parents=True, exist_ok=True)
     record: dict[str, Any] = {"machine": machine(), "load": os.getloadavg(), "rows": []}
     for name, (target, draft) in pairs().items():
         for batch in arguments.batches:
             record["rows"].append({"pair": name, "batch": batch, **measure(target, draft, batch, arguments.rounds)})
+            record["load_after"] = os.getloadavg()
+            write_record(arguments.out / "speculation.json", record)
             print(f"{name}, {batch}: done", flush=True)
-    record["load_after"] = os.getloadavg()
     print(table(record))
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    write_record(arguments.out / "speculation.json", record)
     print(f"picture: {figures.save(draw(record), arguments.out, 'speculation')}")
 
 

@@ -4,6 +4,7 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -200,7 +201,8 @@ def test_a_draft_model_has_to_fit() -> None:
         elsewhere = Transformer(tiny_config())
     with pytest.raises(ConfigError, match="is on meta"):
         Engine(model, speculative=elsewhere)
-    for bad in ({"speculative": "eagle"}, {"num_drafts": 0}, {"lenience": 0.0}, {"lenience": 1.1}):
+    wrong: list[dict[str, Any]] = [{"speculative": "eagle"}, {"num_drafts": 0}, {"lenience": 0.0}, {"lenience": 1.1}]
+    for bad in wrong:
         with pytest.raises(ConfigError, match=f"{next(iter(bad))} = "):
             Engine(model, **bad)
 
