@@ -36,6 +36,8 @@ class Side:
     peak_bytes: int = 0
     process: subprocess.Popen[str] | None = None
     python: str = ""  # an interpreter of another environment; "": this one
+    environment: dict[str, str] = field(default_factory=dict)
+    cpu_seconds: list[float] = field(default_factory=list)  # of all its threads: on a busy machine the better measure
 
     @property
     def median(self) -> float:
@@ -44,7 +46,7 @@ class Side:
     def start(self) -> None:
         """Start the process and wait until it has prepared."""
         command = [self.python or sys.executable, __file__, self.script, self.maker, json.dumps(self.settings)]
-        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), **self.environment}
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
@@ -57,6 +59,7 @@ class Side:
         self.peak_bytes = answer["peak_bytes"]
         if keep:
             self.seconds.append(answer["seconds"])
+            self.cpu_seconds.append(answer["cpu_seconds"])
         return answer["seconds"]
 
     def stop(self) -> None:
@@ -178,13 +181,13 @@ def _serve() -> None:
     call = make(**json.loads(settings))
     print(json.dumps({"ready": True}), flush=True)
     for _ in sys.stdin:
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         call()
-        seconds = time.perf_counter() - start
+        seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
         # ru_maxrss is in KiB on Linux and in bytes on macOS.
         unit = 1 if sys.platform == "darwin" else 1024
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        print(json.dumps({"seconds": seconds, "peak_bytes": peak}), flush=True)
+        print(json.dumps({"seconds": seconds, "cpu_seconds": cpu, "peak_bytes": peak}), flush=True)
 
 
 if __name__ == "__main__":

@@ -37,8 +37,8 @@ def host_cost(standin: Standin, tokens: list[int], rounds: int) -> list[dict[str
 
 
 def kernels(T: int, width: int, hidden: int, device: str) -> dict[str, Callable[[], Any]]:
-    """The host code of gate, forward and backward, and a forward as `ops.expert_mlp` dispatches it."""
-    from moe.kernels.experts import op, triton_mlp
+    """The host code of gate, forward and backward, a forward as `ops.expert_mlp` dispatches it, and of decoding."""
+    from moe.kernels.experts import inference, op, triton_mlp
     from moe.kernels.gate import triton_gate
 
     x, weights, ids, experts = _inputs(T, width, hidden, device)
@@ -56,19 +56,37 @@ def kernels(T: int, width: int, hidden: int, device: str) -> dict[str, Callable[
         "forward": lambda: triton_mlp.forward(x, experts, weights, ids, "swiglu", False),
         "backward": lambda: triton_mlp.backward(x, x, experts, weights, h, order, offsets, "swiglu"),
         "forward, dispatched by torch": dispatched,
+        "decoding": lambda: inference.forward(
+            x, experts.w_in_EGFD, None, experts.w_out_EDF, None, weights, ids, "swiglu", "triton", False
+        ),
+        "paged attention": lambda: attention(T, 1024, device),
     }
+
+
+def attention(n_requests: int, length: int, device: str) -> None:
+    """One row of each request, 168 heads on one key head."""
+    from moe.kernels.attention import triton_paged
+
+    B = -(-length // 16)
+    q, k = (torch.empty(n, h, 128, dtype=torch.bfloat16, device=device) for n, h in ((n_requests, 168), (16, 1)))
+    blocks, starts, lengths = (
+        torch.zeros(shape, dtype=torch.int32, device=device) for shape in ((n_requests, B), n_requests + 1, n_requests)
+    )
+    triton_paged.paged_attention(q, k, k, blocks, starts, lengths, 16, 1, length, None, None)
 
 
 def compilations(standin: Standin) -> dict[str, int]:
     """How many kernels a server compiles over its batches, by kernel."""
-    from moe.kernels.experts import triton_mlp
+    from moe.kernels.experts import inference
     from moe.kernels.gate import triton_gate
 
     with standin.compilations() as found:
         for T in SERVED:
             x, weights, ids, experts = _inputs(T, 128, 256, "cpu")
             triton_gate.gate(torch.empty(T, E), K)
-            triton_mlp.forward(x, experts, weights, ids, "swiglu", False)
+            w_in, w_out = experts[:2]
+            inference.forward(x, w_in, None, w_out, None, weights, ids, "swiglu", "triton", False)
+            attention(min(T, 130), 16 * T, "cpu")
     return {name: len(keys) for name, keys in sorted(found.items())}
 
 

@@ -43,7 +43,7 @@ def _rows(starts, lengths, request, f, S, M: tl.constexpr):
 
 
 @remembered
-@triton.jit(do_not_specialize=["R", "S", "B"], do_not_specialize_on_alignment=TABLES)
+@triton.jit(do_not_specialize=["R", "S", "B", "stride_b"], do_not_specialize_on_alignment=TABLES)
 def split_kernel(
     q, k, v, k_scale, v_scale, blocks, starts, lengths, parts, lse, R, S, B, stride_q, stride_b,
     N: tl.constexpr, M: tl.constexpr, C: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr,

@@ -44,7 +44,7 @@ def combine(y_RD: Tensor, rows_R: Tensor, top_k: int, weights_TK: Tensor | None 
         starts_T = torch.arange(0, len(rows_R), top_k)
         weights_R = None if weights_TK is None else weights_TK.flatten().to(y_RD.dtype)
         return torch.embedding_bag(y_RD, rows_R, starts_T, False, 0, False, weights_R)[0]
-    y_TKD = y_RD[rows_R].unflatten(0, (-1, top_k)).float()
+    y_TKD = y_RD[rows_R].unflatten(0, (-1, top_k)).to(torch.promote_types(y_RD.dtype, torch.float32))
     if weights_TK is not None:
         y_TKD = y_TKD * weights_TK.unsqueeze(-1)
     return y_TKD.sum(1).to(y_RD.dtype)

@@ -45,7 +45,7 @@ def generate(
     from moe import checkpoint as checkpoints
     from moe.data.chat import ChatTemplate
     from moe.device import pick_device
-    from moe.errors import ConfigError
+    from moe.errors import ConfigError, TraceError
     from moe.serve.engine import Engine
     from moe.serve.request import SamplingParams
     from moe.serve.trace import record
@@ -62,13 +62,16 @@ def generate(
         print(f"notice: {said}", file=sys.stderr)
     ids, context = tokenizer.encode(prompt) or [tokenizer.eot_id], model.cfg.max_seq_len
     if len(ids) > context:
-        raise ConfigError(f"prompt of {len(ids)} tokens, but the context of {model.cfg.name} is {context}; cut it")
+        raise ConfigError(f"prompt of {len(ids)} tokens, but max_seq_len = {context} ({model.cfg.name}): cut it")
     blocks = -(-min(len(ids) + max_tokens, context) // _BLOCK)
     engine = Engine(model, tokenizer, block_size=_BLOCK, num_blocks=blocks, max_running=1)
     if sys.stdout.isatty():
         write(f"\033[2m{printable(prompt)}\033[0m")
-    with contextlib.nullcontext() if trace is None else record(engine, trace):
-        for delta in engine.stream(ids, params):
-            write(printable(delta.text))
+    try:
+        with contextlib.nullcontext() if trace is None else record(engine, trace):
+            for delta in engine.stream(ids, params):
+                write(printable(delta.text))
+    except TraceError as error:
+        raise ConfigError(str(error)) from error
     write("\n" if sys.stdout.isatty() else "")
     return 0

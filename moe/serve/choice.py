@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from itertools import chain, islice
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from moe.serve.logprobs import Logprobs, logprobs_of
@@ -57,7 +58,9 @@ def choose(
         rows.append((range(row, middle), range(middle, end)))
         row = end
     guesses = [_guess(work) for work in works if work.samples]
-    own_NV = logits_NV[[*chain(*(sampled for _, sampled in rows))]] if any(scored for scored, _ in rows) else logits_NV
+    own_NV = logits_NV
+    if any(scored for scored, _ in rows):
+        own_NV = _rows(logits_NV, [*chain(*(sampled for _, sampled in rows))])
     found = iter(verify(own_NV, guesses, lenience) if guesses else [])
     tokens = [next(found) if work.samples else [] for work in works]
     asked = []
@@ -74,8 +77,12 @@ def _scores(logits_NV: Tensor, asked: Sequence[_Asked], tokenizer: Tokenizer | N
     rows = [row for one in asked for row in one.rows[: len(one.tokens)]]
     tokens = [token for one in asked for token in one.tokens]
     tops = [one.top or 0 for one in asked for _ in one.tokens]
-    found = iter(logprobs_of(logits_NV[rows], tokens, tops, tokenizer) if rows else [])
+    found = iter(logprobs_of(_rows(logits_NV, rows), tokens, tops, tokenizer) if rows else [])
     return (list(islice(found, len(one.tokens))) for one in asked)
+
+
+def _rows(logits_NV: Tensor, rows: list[int]) -> Tensor:
+    return logits_NV.index_select(0, torch.tensor(rows, dtype=torch.int64, device=logits_NV.device))
 
 
 def _guess(work: Work) -> Guess:

@@ -8,7 +8,7 @@ import operator
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import replace
 from itertools import chain
 from typing import Any
@@ -377,6 +377,8 @@ class Engine:
     def _finish(
         self, request: Request, reason: FinishReason, delta: Delta | None = None, error: Exception | None = None
     ) -> None:
+        if request.finish_reason:  # who listens to another answer's end has aborted this one
+            return
         answer = request.extra
         request.finish_reason = reason
         self.scheduler.finish(request)
@@ -434,7 +436,7 @@ class Engine:
                 self.abort(name)
         return [done[name] for name in names]
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Delta]:
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Generator[Delta, None, None]:
         """The answers to one prompt as they grow; others that were added grow with them. Closed early, it aborts.
 
         Raises:

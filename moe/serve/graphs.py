@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moe.layers import Attend
 from moe.serve.pages import Pages, Segment
-from moe.serve.tables import Tables
+from moe.serve.tables import Tables, on_device
 
 MOST_ROWS = 9  # of one request: a token and eight drafts
 _SHORTEST = 1024  # positions that the smallest graphs are sized for
@@ -56,10 +56,10 @@ class DecodePass:
         positions = [p for s in every for p in range(s.start, s.end)]
         slots = [s.blocks[p // size] * size + p % size for s in every for p in range(s.start, s.end)]
         live = [int(s is not unread) for s in every for _ in range(S)]
-        self._rows_4T.copy_(torch.tensor([tokens, positions, slots, live]))
+        self._rows_4T.copy_(on_device(self._pages.device, [tokens, positions, slots, live]))
         used = (s.blocks[: -(-s.end // size)] for s in every)
         padded = [b for blocks in used for b in (*blocks, *[self._pages.n_blocks] * (B - len(blocks)))]
-        self._flat.copy_(torch.tensor([*padded, *(s.end for s in every)], dtype=torch.int32))
+        self._flat.copy_(on_device(self._pages.device, [*padded, *(s.end for s in every)], torch.int32))
 
     def rope(self, n: int) -> tuple[Tensor, Tensor]:
         """cos and sin, for `rotate`, of each token's position."""
@@ -116,7 +116,7 @@ class DecodeGraphs:
         step, T = self._steps[key], len(segments) * S
         step.one.fill(segments)
         logits_TV, routing = step.replay()
-        rows_N = torch.tensor(wanted, dtype=torch.int64, device=logits_TV.device)
+        rows_N = on_device(logits_TV.device, [*wanted])
         return logits_TV.index_select(0, rows_N), [choice._make(t[:T] for t in choice) for choice in routing]
 
     def _made(self, n_requests: int, query_len: int, max_seq_len: int) -> _Step:
@@ -134,7 +134,8 @@ class DecodeGraphs:
             run()
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # Other threads, of a server's front, may go on using the device.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             made = run()
 
         def replay() -> tuple[Tensor, list[Any]]:

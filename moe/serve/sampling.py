@@ -8,7 +8,6 @@ Shape suffixes: N positions whose next tokens are wanted, V vocabulary, Q reques
 """
 
 import hashlib
-import math
 import struct
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -76,7 +75,7 @@ def _penalise(row_V: Tensor, at: Position) -> None:
     """Keskar et al. 2019 (repetition, of prompt and answer); OpenAI's presence and frequency (of the answer)."""
     p = at.params
     if p.repetition_penalty != 1:
-        seen = _ids({*at.tokens, *at.drafts}, row_V)
+        seen = _ids([*at.tokens, *at.drafts], row_V)  # what comes twice is written twice, and is the same
         values = row_V[seen]
         row_V[seen] = torch.where(values > 0, values / p.repetition_penalty, values * p.repetition_penalty)
     if p.presence_penalty or p.frequency_penalty:
@@ -84,8 +83,8 @@ def _penalise(row_V: Tensor, at: Position) -> None:
         row_V[_ids(counts, row_V)] -= p.presence_penalty + p.frequency_penalty * row_V.new_tensor(list(counts.values()))
 
 
-def _ids(ids: Collection[int], row_V: Tensor) -> Tensor:
-    return torch.tensor(list(ids), dtype=torch.int64, device=row_V.device)
+def _ids(ids: Collection[int], like: Tensor) -> Tensor:
+    return torch.tensor(list(ids), dtype=torch.int64, device=like.device)
 
 
 def distributions(logits_NV: Tensor, positions: Sequence[Position]) -> Tensor:
@@ -96,67 +95,52 @@ def distributions(logits_NV: Tensor, positions: Sequence[Position]) -> Tensor:
     """
     z_NV = adjusted(logits_NV, positions)
     params = [at.params for at in positions]
-
-    def column(values: Sequence[float]) -> Tensor:
-        return torch.tensor(values, dtype=z_NV.dtype, device=z_NV.device).unsqueeze(1)
-
     if any(p.temperature != 1 for p in params):
         # Below 1e-20 any two logits that differ are already as far apart as can be, and the quotient would overflow.
-        z_NV = z_NV / column([max(p.temperature, 1e-20) if p.temperature else 1.0 for p in params])
-    elif z_NV is logits_NV and any(p.min_p or p.top_k or p.top_p < 1 for p in params):
-        z_NV = z_NV.clone()
-    V = z_NV.shape[1]
-    if rows := [n for n, p in enumerate(params) if p.min_p and not p.greedy]:
-        own_NV = _rows(z_NV, rows)
-        least_N1 = own_NV.amax(-1, keepdim=True) + column([math.log(params[n].min_p) for n in rows])
-        _put(z_NV, rows, own_NV.masked_fill_(own_NV < least_N1, -torch.inf))
-    if rows := [n for n, p in enumerate(params) if p.greedy or 0 < p.top_k < V]:
-        k_N1 = torch.tensor([[1 if params[n].greedy else params[n].top_k] for n in rows], device=z_NV.device)
-        _put(z_NV, rows, _likeliest(_rows(z_NV, rows), k_N1))
-    if rows := [n for n, p in enumerate(params) if p.top_p < 1 and not p.greedy]:
-        own_NV = _rows(z_NV, rows)
-        k_N1 = _nucleus(own_NV.softmax(-1), column([params[n].top_p for n in rows]))
-        _put(z_NV, rows, _likeliest(own_NV, k_N1))
+        z_NV = z_NV / _column([max(p.temperature, 1e-20) if p.temperature else 1.0 for p in params], z_NV)
+    if cut := [n for n, p in enumerate(params) if p.greedy or p.min_p or p.top_k or p.top_p < 1]:
+        z_NV = _put(z_NV, cut, _cut(_take(z_NV, cut), [params[n] for n in cut]))
     return z_NV.softmax(-1)
 
 
-def _rows(x_NV: Tensor, rows: Sequence[int]) -> Tensor:
-    """Those rows: of all no copy."""
-    return x_NV if len(rows) == len(x_NV) else x_NV[rows]
-
-
-def _put(x_NV: Tensor, rows: Sequence[int], values_NV: Tensor) -> None:
-    if values_NV is not x_NV:
-        x_NV[rows] = values_NV
-
-
-def _likeliest(z_NV: Tensor, k_N1: Tensor) -> Tensor:
-    """Nothing but the k likeliest of each row, of equals the first; in place."""
-    least_N1 = _largest(z_NV, int(k_N1.max())).gather(1, k_N1 - 1)
+def _cut(z_NV: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """All but what min_p, top_k and top_p leave, which is of each row the likeliest, of equals the first, is -inf."""
+    V = z_NV.shape[1]
+    # Few of the vocabulary tell for most settings at most places; sorting all of it takes ten times as long.
+    few = min(V, max(1024, *(p.top_k for p in params)))
+    n_N1, least_N1, told_N1 = _limits(z_NV, params, few)
+    if rows := (~told_N1).nonzero()[:, 0].tolist():
+        n_R1, least_R1, _ = _limits(_take(z_NV, rows), [params[n] for n in rows], V)
+        n_N1, least_N1 = _put(n_N1, rows, n_R1), _put(least_N1, rows, least_R1)
     out_NV = z_NV < least_N1
-    if ((~out_NV).sum(-1, keepdim=True) > k_N1).any():
+    if (V - out_NV.sum(-1, keepdim=True) > n_N1).any():
         equal_NV = z_NV == least_N1
-        room_N1 = k_N1 - (z_NV > least_N1).sum(-1, keepdim=True)
+        room_N1 = n_N1 - (z_NV > least_N1).sum(-1, keepdim=True)
         out_NV |= equal_NV & (equal_NV.cumsum(-1) > room_N1)
-    return z_NV.masked_fill_(out_NV, -torch.inf)
+    return z_NV.masked_fill(out_NV, -torch.inf)
 
 
-def _nucleus(p_NV: Tensor, top_p_N1: Tensor) -> Tensor:
-    """How many of the likeliest together have the probability top_p, [N, 1]: at least one (Holtzman et al. 2020)."""
-    V = p_NV.shape[1]
-    few_NW = _largest(p_NV, min(1024, V))
-    n_N1 = _reach(few_NW, top_p_N1)
-    # Few are enough for most models at most places.
-    rows = (n_N1.squeeze(1) == few_NW.shape[1]).nonzero().squeeze(1)
-    if len(rows) and few_NW.shape[1] < V:
-        n_N1[rows] = _reach(_largest(p_NV[rows], V), top_p_N1[rows])
-    return n_N1
-
-
-def _reach(sorted_NW: Tensor, top_p_N1: Tensor) -> Tensor:
-    """How many have less than top_p before them."""
-    before_NW = sorted_NW.cumsum(-1) - sorted_NW
-    return (before_NW < top_p_N1).sum(-1, keepdim=True).clamp_min(1)
+def _limits(z_NV: Tensor, params: Sequence[SamplingParams], width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """How many tokens of each row are left, the logit of the last of them, and whether the `width` likeliest tell."""
+    V = z_NV.shape[1]
+    sorted_NW = _largest(z_NV, width)
+    k_N1 = _column([1 if p.greedy else p.top_k or V for p in params], z_NV)
+    min_p_N1 = _column([p.min_p for p in params], z_NV)
+    top_p_N1 = _column([p.top_p if p.top_p < 1 else 2.0 for p in params], z_NV)  # 2: whatever the rounding of sums
+    left_NW = (torch.arange(width, device=z_NV.device) < k_N1) & (sorted_NW >= sorted_NW[:, :1] + min_p_N1.log())
+    n_N1 = left_NW.sum(-1, keepdim=True)
+    told_N1 = (n_N1 < width) | (k_N1 <= width) | (width == V)
+    if any(p.top_p < 1 for p in params):
+        left_NW = sorted_NW.masked_fill(~left_NW, -torch.inf)
+        total_N1 = left_NW.logsumexp(-1, keepdim=True)
+        if not told_N1.all():
+            total_N1 = torch.where(told_N1, total_N1, z_NV.logsumexp(-1, keepdim=True))
+        p_NW = (left_NW - total_N1).exp()
+        before_NW = p_NW.cumsum(-1) - p_NW
+        n_N1 = torch.minimum(n_N1, (before_NW < top_p_N1).sum(-1, keepdim=True))
+        told_N1 |= (n_N1 < width) & (min_p_N1 == 0)
+    n_N1 = n_N1.clamp_min(1)
+    return n_N1, sorted_NW.gather(1, n_N1 - 1), told_N1
 
 
 def _largest(x_NV: Tensor, n: int) -> Tensor:
@@ -168,6 +152,20 @@ def _largest(x_NV: Tensor, n: int) -> Tensor:
     if n < V:
         values_NV = np.partition(values_NV, V - n, axis=-1)[:, V - n :]
     return torch.from_numpy(np.sort(values_NV, axis=-1)).flip(-1)
+
+
+def _column(values: Sequence[float], like: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=like.dtype, device=like.device).unsqueeze(1)
+
+
+def _take(x_NV: Tensor, rows: Sequence[int]) -> Tensor:
+    """Those rows; of all no copy."""
+    return x_NV if len(rows) == len(x_NV) else x_NV.index_select(0, _ids(rows, x_NV))
+
+
+def _put(x_NV: Tensor, rows: Sequence[int], values_RV: Tensor) -> Tensor:
+    """With other values in those rows."""
+    return values_RV if len(rows) == len(x_NV) else x_NV.index_copy(0, _ids(rows, x_NV), values_RV)
 
 
 # ----------------------------------------------------------------------------------------------------------- drawing
@@ -183,10 +181,9 @@ def draw(p_NV: Tensor, uniforms: Sequence[float]) -> Tensor:
     """
     V = p_NV.shape[1]
     whole = V // _BLOCK * _BLOCK
-    # First which block, then where in it: sums over all would be sixteen megabytes for a batch of a usual vocabulary.
-    parts_NB = p_NV[:, :whole].unflatten(1, (V // _BLOCK, _BLOCK)).sum(-1, dtype=torch.float64)
-    rest_N1 = p_NV[:, whole:].sum(-1, keepdim=True, dtype=torch.float64)
-    ends_NB = torch.cat([parts_NB, rest_N1], 1).cumsum(-1)
+    # First which block, then where in it: sums in float64 over all would be the longest part of sampling.
+    parts_NB = p_NV[:, :whole].unflatten(1, (V // _BLOCK, _BLOCK)).sum(-1)
+    ends_NB = torch.cat([parts_NB, p_NV[:, whole:].sum(-1, keepdim=True)], 1).double().cumsum(-1)
     total_N1 = ends_NB[:, -1:]
     at_N1 = torch.tensor(uniforms, dtype=torch.float64, device=p_NV.device).unsqueeze(1) * total_N1
     at_N1 = torch.minimum(at_N1, total_N1.nextafter(torch.zeros_like(total_N1)))
@@ -195,7 +192,7 @@ def draw(p_NV: Tensor, uniforms: Sequence[float]) -> Tensor:
     ids_NS = block_N1 * _BLOCK + torch.arange(_BLOCK, device=p_NV.device)
     p_NS = p_NV.gather(1, ids_NS.clamp_max(V - 1)).double().masked_fill_(ids_NS >= V, 0.0)
     sums_NS = p_NS.cumsum(-1) + before_N1
-    # The sums of a block's parts may end a rounding below the block's.
+    # A block's sum may be a rounding above those of its parts.
     at_N1 = torch.minimum(at_N1, sums_NS[:, -1:].nextafter(torch.zeros_like(total_N1)))
     found_N1 = ids_NS.gather(1, torch.searchsorted(sums_NS, at_N1, right=True).clamp_max(_BLOCK - 1))
     return torch.where(total_N1 > 0, found_N1, -1).squeeze(1)
@@ -229,11 +226,11 @@ def verify(logits_NV: Tensor, guesses: Sequence[Guess], lenience: float = 1.0) -
     ways = [_way(guess, lenience) for guess in guesses]
     if len({*ways}) == 1:
         return ways[0](logits_NV, guesses, lenience)
-    rows = torch.arange(len(logits_NV), device=logits_NV.device).split([len(guess.positions) for guess in guesses])
+    starts = [*accumulate((len(guess.positions) for guess in guesses), initial=0)]
     found: dict[_Way, Iterator[list[int]]] = {}
     for way in {*ways}:
         own = [n for n, one in enumerate(ways) if one is way]
-        part_NV = logits_NV[torch.cat([rows[n] for n in own])]
+        part_NV = _take(logits_NV, [row for n in own for row in range(starts[n], starts[n + 1])])
         found[way] = iter(way(part_NV, [guesses[n] for n in own], lenience))
     return [next(found[way]) for way in ways]
 
@@ -308,9 +305,9 @@ def _accepted(p_NV: Tensor, guesses: Sequence[Guess], lenience: float) -> list[i
 def _rest(p_NV: Tensor, guesses: Sequence[Guess], kept: Sequence[int]) -> Tensor:
     """What the token after each guess's accepted drafts is drawn from, [Q, V]: not of sum one where one was refused."""
     starts = accumulate((len(guess.positions) for guess in guesses), initial=0)
-    p_QV = p_NV[[row + n for row, n in zip(starts, kept, strict=False)]]
+    p_QV = _take(p_NV, [row + n for row, n in zip(starts, kept, strict=False)])
     refused = [i for i, (guess, n) in enumerate(zip(guesses, kept, strict=True)) if n < len(guess.drafts)]
-    rest_RV = p_QV[refused]
+    rest_RV = p_QV.index_select(0, _ids(refused, p_QV))
     for rest_V, i in zip(rest_RV, refused, strict=True):
         guess, n = guesses[i], kept[i]
         if guess.q_KV is None:
@@ -319,5 +316,5 @@ def _rest(p_NV: Tensor, guesses: Sequence[Guess], kept: Sequence[int]) -> Tensor
             rest_V -= guess.q_KV[n]
     rest_RV.clamp_min_(0.0)
     # Where p and q agree up to rounding nothing is left, and a refusal was rounding, too.
-    p_QV[refused] = torch.where(rest_RV.sum(-1, keepdim=True) > 0, rest_RV, p_QV[refused])
-    return p_QV
+    rest_RV = torch.where(rest_RV.sum(-1, keepdim=True) > 0, rest_RV, _take(p_QV, refused))
+    return _put(p_QV, refused, rest_RV)

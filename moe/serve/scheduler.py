@@ -141,9 +141,9 @@ class Scheduler:
 
         A guess is worth no one's blocks: as many as there are running requests stay free.
         """
-        while n and self.pool.blocks_for(r.computed + 1 + n) > len(r.blocks) + self.pool.n_free - len(self.running):
-            n -= 1
-        return n if n and self._grow(r, 1 + n) else 0
+        spare = max(0, self.pool.n_free - len(self.running))
+        n = min(n, (len(r.blocks) + spare) * self.pool.block_size - r.computed - 1)
+        return n if n > 0 and self._grow(r, 1 + n) else 0
 
     def finish(self, request: Request) -> None:
         """The request is done, or is to be: its blocks come free. One that is unknown here is left alone."""

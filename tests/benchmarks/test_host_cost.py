@@ -41,7 +41,12 @@ def host_cost(folder: Path, *arguments: str) -> dict[str, Any]:
 def test_a_server_compiles_few_kernels(tmp_path: Path) -> None:
     """139 sizes of a batch: for each class of sizes its tiles, once; nothing depends on a number of tokens."""
     assert host_cost(tmp_path, "--tokens")["compilations"] == {
+        "triton_few.activate_kernel": 1,
+        "triton_few.combine_parts_kernel": 1,
+        "triton_few.parts_kernel": 6,  # up and down, of one token, of up to 16 and of up to 64
         "triton_gate._gate_kernel": 1,
+        "triton_paged.merge_kernel": 1,
+        "triton_paged.split_kernel": 1,
         "triton_pointer.down_kernel": 2,  # few and some rows an expert
         "triton_pointer.up_kernel": 2,
         "triton_routes._count_kernel": 1,
@@ -65,6 +70,9 @@ def test_launches_and_tensor_maps_at_full_width(tmp_path: Path) -> None:
     assert found[1, "gate"] == (1, 0)
     assert found[1, "forward"] == found[1, "forward, dispatched by torch"] == (4, 0)
     assert found[1, "backward"] == (6, 0)
+    # Routes, up, activation, down, sum, where the products are split along the sum; parts of the context, their sum.
+    assert found[1, "decoding"] == (5, 0)
+    assert found[1, "paged attention"] == found[8192, "paged attention"] == (2, 0)
     # Many: count, scan, place, tiles, gather, up, down, sum; tiles, two gathers, down backward, two gradients, dx, sum.
     assert found[8192, "forward"] == (8, 3 + 3)
     assert found[8192, "backward"] == (8, 5 + 3 + 3 + 3)

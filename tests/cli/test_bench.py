@@ -70,7 +70,7 @@ def test_a_configuration_with_random_weights_as_json(capsys) -> None:
         (("--batch", 0), "error: --batch 0: must be at least 1"),
         (("--rounds", 0), "error: --rounds 0: must be at least 1"),
         (("--set", "n_layers=1"), "is a checkpoint, whose shape is given"),
-        (("--max-batch-tokens", 0), "error: --max-batch-tokens = 0: must be 1 or more"),
+        ((*SMALL, "--max-batch-tokens", 0), "error: --max-batch-tokens = 0: must be 1 or more"),
     ],
 )
 def test_what_cannot_be_is_one_line(args: tuple, message: str, checkpoint: Path, capsys) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import moe
+from moe.generate import stream
 from moe.tokenizer import train_bpe
 from tests.conftest import run_cli
 
@@ -32,17 +33,22 @@ def expected_text(checkpoint, prompt, n, **sampling):
     """What the model writes up to end-of-text, ids beyond the tokenizer left out."""
     model, tokenizer = moe.load(checkpoint), moe.load_tokenizer(checkpoint)
     ids = tokenizer.encode(prompt) or [tokenizer.eot_id]
-    new = model.generate(torch.tensor([ids]), n, **sampling)[0, len(ids) :].tolist()
+    if sampling["temperature"]:
+        new = torch.cat(list(stream(model, torch.tensor([ids]), n, **sampling))).tolist()
+    else:
+        new = model.generate(torch.tensor([ids]), n, temperature=0)[0, len(ids) :].tolist()
     if tokenizer.eot_id in new:
         new = new[: new.index(tokenizer.eot_id)]
     return tokenizer.decode([i for i in new if i < tokenizer.vocab_size])
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("temperature", [0.8, 0.0])
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("prompt", ["ab cde", ""])
-def test_generate_prints_what_the_model_generates(checkpoint, capsys, prompt, seed):
-    assert run_cli("generate", checkpoint, "--prompt", prompt, "--max-tokens", 60, "--seed", seed, "--top-k", 50) == 0
-    expected = expected_text(checkpoint, prompt, 60, seed=seed, top_k=50, temperature=0.8, top_p=0.95)
+def test_generate_prints_what_the_model_generates(checkpoint, capsys, prompt, seed, temperature):
+    settings = ("--max-tokens", 60, "--seed", seed, "--top-k", 50, "--temperature", temperature)
+    assert run_cli("generate", checkpoint, "--prompt", prompt, *settings) == 0
+    expected = expected_text(checkpoint, prompt, 60, seed=seed, top_k=50, temperature=temperature, top_p=0.95)
     assert capsys.readouterr().out == expected
 
 
@@ -87,7 +93,7 @@ def test_errors_are_one_line_on_stderr(tmp_path, monkeypatch, capsys, args, stat
         (["--temperature", -1], "temperature = -1"),
         (["--top-p", 0], "--top-p = 0"),
         (["--prompt", "ab " * 500], "max_seq_len = 128"),
-        (["--stop", ""], "stop = ''"),
+        (["--stop", ""], "an empty string would end every text before it begins"),
     ],
 )
 def test_generate_refuses_what_cannot_be(checkpoint, capsys, args, message):

@@ -48,7 +48,7 @@ def test_a_caller_who_leaves_takes_the_request_back(how: str) -> None:
             if how != "cancelled":
                 break
         if how == "returns":
-            await deltas.aclose()  # type: ignore[attr-defined]
+            await deltas.aclose()
 
     async def main() -> None:
         async with AsyncEngine(engine) as front:
@@ -62,8 +62,12 @@ def test_a_caller_who_leaves_takes_the_request_back(how: str) -> None:
             assert await answer(front, [2]) == greedy_answer([2], 12)
 
     began, go = asyncio.Event(), threading.Event()
-    # Every pass but the first few waits until the caller has gone.
-    engine = scripted_engine(lambda _: None if engine.stats.steps < 2 else go.wait(30) and None)
+
+    def fault(_: int) -> None:
+        if engine.stats.steps >= 2:  # every later pass waits until the caller has gone
+            go.wait(30)
+
+    engine = scripted_engine(fault)
     run(main())
     assert_empty(engine)
     assert engine.stats.finished == {"abort": 1, "length": 1}

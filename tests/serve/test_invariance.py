@@ -120,12 +120,12 @@ def test_answers_are_the_same_alone_together_preempted_and_warm(model: Transform
     warm = SamplingParams(temperature=0, max_tokens=10, logprobs=2)
     prompts = [text(0, 17), [*text(0, 17)[:16], 3], text(2, 9), text(0, 8), text(4, 20)]
 
-    def engine(num_blocks: int, **limits: int) -> Engine:
-        return Engine(model, block_size=SIZE, num_blocks=num_blocks, batch_invariant=True, **limits)
+    def engine(num_blocks: int, budget: int = 2048) -> Engine:
+        return Engine(model, block_size=SIZE, num_blocks=num_blocks, batch_invariant=True, max_batch_tokens=budget)
 
     alone = [engine(40).generate([p], params)[0] for p in prompts]
     together = engine(40).generate(prompts, params)
-    tight = engine(12, max_batch_tokens=7)
+    tight = engine(12, budget=7)
     preempted = tight.generate(prompts, params)
     assert sum(o.preemptions for o in preempted)
     for other in (together, preempted):

@@ -1,5 +1,7 @@
 """Products with packed and with eight-bit weights, and the experts made of them, against float64."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -56,7 +58,7 @@ def test_eight_bit_products_lose_what_rounding_to_eight_bits_loses(rows: int, ti
     assert rel(y_TO, x_TI.double() @ w_OI.t()) < 1.5e-2
 
 
-def layer(activation: str, top_k: int, dtype: torch.dtype) -> Experts:
+def layer(activation: Any, top_k: int, dtype: torch.dtype) -> Experts:
     experts = Experts(24, ExpertsConfig(n_experts=5, top_k=top_k, d_ff=20, activation=activation)).to(dtype)
     for seed, p in enumerate(experts.parameters()):
         p.data = (drawn(*p.shape, seed=seed) / p.shape[-1] ** 0.5).to(dtype)
@@ -75,11 +77,12 @@ def test_experts_are_the_reference(rows: int, activation: str, top_k: int, tile:
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         experts, x_TD = layer(activation, top_k, dtype), drawn(rows, 24, seed=7).to(dtype)
         weights_TK, ids_TK = routed(rows, top_k)
+        weights_TK = weights_TK.to(torch.promote_types(dtype, torch.float32))
         run = CpuExperts(experts, tile=tile)
         run.patience = 0
         got = run(x_TD, weights_TK, ids_TK)
-        wide = (p.detach().double() for p in (experts.w_in_EGFD, experts.w_out_EDF))
-        want = reference.expert_mlp(x_TD.double(), *wide, weights_TK.double(), ids_TK, activation)
+        w_in, w_out = (p.detach().double() for p in (experts.w_in_EGFD, experts.w_out_EDF))
+        want = reference.expert_mlp(x_TD.double(), w_in, w_out, weights_TK.double(), ids_TK, activation)
         assert got.dtype == dtype
         assert rel(got, want) < 3 * TOLERANCE[dtype]
 
@@ -97,6 +100,7 @@ def test_eight_bit_experts_are_the_reference_of_rounded_weights(rows: int) -> No
 def test_before_and_after_packing(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A weight is packed after some products of several rows; the products stay the same, and so do the experts."""
     packings: list[int] = []
+    monkeypatch.setattr(products, "SMALL", 0)
     pack = products.packed
     monkeypatch.setattr(products, "packed", lambda w_OI: packings.append(1) or pack(w_OI))
     w_OI, x_TI = drawn(16, 8).float(), drawn(rows, 8).float()

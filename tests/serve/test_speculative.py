@@ -4,6 +4,7 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -93,7 +94,7 @@ def test_prompt_lookup_finds_where_the_end_stood_last(text: list[int], more: lis
     adaptive=st.booleans(),
     seed=st.integers(0, 999),
 )
-@settings(max_examples=15)
+@settings(max_examples=8)
 def test_greedy_tokens_are_those_of_the_model_alone(
     model: Transformer,
     drafts: dict[str, Transformer],
@@ -123,40 +124,41 @@ def test_greedy_tokens_are_those_of_the_model_alone(
     engine.scheduler.pool.check()
 
 
-@given(
-    block_size=st.integers(1, 9),
-    spare=st.integers(0, 20),
-    budget=st.integers(1, 40),
-    prefix_cache=st.booleans(),
-    seed=st.integers(0, 999),
-)
-@settings(max_examples=10)
-def test_a_draft_model_that_is_the_model_is_never_refused(
-    model: Transformer, block_size: int, spare: int, budget: int, prefix_cache: bool, seed: int
-) -> None:
+def test_a_draft_model_that_is_the_model_is_never_refused(model: Transformer) -> None:
     """So its keys and values are those of the right tokens, and q is what was drawn from: after preemptions, aborted
     neighbours, from shared blocks that it computed or did not, with all kinds of settings in one batch."""
-    rng = random.Random(seed)
-    engine = Engine(
-        model, block_size=block_size, num_blocks=-(-40 // block_size) + spare, max_batch_tokens=budget,
-        prefix_cache=prefix_cache, speculative=model, num_drafts=rng.randrange(1, 9), adaptive=False,
-    )  # fmt: skip
-    proposer, shared = engine.proposer, [rng.randrange(61) for _ in range(20)]
-    kinds = [{"temperature": 0}, *SETTINGS.values()]
-    for _ in range(16):
-        prompt = shared[: rng.randrange(21)] + [rng.randrange(61) for _ in range(rng.randrange(1, 8))]
-        engine.add(prompt, SamplingParams(**{"max_tokens": rng.randrange(10, 13), **rng.choice(kinds)}, seed=seed))
-    step = 0
-    while not engine.idle:
-        step += 1
-        engine.proposer = None if rng.random() < 0.3 else proposer  # as where a controller sees no use in it
-        if rng.random() < 0.1:
-            engine.abort(f"request-{rng.randrange(16)}")
-        engine.step()
-        engine.scheduler.pool.check()
-    assert engine.stats.drafted > 0
-    assert engine.stats.accepted == engine.stats.drafted
-    assert engine.scheduler.pool.n_free == engine.scheduler.pool.n_blocks
+    kinds: list[dict] = [{"temperature": 0}, *SETTINGS.values()]
+    drafted = preemptions = 0
+    for seed in range(6):
+        rng = random.Random(seed)
+        block_size = rng.randrange(1, 10)
+        engine = Engine(
+            model, block_size=block_size, num_blocks=-(-40 // block_size) + rng.randrange(20), speculative=model,
+            max_batch_tokens=rng.randrange(1, 40), prefix_cache=seed % 3 > 0, num_drafts=rng.randrange(1, 9),
+            adaptive=False,
+        )  # fmt: skip
+        proposer, shared = engine.proposer, [rng.randrange(61) for _ in range(20)]
+        assert proposer is not None
+        propose = proposer.propose
+        for _ in range(16):
+            prompt = shared[: rng.randrange(21)] + [rng.randrange(61) for _ in range(rng.randrange(1, 8))]
+            engine.add(prompt, SamplingParams(**{"max_tokens": rng.randrange(10, 13), **rng.choice(kinds)}, seed=seed))
+        while not engine.idle:
+            # As where a controller sees no use in it.
+            proposer.propose = no_drafts if rng.random() < 0.3 else propose  # type: ignore[method-assign]
+            if rng.random() < 0.1:
+                engine.abort(f"request-{rng.randrange(16)}")
+            engine.step()
+            engine.scheduler.pool.check()
+        assert engine.stats.accepted == engine.stats.drafted
+        assert engine.scheduler.pool.n_free == engine.scheduler.pool.n_blocks
+        drafted, preemptions = drafted + engine.stats.drafted, preemptions + engine.stats.preemptions
+    assert drafted > 200
+    assert preemptions > 10
+
+
+def no_drafts(requests: Sequence[Request], _: Sequence[int]) -> list[Proposal]:
+    return [Proposal([]) for _ in requests]
 
 
 def test_a_prefix_that_the_draft_model_has_computed_is_not_computed_again(model: Transformer) -> None:
@@ -177,8 +179,8 @@ def test_a_prefix_that_the_draft_model_has_computed_is_not_computed_again(model:
 @pytest.mark.parametrize("kind", ["near", "ngram"])
 def test_logprobs_are_those_of_an_uncached_pass(model: Transformer, drafts: dict[str, Transformer], kind: str) -> None:
     engine = Engine(model, speculative=drafts.get(kind, "ngram"), adaptive=False)
-    p = SamplingParams(max_tokens=12, seed=5, temperature=0.7, logprobs=2)
-    for output in engine.generate([[3, 4, 5, 3, 4], [7] * 6], p):
+    p = SamplingParams(max_tokens=12, seed=5, temperature=0.7 if kind == "near" else 0, logprobs=2)
+    for output in engine.generate([[5, 6, 7] * 4, [1] * 9], p):
         text = torch.tensor([output.prompt_token_ids + output.token_ids])
         want = model(text).logits_BSV[0].log_softmax(-1)
         assert output.logprobs is not None
@@ -199,7 +201,8 @@ def test_a_draft_model_has_to_fit() -> None:
         elsewhere = Transformer(tiny_config())
     with pytest.raises(ConfigError, match="is on meta"):
         Engine(model, speculative=elsewhere)
-    for bad in ({"speculative": "eagle"}, {"num_drafts": 0}, {"lenience": 0.0}, {"lenience": 1.1}):
+    wrong: list[dict[str, Any]] = [{"speculative": "eagle"}, {"num_drafts": 0}, {"lenience": 0.0}, {"lenience": 1.1}]
+    for bad in wrong:
         with pytest.raises(ConfigError, match=f"{next(iter(bad))} = "):
             Engine(model, **bad)
 
@@ -294,7 +297,7 @@ def test_two_models_give_the_tokens_of_the_first_with_their_probabilities(
     pair: tuple[Transformer, Transformer], speculative: str
 ) -> None:
     target, draft = pair
-    p, n = SamplingParams(**MIXED), 4000
+    p, n = SamplingParams(**MIXED), 3000
     engine = Engine(target, max_running=256, speculative=draft if speculative == "draft" else "ngram", adaptive=False)
     assert off(drawn(engine, p, n), triples(target, p), n) < 4.5
 
@@ -302,14 +305,14 @@ def test_two_models_give_the_tokens_of_the_first_with_their_probabilities(
 def test_a_draft_that_was_not_drawn_from_its_q_is_noticed(pair: tuple[Transformer, Transformer]) -> None:
     target, draft = pair
     engine = Engine(target, max_running=256, speculative=draft, adaptive=False)
-    proposer, n = engine.proposer, 4000
+    proposer, n = engine.proposer, 3000
     assert proposer is not None
     propose = proposer.propose
 
     def sharper(requests: Sequence[Request], counts: Sequence[int]) -> list[Proposal]:
         """As where q is taken before the temperature."""
         found = propose(requests, counts)
-        return [Proposal(d, q if q is None else (q**2 / (q**2).sum(-1, keepdim=True))) for d, q in found]
+        return [Proposal(d, q if q is None else (q**4 / (q**4).sum(-1, keepdim=True))) for d, q in found]
 
     proposer.propose = sharper  # type: ignore[method-assign]
     p = SamplingParams(temperature=1.2)

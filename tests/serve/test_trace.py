@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe import Transformer, profile
-from moe.profile import RecordedPass, Trace
+from moe.profile import Trace
 from moe.profile.observe import Pass, observe
+from moe.profile.trace import RecordedPass
 from moe.serve.engine import Engine
 from moe.serve.request import SamplingParams
 from moe.serve.trace import record
@@ -58,7 +59,7 @@ def check(model: Transformer, p: RecordedPass, tokens: list[int]) -> None:
     prefix_cache=st.booleans(),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=10)
+@settings(max_examples=8)
 def test_a_trace_is_what_the_model_chooses_for_prompt_and_answer(
     model: Transformer,
     tmp_path_factory: pytest.TempPathFactory,
