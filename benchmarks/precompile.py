@@ -2,7 +2,7 @@
 
 The host code of the kernels runs on tensors without storage, and every launch goes through Triton's own launcher, short
 of the launch: so the cache holds just what the part will look for. What is not foreseen here is compiled there.
-Run: python benchmarks/precompile.py tests|peers|layers [--dry-run] [--json FILE]
+Run: python benchmarks/precompile.py tests|peers|layers|gluon [--dry-run] [--json FILE]
 
 --dry-run counts the launches, as for an H100, and compiles nothing.
 """
@@ -27,7 +27,7 @@ import torch
 from duel import write_record
 from triton.knobs import runtime
 
-from moe.kernels import ahead, cards
+from moe.kernels import ahead, cards, tiles
 from moe.kernels.experts import triton_mlp
 from moe.kernels.experts.triton_pointer import Experts
 from moe.kernels.gate import triton_gate
@@ -117,7 +117,18 @@ def layers() -> None:
             loss(T, cfg.d_model, cfg.vocab_size)
 
 
-GROUPS: dict[str, Callable[[], None]] = {"tests": tests, "peers": peers, "layers": layers}
+def gluon() -> None:
+    from tests.kernels import test_gluon as cases
+
+    with patch.object(tiles, "GLUON", True):
+        for shape in cases.SHAPES:
+            for dtype in cases.DTYPES:
+                for activation in ("swiglu", "gelu"):
+                    experts(*shape, dtype=dtype, activation=activation)
+        experts(*cases.LARGE, recompute=True)
+
+
+GROUPS: dict[str, Callable[[], None]] = {"tests": tests, "peers": peers, "layers": layers, "gluon": gluon}
 
 # ---------------------------------------------------------------------------------------------------------- compiling
 

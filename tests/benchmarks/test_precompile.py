@@ -17,6 +17,7 @@ from benchmarks.standin import driver
 standin = driver.install("sm_90")
 sys.path.insert(0, "benchmarks")
 import precompile, torch
+from moe.kernels import tiles
 
 cache = Path(sys.argv[1])
 
@@ -24,6 +25,9 @@ def work():
     precompile.gate(512, 16, 2)
     precompile.experts(2048, 16, 2, 128, 256, train=False)  # through TMA
     precompile.experts(64, 5, 2, 77, 59, train=False)  # through pointers
+    tiles.GLUON = True
+    precompile.experts(2048, 16, 2, 128, 256, train=False)
+    tiles.GLUON = False
 
 def kernels():
     return len([*cache.glob("*/*.cubin")])
