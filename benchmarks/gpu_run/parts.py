@@ -67,7 +67,7 @@ class Mode:
 
     def compile(self, group: str) -> Part:
         """All cores compile what the group will launch, before its parts would, one kernel after another."""
-        part = self.script("precompile", 45, 30, group, has_quick=False)
+        part = self.script("precompile", 45, 30, group, *PLANNED, has_quick=False)
         return replace(part, name=f"precompile {group}")
 
 

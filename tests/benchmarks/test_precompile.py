@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton")
+precompile = pytest.importorskip("benchmarks.precompile")
 ROOT = Path(__file__).parents[2]
 COMMON = """
 import sys
@@ -33,7 +33,8 @@ def kernels():
     return len([*cache.glob("*/*.cubin")])
 """
 BEFOREHAND = """
-with precompile.compiling(cache / "claims", torch.device("cuda", 0)) as rows:
+rows = []
+with precompile.compiling(cache / "claims", torch.device("cuda", 0), rows.append):
     work()
 print(len(rows), kernels(), [row for row in rows if "error" in row])
 """
@@ -41,6 +42,34 @@ LAUNCHED = """
 before, counts = kernels(), standin.count(work)
 print(before, kernels() - before, counts.launches > before / 2, counts.faults)
 """
+
+
+WORKER = """
+import json, sys, time
+from pathlib import Path
+try:
+    (Path(sys.argv[-1]) / "claim").mkdir()
+    first = True
+except FileExistsError:
+    first = False
+print(json.dumps({"kernel": "up", "seconds": 2.0}), flush=True)
+if SLOW and not first:
+    print('{"kernel": "down", "sec', end="", flush=True)
+    time.sleep(60)
+print(json.dumps({"kernel": "down", "error": "no"}), flush=True)
+"""
+
+
+def test_a_kernel_that_takes_too_long_costs_only_itself(tmp_path: Path) -> None:
+    """What the others have compiled, and the row that was written, stay; the part ends well and in time."""
+    command = [sys.executable, "-S", "-c", f"SLOW = False\n{WORKER}"]
+    record = precompile.in_parallel(command, 60.0, 1)
+    assert (record["ended"], record["kernels"], len(record["compiled"])) == (0, 1, 2)
+    record = precompile.in_parallel([*command[:-1], f"SLOW = True\n{WORKER}"], 3.0, 2)
+    assert (record["ended"], record["kernels"], len(record["compiled"])) == (1, 2, 3)
+    assert record["wall_s"] < 30
+    with pytest.raises(SystemExit, match="failed"):
+        precompile.in_parallel([*command[:-1], "raise SystemExit(1)"], 60.0, 2)
 
 
 def run(code: str, cache: Path) -> str:
