@@ -196,23 +196,25 @@ def in_parallel(command: list[str], limit_s: float, n: int) -> dict[str, Any]:
     After `limit_s` seconds they are ended, and their rows are those of the kernels that are done.
     """
     start = time.perf_counter()
-    with tempfile.TemporaryDirectory() as claims:
-        workers = [
-            subprocess.Popen([*command, "--claims", claims], stdout=subprocess.PIPE, text=True) for _ in range(n)
-        ]
-        outputs, ended, failed = [], 0, 0
+    with tempfile.TemporaryDirectory() as folder:
+        claims, printed = Path(folder, "claims"), [Path(folder, f"{i}.jsonl") for i in range(n)]
+        claims.mkdir()
+        workers = []
+        for path in printed:
+            with path.open("w") as file:
+                workers.append(subprocess.Popen([*command, "--claims", str(claims)], stdout=file))
+        ended = failed = 0
         for worker in workers:
             try:
-                outputs.append(worker.communicate(timeout=max(0.0, start + limit_s - time.perf_counter()))[0])
-                failed += worker.returncode != 0
+                failed += worker.wait(max(0.0, start + limit_s - time.perf_counter())) != 0
             except subprocess.TimeoutExpired:
                 worker.kill()
+                worker.wait()
                 ended += 1
-                outputs.append(worker.communicate()[0])
+        lines = [line for path in printed for line in path.read_text().splitlines()]
     if failed:
         raise SystemExit(f"{failed} of {n} processes of the compilation failed; see above")
-    # One that was ended may have been about to print.
-    rows = [json.loads(line) for output in outputs for line in output.splitlines() if line.endswith("}")]
+    rows = [json.loads(line) for line in lines if line.endswith("}")]  # one that was ended may have been printing
     seconds = [row["seconds"] for row in rows if "seconds" in row]
     return {
         "processes": n,
