@@ -66,8 +66,10 @@ def shared_bytes(card: Card, product: str, tile: Tile, rows: int, tma: bool, ite
         steps = tile.stages - 1
         if product == "dw":  # which reads the rows' places first: NVIDIA's pipeline gives that every other stage
             steps = steps - 1 if card.capability is None else steps // 2
-        # From Triton 3.9 on gfx950 copies past the registers, and its pipeline is one longer.
-        return step * (max(1, steps) + (card.arch == "gfx950"))
+        # Blackwell's tensor cores still read a step when the next is to be loaded, if the tile has the 64 rows that they
+        # take; from Triton 3.9 on gfx950 copies past the registers: either's pipeline is one longer.
+        reads_on = card.capability is not None and card.capability[0] == 10 and itemsize == 2 and rows >= 64
+        return step * (max(1, steps) + (reads_on or card.arch == "gfx950"))
     # Of `up` gate and up leave one after the other; of down_backward both come in, and a piece is on its way out.
     out = rows * tile.columns * itemsize // (2 if product == "up" else tile.split)
     return step * tile.stages + out * (3 if product == "down_backward" else 1)
