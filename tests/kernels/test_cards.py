@@ -142,24 +142,30 @@ def test_float32_is_multiplied_as_the_card_can(
     monkeypatch.setattr(torch.version, "hip", "7.0" if there else None)
     machine.append(gpu("GPU", 8, 0, gcnArchName=arch))
     monkeypatch.setattr(op, "_expert_mlp", lambda *arguments: arguments[-1:])
-    shapes = ((4, 8), (2, 2, 8, 8), (2, 8, 8), (4, 1))
+
+    def call(dtype: torch.dtype, precision: str) -> Any:
+        with FakeTensorMode():
+            x, w_in, w_out, weights = (
+                torch.empty(s, dtype=dtype, device="cuda:0") for s in ((4, 8), (2, 2, 8, 8), (2, 8, 8), (4, 1))
+            )
+            ids = torch.zeros(4, 1, dtype=torch.int64, device="cuda:0")
+            return ops.expert_mlp(x, w_in, w_out, weights, ids, impl="triton", precision=precision)
+
     with FakeTensorMode():
-        inputs: Any = [torch.empty(shape, device="cuda:0") for shape in shapes]
-        ids = torch.zeros(4, 1, dtype=torch.int64, device="cuda:0")
+        x = torch.empty(4, 8, device="cuda:0")
     there = there or list(op.PRECISIONS)
     before, torch.backends.cuda.matmul.fp32_precision = torch.backends.cuda.matmul.fp32_precision, "tf32"
     try:
-        assert float32_precision(None, inputs[0]) == ("tf32" if "tf32" in there else "ieee")
+        assert float32_precision(None, x) == ("tf32" if "tf32" in there else "ieee")
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
     for precision in op.PRECISIONS:
         if precision in there:
-            assert ops.expert_mlp(*inputs, ids, impl="triton", precision=precision) == precision
+            assert call(torch.float32, precision) == precision
             continue
         with pytest.raises(ValueError, match=rf"precision = '{precision}'.*GPU \({arch}\) has {', '.join(there)}"):
-            ops.expert_mlp(*inputs, ids, impl="triton", precision=precision)
-        wide: Any = [t.bfloat16() for t in inputs]  # of which it says nothing
-        assert ops.expert_mlp(*wide, ids, impl="triton", precision=precision) == precision
+            call(torch.float32, precision)
+        assert call(torch.bfloat16, precision) == precision  # of which it says nothing
 
 
 def test_a_device_that_is_not_there_may_be_traced_for(machine: list[SimpleNamespace]) -> None:
