@@ -40,7 +40,8 @@ class Launcher:
         self.jit = jit
         known = [(i, p) for i, p in enumerate(jit.params) if not (p.is_constexpr or p.do_not_specialize)]
         self._aligned = _getter([i for i, p in known if not p.do_not_specialize_on_alignment])
-        self._anywhere = _getter([i for i, p in known if p.do_not_specialize_on_alignment])
+        anywhere = [i for i, p in known if p.do_not_specialize_on_alignment]
+        self._anywhere = _getter(anywhere) if anywhere else None
         self._made: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
@@ -54,10 +55,12 @@ class Launcher:
             (a.dtype, not a.data_ptr() & 15) if isinstance(a, Tensor) else a if type(a) is int else _look(a)
             for a in self._aligned(arguments)
         ]
-        types = [
-            a.dtype if isinstance(a, Tensor) else a if type(a) is int else _look(a) for a in self._anywhere(arguments)
-        ]
-        key = (device, *looks, *types, *constants, *constants.values())
+        if self._anywhere:
+            looks += [
+                a.dtype if isinstance(a, Tensor) else a if type(a) is int else _look(a)
+                for a in self._anywhere(arguments)
+            ]
+        key = (device, *looks, *constants, *constants.values())
         made = self._made.get(key)
         if made is None:
             compiled = self.jit[grid](*arguments, **constants)
