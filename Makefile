@@ -76,7 +76,7 @@ bench: $(VENV)/.installed
 aot: $(VENV)/.installed-demo
 	$(BIN)/python -m moe.kernels.ahead
 
-# On a machine with a CUDA GPU, with the python that has its torch: no .venv. All of it, four commands of under nine minutes
+# On a machine with a CUDA GPU, with the python that has its torch: no .venv. All of it, six commands of under nine minutes
 # each, or some: make gpu PART="tests peers". FLAGS=--quick, FLAGS=--dry-run; docs/gpu.md.
 PART ?=
 gpu:

@@ -2,8 +2,9 @@
 
 The host code of the kernels runs on tensors without storage, and every launch goes through Triton's own launcher, short
 of the launch: so the cache holds just what the part will look for. What is not foreseen here is compiled there.
-Run: python benchmarks/precompile.py tests|peers|layers|decode [--dry-run] [--json FILE]
+Run: python benchmarks/precompile.py tests|peers|layers|decode|gluon [--seconds N] [--dry-run] [--json FILE]
 
+After --seconds it ends with what it has: the rest is compiled where it is launched.
 --dry-run counts the launches, as for an H100, and compiles nothing.
 """
 
@@ -27,7 +28,7 @@ import torch
 from duel import write_record
 from triton.knobs import runtime
 
-from moe.kernels import ahead, cards
+from moe.kernels import ahead, cards, tiles
 from moe.kernels.attention import triton_paged
 from moe.kernels.experts import inference, triton_mlp
 from moe.kernels.experts.triton_pointer import Experts
@@ -164,16 +165,36 @@ def decode() -> None:
                 paged(heads, batches[-1], length, cases.BLOCK, kept)
 
 
-GROUPS: dict[str, Callable[[], None]] = {"tests": tests, "peers": peers, "layers": layers, "decode": decode}
+def gluon() -> None:
+    from tests.kernels import test_gluon as cases
+
+    with patch.object(tiles, "GLUON", True):
+        for shape in cases.SHAPES:
+            for dtype in cases.DTYPES:
+                for activation in ("swiglu", "gelu"):
+                    experts(*shape, dtype=dtype, activation=activation)
+        experts(*cases.LARGE, recompute=True)
+
+
+GROUPS: dict[str, Callable[[], None]] = {
+    "tests": tests,
+    "peers": peers,
+    "layers": layers,
+    "decode": decode,
+    "gluon": gluon,
+}
 
 # ---------------------------------------------------------------------------------------------------------- compiling
+
+
+Note = Callable[[dict[str, Any]], None]
 
 
 class _NotLaunched:
     """Stands in for a kernel: what is launched is compiled, unless another process has taken it, and loaded."""
 
-    def __init__(self, kernel: Any, rows: list[dict[str, Any]]) -> None:
-        self.kernel, self.rows = getattr(kernel, "jit", kernel), rows
+    def __init__(self, kernel: Any, note: Note) -> None:
+        self.kernel, self.note = getattr(kernel, "jit", kernel), note
 
     def __getitem__(self, grid: Any) -> Callable[..., None]:
         def compiled(*args: Any, **kwargs: Any) -> None:
@@ -185,19 +206,21 @@ class _NotLaunched:
                     return  # another process's
                 _ = made.run  # the launcher, which is compiled too
             except Exception as error:
-                self.rows.append({"kernel": name, "error": f"{type(error).__name__}: {str(error)[:300]}"})
+                self.note({"kernel": name, "error": f"{type(error).__name__}: {str(error)[:300]}"})
                 return
             seconds = time.perf_counter() - start
             if seconds > 0.01:  # else it has been compiled before
-                self.rows.append({"kernel": name, "seconds": round(seconds, 3)})
+                self.note({"kernel": name, "seconds": round(seconds, 3)})
 
         return compiled
 
 
 @contextmanager
-def compiling(claims: Path, device: torch.device) -> Iterator[list[dict[str, Any]]]:
-    """Inside, launches on tensors without storage are compiled for `device`; `claims` says by whom."""
-    rows: list[dict[str, Any]] = []
+def compiling(claims: Path, device: torch.device, note: Note) -> Iterator[None]:
+    """Inside, launches on tensors without storage are compiled for `device`; `claims` says by whom.
+
+    `note` is given a row for each kernel.
+    """
 
     def taken(*_: Any, fn: Any, key: Any, **__: Any) -> bool:
         """A hook of Triton's: whether not to compile."""
@@ -212,29 +235,43 @@ def compiling(claims: Path, device: torch.device) -> Iterator[list[dict[str, Any
         for module in ahead.MODULES:
             for name, kernel in list(vars(module).items()):
                 if name.endswith("_kernel"):
-                    stack.enter_context(patch.object(module, name, _NotLaunched(kernel, rows)))
+                    stack.enter_context(patch.object(module, name, _NotLaunched(kernel, note)))
         # Tiles are chosen by the card of a tensor's device; these have none.
         card = cards.card(device)
         stack.enter_context(patch.object(cards, "card", lambda device: card))
         stack.enter_context(patch.object(runtime, "jit_cache_hook", taken))
-        yield rows
+        yield
 
 
-def in_parallel(group: str) -> dict[str, Any]:
-    """Compile on all cores; returns the record."""
+def in_parallel(command: list[str], limit_s: float, n: int) -> dict[str, Any]:
+    """Run `command` in `n` processes, which share the work and print a row for each kernel; returns the record.
+
+    After `limit_s` seconds they are ended, and their rows are those of the kernels that are done.
+    """
     start = time.perf_counter()
-    with tempfile.TemporaryDirectory() as claims:
-        command = [sys.executable, __file__, group, "--claims", claims]
-        workers = [
-            subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(min(16, os.cpu_count() or 1))
-        ]
-        outputs = [worker.communicate()[0] for worker in workers]
-    if any(worker.returncode for worker in workers):
-        raise SystemExit("a process of the compilation failed; see above")
-    rows = [row for output in outputs for row in json.loads(output.splitlines()[-1])]
+    with tempfile.TemporaryDirectory() as folder:
+        claims, printed = Path(folder, "claims"), [Path(folder, f"{i}.jsonl") for i in range(n)]
+        claims.mkdir()
+        workers = []
+        for path in printed:
+            with path.open("w") as file:
+                workers.append(subprocess.Popen([*command, "--claims", str(claims)], stdout=file))
+        ended = failed = 0
+        for worker in workers:
+            try:
+                failed += worker.wait(max(0.0, start + limit_s - time.perf_counter())) != 0
+            except subprocess.TimeoutExpired:
+                worker.kill()
+                worker.wait()
+                ended += 1
+        lines = [line for path in printed for line in path.read_text().splitlines()]
+    if failed:
+        raise SystemExit(f"{failed} of {n} processes of the compilation failed; see above")
+    rows = [json.loads(line) for line in lines if line.endswith("}")]  # one that was ended may have been printing
     seconds = [row["seconds"] for row in rows if "seconds" in row]
     return {
-        "processes": len(workers),
+        "processes": n,
+        "ended": ended,
         "kernels": len(seconds),
         "wall_s": time.perf_counter() - start,
         "compile_s": sum(seconds),
@@ -246,22 +283,25 @@ def in_parallel(group: str) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("group", choices=GROUPS)
+    parser.add_argument("--seconds", type=float, default=3600.0, help="after which it ends with what it has")
     parser.add_argument("--dry-run", action="store_true", help="count the launches, compile nothing")
     parser.add_argument("--json", type=Path, help="also write the record here")
     parser.add_argument("--claims", type=Path, help=argparse.SUPPRESS)  # of one of the processes
     arguments = parser.parse_args()
     if arguments.claims:
-        with compiling(arguments.claims, torch.device("cuda", 0)) as rows:
+        with compiling(arguments.claims, torch.device("cuda", 0), lambda row: print(json.dumps(row), flush=True)):
             GROUPS[arguments.group]()
-        print(json.dumps(rows))
         return
     if arguments.dry_run:
         with ahead.recording("sm_90") as launches:
             GROUPS[arguments.group]()
         record: dict[str, Any] = {"launches": len(launches), "different": len(set(launches))}
     else:
-        record = in_parallel(arguments.group)
+        command = [sys.executable, __file__, arguments.group]
+        record = in_parallel(command, arguments.seconds, min(16, os.cpu_count() or 1))
     print(", ".join(f"{k} {v:.4g}" for k, v in record.items() if isinstance(v, int | float)))
+    if record.get("ended"):
+        print(f"  ended after {arguments.seconds:.0f} s; the rest is compiled where it is launched")
     errors = {row["kernel"]: row["error"] for row in record.get("compiled", []) if "error" in row}
     for kernel, error in errors.items():
         print(f"  {kernel}: {error}")

@@ -3,7 +3,6 @@
 Shape suffixes: T tokens, D model width, F expert hidden width, E experts, K experts per token, R = T*K rows, J = 2 F.
 """
 
-import importlib
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -98,24 +97,15 @@ def shipped(data: Data) -> Variant:
 
 
 def variants(data: Data, product: str) -> Iterator[Variant]:
-    """The shipped kernels, those of the other path with its shipped tiles, and what waits to be tried in Gluon."""
+    """What the op runs, and the kernels of the other paths with their shipped tiles."""
     device, first = data.x_TD.device, shipped(data)
     yield first
     other = tiles.choose(device, data.x_TD.dtype, len(data.order_R), data.shape.n_experts, tma=not first.sizes.tma)
     if other.tma != first.sizes.tma:
         name, module = ("TMA", triton_tma) if other.tma else ("pointers", triton_pointer)
         yield Variant(f"{OURS}, {name}", module, other)
-    gluon = _gluon() if product in ("up", "down", "dx") and first.sizes.tma else None
-    if gluon and gluon is not first.module and gluon.fits(first.sizes, device):
-        yield Variant(f"{OURS}, Gluon", gluon, first.sizes)
-
-
-def _gluon() -> Any:
-    """The products in Gluon, if this Triton has all that they import."""
-    try:
-        return importlib.import_module("moe.kernels.experts.triton_gluon")
-    except ImportError:
-        return None
+    if first.sizes.tma and first.module is not triton_tma:  # under GPT4_MOE_GLUON=1: beside it what is shipped
+        yield Variant(f"{OURS}, TMA", triton_tma, first.sizes)
 
 
 def our_call(product: str, data: Data, v: Variant) -> Call:

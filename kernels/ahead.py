@@ -143,9 +143,9 @@ def about(launch: Launch, arch: str) -> str:
     dw, itemsize = "BR" in c, 4 if "fp32" in launch.signature[0][1] else 2
     columns, depth = (c["BC"], c["BR"]) if dw else (c["BN"], c["BK"])
     tile = Tile(columns, depth, launch.warps, launch.stages, split=c.get("SPLIT", 1), rows=c["BN"])
-    name = "dw" if dw else short
+    name, on_tensor_cores = "dw" if dw else short, itemsize == 2 or c["PRECISION"] != "ieee"
     tma = launch.name.startswith("tma.")
-    return f"{tile_model.shared_bytes(CARDS[arch], name, tile, c.get('BM', 0), tma, itemsize):,}"
+    return f"{tile_model.shared_bytes(CARDS[arch], name, tile, c.get('BM', 0), tma, itemsize, on_tensor_cores):,}"
 
 
 # --------------------------------------------------------------------------------------------------------- recording
@@ -242,6 +242,8 @@ def launches(arch: str) -> list[Launch]:
         for layout in (_strided, _pairs):
             _record(8192, 4096, 14336, torch.bfloat16, "swiglu", layout)
         _record(8192, 2880, 2880, torch.bfloat16, "swiglu_oai", _interleaved)
+        for precision in cards.precisions(CARDS[arch])[1:]:
+            _record(8192, 1536, 4096, torch.float32, "swiglu", _contiguous, precision)
         if arch == "sm_90":
             with patch.object(tiles, "GLUON", True):
                 _record(8192, 10752, 28672, torch.bfloat16, "swiglu", _contiguous)
@@ -275,7 +277,15 @@ Empty = Callable[..., torch.Tensor]
 Layout = Callable[[Empty, int, int, int, int], triton_pointer.Experts]
 
 
-def _record(tokens: int, d_model: int, d_ff: int, dtype: torch.dtype, activation: str, layout: Layout) -> None:
+def _record(
+    tokens: int,
+    d_model: int,
+    d_ff: int,
+    dtype: torch.dtype,
+    activation: str,
+    layout: Layout,
+    precision: str | None = None,
+) -> None:
     E, K = 16, 2
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
@@ -283,7 +293,7 @@ def _record(tokens: int, d_model: int, d_ff: int, dtype: torch.dtype, activation
 
     x = empty(tokens, d_model)
     weights, ids = empty(tokens, K, dtype=torch.float32), empty(tokens, K, dtype=torch.int64)
-    experts = layout(empty, E, 1 if activation == "gelu" else 2, d_ff, d_model)
+    experts = layout(empty, E, 1 if activation == "gelu" else 2, d_ff, d_model)._replace(precision=precision)
     _, h, order, offsets = triton_mlp.forward(x, experts, weights, ids, activation, True)
     triton_mlp.backward(x, x, experts, weights, h, order, offsets, activation)
     triton_mlp.backward(x, x, experts, weights, h[:0], order, offsets, activation)
@@ -411,10 +421,20 @@ def _problem(report: Report, arch: str) -> str:
     if half and constants.get("BM") != 1 and not report.wgmma + report.mma:
         return "no tensor-core instruction"
     # Every operand recorded here is contiguous along one dimension; what is gathered has an index of 4 bytes besides.
-    gathered = constants.get("GATHER_A") or constants.get("GATHER_B")
-    if narrow := {width for width in loop.loads if width < 16} - ({4} if gathered else set()):
+    four = constants.get("GATHER_A") or constants.get("GATHER_B") or _turns(constants, arch)
+    if narrow := {width for width in loop.loads if width < 16} - ({4} if four else set()):
         return f"the main loop reads {min(narrow)} bytes at a time"
     return ""
+
+
+def _turns(constants: dict[str, Any], arch: str) -> bool:
+    """Whether an operand is turned round on its way into shared memory, a number at a time.
+
+    Tensor cores that read shared memory read 32-bit operands only along the summed dimension. In `down_backward` and
+    `dx` the weights lie across it, in dw both operands do. A warp still reads whole lines of memory, with four times
+    the instructions: 64 at a step of a 64 x 64 x 32 tile, beside 128 clocks of tensor cores. So it is left as it is.
+    """
+    return arch in ("sm_90", "sm_100") and constants.get("PRECISION") == "tf32" and not constants.get("K_FIRST")
 
 
 def _disassembled(cubin: bytes) -> tuple[str, str]:

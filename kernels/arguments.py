@@ -16,6 +16,8 @@ import torch.nn as nn
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
+from moe.kernels import cards
+
 
 def check_kinds(**tensors: Tensor | None) -> None:
     """Tensors on one device, floating-point but for ids and targets, which are int64.
@@ -126,7 +128,9 @@ def float32_precision(asked: str | None, x: Tensor) -> str:
     if x.dtype != torch.float32:
         return "ieee"
     # What `allow_tf32` and `set_float32_matmul_precision` set can be read here, too; the other way round it raises.
-    return asked or ("tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee")
+    if asked or torch.backends.cuda.matmul.fp32_precision != "tf32":
+        return asked or "ieee"
+    return "ieee" if x.device.type == "cuda" and cards.why_not_precision(x.device, "tf32") else "tf32"
 
 
 _HERE = nullcontext()

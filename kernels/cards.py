@@ -42,6 +42,9 @@ CARDS = {
 }
 
 
+PRECISIONS = ("ieee", "tf32", "tf32x3")
+
+
 def card(device: torch.device) -> Card:
     """What a CUDA or ROCm device is, remembered after the first question."""
     return _card(torch.cuda.current_device() if device.index is None else device.index)
@@ -64,6 +67,28 @@ def why_not(device: torch.device) -> str | None:
 
 # As torch.compiler.assume_constant_result does, which would import the compiler: a trace takes the answer as it is.
 why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def why_not_precision(device: torch.device, precision: str) -> str | None:
+    """Why a CUDA or ROCm device cannot multiply float32 so; None where it can, or is not there."""
+    return _why_not_precision(device.index or 0, precision)
+
+
+why_not_precision._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@cache
+def _why_not_precision(index: int, precision: str) -> str | None:
+    if index >= torch.cuda.device_count() or precision in precisions(found := _card(index)):
+        return None
+    return f"{found.name} ({found.arch}) has {', '.join(precisions(found))}"
+
+
+def precisions(card: Card) -> tuple[str, ...]:
+    """How Triton can multiply float32 on a card: of AMD's, tensor cores of one take it, and none three times."""
+    if card.capability:
+        return PRECISIONS
+    return PRECISIONS[:2] if card.arch == "gfx942" else PRECISIONS[:1]
 
 
 @cache

@@ -5,6 +5,7 @@ what it has compiled for them. That is most of what a launch costs the host, and
 kept what was compiled, under what Triton specialises on: dtype and alignment of pointers, values of numbers.
 """
 
+from collections.abc import Callable, Sequence
 from functools import partial
 from operator import itemgetter
 from typing import Any
@@ -37,8 +38,10 @@ class Launcher:
 
     def __init__(self, jit: JITFunction) -> None:
         self.jit = jit
-        numbers = [i for i, p in enumerate(jit.params) if not (p.is_constexpr or p.do_not_specialize)]
-        self._specialised = itemgetter(*numbers)
+        known = [(i, p) for i, p in enumerate(jit.params) if not (p.is_constexpr or p.do_not_specialize)]
+        self._aligned = _getter([i for i, p in known if not p.do_not_specialize_on_alignment])
+        anywhere = [i for i, p in known if p.do_not_specialize_on_alignment]
+        self._anywhere = _getter(anywhere) if anywhere else None
         self._made: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
@@ -49,9 +52,14 @@ class Launcher:
         active: Any = driver.active
         device = active.get_current_device()
         looks = [
-            (a.dtype, a.data_ptr() & 15) if isinstance(a, Tensor) else a if type(a) is int else _look(a)
-            for a in self._specialised(arguments)
+            (a.dtype, not a.data_ptr() & 15) if isinstance(a, Tensor) else a if type(a) is int else _look(a)
+            for a in self._aligned(arguments)
         ]
+        if self._anywhere:
+            looks += [
+                a.dtype if isinstance(a, Tensor) else a if type(a) is int else _look(a)
+                for a in self._anywhere(arguments)
+            ]
         key = (device, *looks, *constants, *constants.values())
         made = self._made.get(key)
         if made is None:
@@ -72,6 +80,11 @@ class Launcher:
             grid[0], grid[1] if len(grid) > 1 else 1, 1, stream,
             compiled.function, compiled.packed_metadata, metadata, enter, leave, *arguments, *rest,
         )  # fmt: skip
+
+
+def _getter(places: list[int]) -> Callable[[tuple[Any, ...]], Sequence[Any]]:
+    """Takes those from a call's arguments."""
+    return itemgetter(*places) if len(places) > 1 else lambda arguments: [arguments[i] for i in places]
 
 
 def _look(argument: TensorDescriptor | None) -> Any:

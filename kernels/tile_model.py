@@ -50,7 +50,9 @@ def product(name: str, shape: Shape) -> Product:
     return Product(name, shape.experts, *sides.get(name, (J, D, rows)), shape.gates)
 
 
-def shared_bytes(card: Card, product: str, tile: Tile, rows: int, tma: bool, itemsize: int = 2) -> int:
+def shared_bytes(
+    card: Card, product: str, tile: Tile, rows: int, tma: bool, itemsize: int = 2, tensor_cores: bool = True
+) -> int:
     """Shared memory of a block in bytes; the compiler's own is within MARGIN of it, and SCRATCH (test_ahead.py).
 
     Operands have a place for each step on its way; through TMA also the step that is multiplied, and what leaves, which
@@ -59,6 +61,7 @@ def shared_bytes(card: Card, product: str, tile: Tile, rows: int, tma: bool, ite
     Args:
         product: of tiles.PRODUCTS.
         rows: the tile's rows, `Tiles.rows`; of "dw" the tile has its own.
+        tensor_cores: whether they multiply, and not the plain units, as float32 is exactly.
     """
     rows = tile.rows if product == "dw" else rows
     step = (rows + tile.columns) * tile.depth * itemsize
@@ -66,8 +69,10 @@ def shared_bytes(card: Card, product: str, tile: Tile, rows: int, tma: bool, ite
         steps = tile.stages - 1
         if product == "dw":  # which reads the rows' places first: NVIDIA's pipeline gives that every other stage
             steps = steps - 1 if card.capability is None else steps // 2
-        # From Triton 3.9 on gfx950 copies past the registers, and its pipeline is one longer.
-        return step * (max(1, steps) + (card.arch == "gfx950"))
+        # Tensor cores that read shared memory (sm_90, sm_100), if a tile has the 64 rows that they take, still read one
+        # step when the next is to be loaded; from Triton 3.9 on gfx950 copies past the registers: one more for either.
+        reads_on = card.capability is not None and card.capability[0] in (9, 10) and tensor_cores and rows >= 64
+        return step * (max(1, steps) + (reads_on or card.arch == "gfx950"))
     # Of `up` gate and up leave one after the other; of down_backward both come in, and a piece is on its way out.
     out = rows * tile.columns * itemsize // (2 if product == "up" else tile.split)
     return step * tile.stages + out * (3 if product == "down_backward" else 1)

@@ -203,6 +203,7 @@ def rows(card: Card, tma: bool) -> Iterator[str]:
         yield "sm_90" if card.capability >= (9, 0) else "sm_80"
 
 
+@cache  # of a table that does not change; what `tune` writes is not in it
 def shipped(card: Card, size: str, tma: bool) -> tuple[str, Tiles]:
     """The key, row and shape class, and the tiles of the table for a card; arguments as of `rows`."""
     row = next(row for row in rows(card, tma) if size in TABLE[row])

@@ -15,6 +15,8 @@ ALONE = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
 UNCACHED = {**ALONE, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 # By name: to collect all tests takes packages that the kernels do not need.
 NEED_A_GPU = ("tests/kernels/test_gpu.py", "tests/kernels/test_routes.py")
+UNPROVEN = ("tests/kernels/test_gluon.py",)  # of kernels that no GPU has run yet
+GLUON = {"GPT4_MOE_GLUON": "1"}  # which chooses them
 # Of tests/kernels/test_gpu.py: bfloat16 through the pointers and, on Hopper, through TMA; forward and backward.
 SANITIZED = ("tests/kernels/test_gpu.py", "-k", "against_float64 and bfloat16 and swiglu and (E4 or E7)")
 # Sections rather than metrics: these exist on every card.
@@ -43,6 +45,7 @@ class Mode:
     out: Path
     quick: bool = False
     dry: bool = False
+    capability: str = ""  # of the GPU, "9.0"; "" without one
 
     @property
     def seconds(self) -> int:
@@ -64,7 +67,7 @@ class Mode:
 
     def compile(self, group: str) -> Part:
         """All cores compile what the group will launch, before its parts would, one kernel after another."""
-        part = self.script("precompile", 45, 30, group, has_quick=False)
+        part = self.script("precompile", 45, 30, group, *PLANNED, has_quick=False)
         return replace(part, name=f"precompile {group}")
 
 
@@ -126,4 +129,18 @@ def decode(mode: Mode) -> list[Part]:
     return [mode.compile("decode"), mode.script("decode", 400, 110)]
 
 
-GROUPS = {"tests": tests, "products": products, "peers": peers, "layers": layers, "decode": decode}
+def gluon(mode: Mode) -> list[Part]:
+    """The products in Gluon: last and apart, so that a wait that does not end costs no other group its rows."""
+    if mode.capability not in ("", "9.0"):
+        print(f"gluon: its instructions are Hopper's (compute capability 9.0), and this GPU has {mode.capability}")
+        return []
+    timed, record = mode.script("products", 280, 80, *PLANNED), "products-gluon.json"
+    command = (*timed.command[:-1], str(mode.out / record))
+    return [
+        mode.compile("gluon"),
+        mode.pytest("tests of gluon", 110, 40, "-m", "gpu", *UNPROVEN),
+        replace(timed, name="products in gluon", command=command, writes=record, environment=GLUON),
+    ]
+
+
+GROUPS = {"tests": tests, "products": products, "peers": peers, "layers": layers, "decode": decode, "gluon": gluon}

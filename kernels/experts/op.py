@@ -21,13 +21,13 @@ from moe.kernels.arguments import (
     transformed,
     undispatched,
 )
+from moe.kernels.cards import PRECISIONS
 from moe.kernels.experts import grouped, inference, reference
 from moe.kernels.experts.quantized import QuantizedExperts
 from moe.kernels.experts.reference import ACTIVATIONS
 from moe.kernels.quantization import LARGEST
 
 IMPLEMENTATIONS = ("reference", "grouped", "triton")
-PRECISIONS = ("ieee", "tf32", "tf32x3")
 
 
 def expert_mlp(
@@ -64,7 +64,8 @@ def expert_mlp(
             ("reference" always does).
         precision: how "triton" multiplies float32 operands: "ieee", exactly; "tf32", on tensor cores, of each operand
             its upper 10 bits of 23; "tf32x3", the same of what is left over, too: near exact. None is as torch is set
-            (torch.backends.cuda.matmul.fp32_precision), which the other implementations always are.
+            (torch.backends.cuda.matmul.fp32_precision), which the other implementations always are. AMD's GPUs have
+            "ieee", and gfx942 "tf32".
 
     Returns:
         y_TD in the dtype of x (under autocast in autocast's dtype, but for float64).
@@ -87,6 +88,9 @@ def expert_mlp(
             f"precision = {precision!r}: must be None or, where the implementation is triton (here it is {impl}), one "
             f"of {', '.join(PRECISIONS)}"
         )
+    asked = precision is not None and x_TD.dtype == torch.float32 and x_TD.device.type == "cuda"
+    if asked and (reason := cards.why_not_precision(x_TD.device, precision)):
+        raise ValueError(f"precision = {precision!r}: for float32 {reason}; or None, which takes what there is")
     if transformed():
         ids_TK = checked_ids(ids_TK, len(w_in_EGFD), "ids")
         return reference.expert_mlp_everywhere(*inputs[:4], ids_TK, activation, b_in_EGF, b_out_ED)

@@ -110,8 +110,10 @@ def copies_rows(x_TD: Tensor, experts: Experts, n_rows: int) -> bool:
 
 
 def _choose(x_TD: Tensor, experts: Experts, n_rows: int) -> tuple[ModuleType, Tiles]:
-    tma = triton_tma.fits(x_TD, experts)
-    sizes = tiles.choose(x_TD.device, x_TD.dtype, n_rows, experts.w_in_EGFD.shape[0], tma)
+    E = experts.w_in_EGFD.shape[0]
+    sizes = tiles.choose(x_TD.device, x_TD.dtype, n_rows, E, True)
+    if sizes.tma and not triton_tma.fits(x_TD, experts):  # which is asked where it matters: it takes a while
+        sizes = tiles.choose(x_TD.device, x_TD.dtype, n_rows, E, False)
     if sizes.tma and tiles.GLUON:
         from moe.kernels.experts import triton_gluon  # which no one else needs to import
 

@@ -334,16 +334,16 @@ def up(
     """Pre-activations h_RJ and activations [R, F]; empty where not to be stored."""
     (_, G, F, D), R = experts.w_in_EGFD.shape, routes.order_R.shape[0]
     w, pairs = _gate_layout(experts.w_in_EGFD)
-    tile, M = sizes.up, routes.tile_row_M.shape[0]
+    tile, M, strides = sizes.up, routes.tile_row_M.shape[0], w.stride()
     h_RJ, act_RF = x_TD.new_empty(R if store_h else 0, G * F), x_TD.new_empty(R if store_act else 0, F)
     if M:
         up_kernel[(M * cdiv(F, tile.columns // G),)](
             x_TD, w, experts.s_in_EGF, experts.b_in_EGF, h_RJ, act_RF, routes.order_R, routes.tile_expert_M,
-            routes.tile_row_M, routes.offsets, D, F, x_TD.stride(0), *w.stride(),
+            routes.tile_row_M, routes.offsets, D, F, x_TD.stride(0), *strides,
             K=top_k, G=G, ACT=ACTIVATION_CODES[activation], HAS_SCALE=experts.s_in_EGF is not None,
             HAS_BIAS=experts.b_in_EGF is not None,
             STORE_H=store_h, STORE_ACT=store_act, PAIRS=pairs, EVEN_K=D % tile.depth == 0, BM=sizes.rows,
-            K_FIRST=w.stride(3) <= min(w.stride(1), w.stride(2)), PRECISION=float32_precision(experts.precision, x_TD),
+            K_FIRST=strides[3] <= min(strides[1:3]), PRECISION=float32_precision(experts.precision, x_TD),
             BN=tile.columns, BK=tile.depth, GROUP_M=tile.group, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return h_RJ, act_RF
@@ -376,7 +376,7 @@ def _rows_by_weights(
 ) -> Tensor:
     """a [R, depth] @ each expert's [depth, N] + bias -> [R, N]."""
     (R, depth), M = a.shape, routes.tile_row_M.shape[0]
-    N = w[0].numel() // depth
+    N = w.numel() // (w.shape[0] * depth)
     y_RN = a.new_empty(R, N)
     if M:
         down_kernel[(M * cdiv(N, tile.columns),)](
@@ -397,9 +397,9 @@ def in_pairs(w_EGFD: Tensor) -> bool:
 
 def _gate_layout(w_EGFD: Tensor) -> tuple[Tensor, bool]:
     """The weights, copied if their layout is none of two, and whether it is pairs of gate and up, not halves."""
-    _, G, F, _ = w_EGFD.shape
     if in_pairs(w_EGFD):
         return w_EGFD, True
+    _, G, F, _ = w_EGFD.shape
     if G == 1 or w_EGFD.stride(1) == F * w_EGFD.stride(2):
         return w_EGFD, False
     return w_EGFD.contiguous(), False

@@ -18,12 +18,14 @@ import pytest
 from benchmarks.gpu_run import card, process, record, run, table
 from benchmarks.gpu_run.parts import (
     ALONE,
+    GLUON,
     GROUPS,
     NEED_A_GPU,
     QUICK_SECONDS,
     SANITIZED,
     SECONDS,
     SECONDS_WORD,
+    UNPROVEN,
     Mode,
     Part,
 )
@@ -177,6 +179,21 @@ def test_the_shares_of_a_group_fit_its_time(
         assert all((ROOT / word).is_file() for word in p.command if word.startswith("tests/"))
 
 
+def test_what_nobody_has_run_yet_is_last_and_costs_no_other_group_a_row(tmp_path: Path) -> None:
+    *others, last = GROUPS
+    assert last == "gluon"
+    for group in others:
+        for p in GROUPS[group](Mode(tmp_path)):
+            assert not GLUON.items() & p.environment.items()
+            assert not set(UNPROVEN) & set(p.command)
+    tested, timed = GROUPS[last](Mode(tmp_path, capability="9.0"))[1:]
+    assert set(UNPROVEN) <= set(tested.command)
+    assert timed.environment == GLUON
+    there = {p.writes for group in others for p in GROUPS[group](Mode(tmp_path))}
+    assert timed.writes == Path(timed.command[-1]).name not in there
+    assert GROUPS[last](Mode(tmp_path, capability="8.0")) == [], "its instructions are Hopper's"
+
+
 def test_tools_that_are_not_there_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.which", lambda tool: None)
     names = [p.name for make in GROUPS.values() for p in make(Mode(tmp_path))]
@@ -326,23 +343,30 @@ def absent_modules() -> list[str]:
 
 @pytest.fixture
 def lacking(tmp_path: Path) -> dict[str, str]:
-    """An environment in which those cannot be imported."""
+    """An environment in which those are not found, as where nobody has installed them."""
     names = set(absent_modules())
-    assert "tyro" in names
     (tmp_path / "sitecustomize.py").write_text(
         f"""
 import sys
 
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {names!r}:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+class Lacking:
+    def __init__(self, finder):
+        self.finder = finder
 
-sys.meta_path.insert(0, Absent())
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+    def find_spec(self, name, path=None, target=None):
+        return None if name.partition(".")[0] in {names!r} else self.finder.find_spec(name, path, target)
+
+sys.meta_path[:] = map(Lacking, sys.meta_path)
 """
     )
     path = os.pathsep.join([str(tmp_path), str(ROOT)])
-    return {**os.environ, **ALONE, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
+    environment = {**os.environ, **ALONE, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
+    looks = "import importlib.util as u; print(u.find_spec('tyro'), bool(u.find_spec('rich')))"
+    assert subprocess.check_output([sys.executable, "-c", looks], env=environment, text=True) == "None True\n"
+    return environment
 
 
 def test_the_tests_of_the_gpu_run_are_collected_with_what_is_there(lacking: dict[str, str]) -> None:
@@ -360,9 +384,9 @@ def test_every_file_with_tests_for_a_gpu_is_named() -> None:
     marked = {
         path.relative_to(ROOT).as_posix()
         for path in (ROOT / "tests").rglob("test_*.py")
-        if re.search(r"^(?:@|pytestmark.*)pytest\.mark\.gpu\b", path.read_text(), re.MULTILINE)
+        if re.search(r"^(?:@| *return |pytestmark.*)pytest\.mark\.gpu\b", path.read_text(), re.MULTILINE)
     }
-    assert marked == set(NEED_A_GPU)
+    assert marked == {*NEED_A_GPU, *UNPROVEN}
 
 
 @pytest.mark.slow

@@ -126,7 +126,7 @@ from triton.knobs import runtime
 from moe.kernels.launcher import remembered
 
 @remembered
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=["y"])
 def copy_kernel(x, y, bias, N, T, HALF: tl.constexpr, FLAG: tl.constexpr):
     n = tl.arange(0, 16)
     v = tl.load(x + n, mask=n < N)
@@ -146,14 +146,17 @@ for round in range(2):
             for N in (1, 15, 16, 2**33):
                 for T in (1, 7, 16):
                     for half in (False, True):
-                        copy_kernel[(1,)](a, x, bias, N, T, HALF=half, FLAG="flag")
-                        copy_kernel.jit[(1,)](a, x, bias, N, T, FLAG="flag", HALF=half)
+                        y = x[T % 4 :]
+                        copy_kernel[(1,)](a, y, bias, N, T, HALF=half, FLAG="flag")
+                        copy_kernel.jit[(1,)](a, y, bias, N, T, FLAG="flag", HALF=half)
                         mine, triton_s = functions[-2:]
                         assert mine == triton_s
                         found[mine] = True
 # Dtype and alignment of x; no bias or its alignment; 1, a multiple of 16, another number, one of 64 bits and so a
 # multiple of 16; two values of HALF.
-assert len(found) == 3 * 3 * 4 * 2, len(found)
+assert len(found) == len(copy_kernel._made) == 3 * 3 * 4 * 2, len(found)
+copy_kernel[(1,)](x, x.half(), None, 16, 1, HALF=True, FLAG="flag")
+assert functions[-1] not in found
 runtime.launch_enter_hook.calls.clear()
 copy_kernel[(1,)](x, x, None, 16, 1, HALF=True, FLAG="flag")
 """

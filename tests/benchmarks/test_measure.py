@@ -314,18 +314,27 @@ print(standin.counts().faults)
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux" or shutil.which("cc") is None, reason="the stand-in is built for Linux")
-def test_what_a_kernel_needs_is_noted_when_it_is_loaded_and_only_then(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("setting", "kernels"),
+    [
+        # What nobody has run yet is of no other run.
+        ({}, ["tma down_kernel", "pointer down_kernel"]),
+        ({"GPT4_MOE_GLUON": "1"}, ["gluon product_kernel", "pointer down_kernel", "tma down_kernel"]),
+    ],
+    ids=["as shipped", "Gluon"],
+)
+def test_what_a_kernel_needs_is_noted_when_it_is_loaded_and_only_then(
+    tmp_path: Path, setting: dict[str, str], kernels: list[str]
+) -> None:
     pytest.importorskip("triton.backends.nvidia")
     (tmp_path / "script.py").write_text(STOOD_IN)
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    env |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    env |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"} | setting
     command = [sys.executable, str(tmp_path / "script.py")]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     keys = "['compile_s', 'kernel', 'registers', 'shared', 'spills']"
-    assert done.stdout.splitlines() == [f"{path} down_kernel True True {keys} {{}}" for path in ("tma", "pointer")] + [
-        "0"
-    ]
+    assert done.stdout.splitlines() == [*(f"{kernel} True True {keys} {{}}" for kernel in kernels), "0"]
 
 
 @pytest.mark.slow

@@ -97,6 +97,15 @@ def test_what_a_product_must_not_do_in_its_main_loop() -> None:
     gathers = replace(launch, constants=(*constants[:3], ("GATHER_A", True)))
     assert problem(launch=gathers, loop=replace(loop, loads=Counter({16: 4, 4: 1}))) == ""
     assert problem(loop=sass.Loop()) == "no main loop found"
+    # Numbers of 32 bits that lie across the summed dimension, where tensor cores read shared memory.
+    fours = replace(report, loop=replace(loop, loads=Counter({16: 4, 4: 16})))
+    for arch, precision, k_first, allowed in (
+        ("sm_90", "tf32", False, True), ("sm_90", "tf32", True, False), ("sm_80", "tf32", False, False),
+        ("sm_90", "tf32x3", False, False),
+    ):  # fmt: skip
+        found = replace(launch, constants=(*constants, ("PRECISION", precision), ("K_FIRST", k_first)))
+        found = replace(found, signature=(("a", "*fp32"),))
+        assert (ahead._problem(replace(fours, launch=found), arch) == "") == allowed
 
 
 def test_the_interpreter_is_refused() -> None:

@@ -10,6 +10,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from moe.kernels import cards, ops, tile_model, tiles
+from moe.kernels.arguments import float32_precision
 from moe.kernels.cards import CARDS, Card
 from moe.kernels.experts import op
 from moe.kernels.gate import op as gate
@@ -69,7 +70,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[SimpleNamespace]]:
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: found[index])
     monkeypatch.setattr(tiles, "INTERPRETED", False)
     monkeypatch.setattr(tiles, "HAS_TRITON", True)
-    cached = (cards._card, cards._why_not, tiles.tuned)
+    cached = (cards._card, cards._why_not, cards._why_not_precision, tiles.tuned)
     for function in cached:
         function.cache_clear()
     yield found
@@ -131,6 +132,42 @@ def test_cards_of_amd(arch: str, shared: int, machine: list[SimpleNamespace], mo
         choice("cuda:1", torch.bfloat16, "triton")
 
 
+@pytest.mark.parametrize(
+    ("arch", "there"), [("gfx90a", ["ieee"]), ("gfx942", ["ieee", "tf32"]), ("gfx950", ["ieee"]), ("sm_80", None)]
+)
+def test_float32_is_multiplied_as_the_card_can(
+    arch: str, there: list[str] | None, machine: list[SimpleNamespace], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which is what the compiler takes. As torch is set, where it can; what a call asks for, or an error."""
+    monkeypatch.setattr(torch.version, "hip", "7.0" if there else None)
+    machine.append(gpu("GPU", 8, 0, gcnArchName=arch))
+    monkeypatch.setattr(op, "_expert_mlp", lambda *arguments: arguments[-1:])
+
+    def call(dtype: torch.dtype, precision: str) -> Any:
+        with FakeTensorMode():
+            x, w_in, w_out, weights = (
+                torch.empty(s, dtype=dtype, device="cuda:0") for s in ((4, 8), (2, 2, 8, 8), (2, 8, 8), (4, 1))
+            )
+            ids = torch.zeros(4, 1, dtype=torch.int64, device="cuda:0")
+            return ops.expert_mlp(x, w_in, w_out, weights, ids, impl="triton", precision=precision)
+
+    with FakeTensorMode():
+        x = torch.empty(4, 8, device="cuda:0")
+    there = there or list(op.PRECISIONS)
+    before, torch.backends.cuda.matmul.fp32_precision = torch.backends.cuda.matmul.fp32_precision, "tf32"
+    try:
+        assert float32_precision(None, x) == ("tf32" if "tf32" in there else "ieee")
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    for precision in op.PRECISIONS:
+        if precision in there:
+            assert call(torch.float32, precision) == precision
+            continue
+        with pytest.raises(ValueError, match=rf"precision = '{precision}'.*GPU \({arch}\) has {', '.join(there)}"):
+            call(torch.float32, precision)
+        assert call(torch.bfloat16, precision) == precision  # of which it says nothing
+
+
 def test_a_device_that_is_not_there_may_be_traced_for(machine: list[SimpleNamespace]) -> None:
     assert choice("cuda:0", torch.bfloat16) == "triton"
     machine.append(gpu("Tesla T4", 7, 5))
@@ -159,14 +196,16 @@ def test_tuned_tiles_are_those_of_the_card_they_were_measured_on(
         gpu("NVIDIA L4", 8, 9, shared_memory_per_block_optin=101_376),
         gpu("NVIDIA A100", 8, 0, shared_memory_per_block_optin=166_912),
     ]
-    second = cards.card(torch.device("cuda", 1))
-    mine = tiles.TABLE["sm_80"]["few"]
-    tiles.save(tiles.tuned_path(second), second, {"sm_80 many": mine})
-    assert [p.name for p in (tmp_path / "gpt4-moe").iterdir()] == ["tiles-NVIDIA-A100.json"]
 
     def chosen(index: int) -> tiles.Tiles:
         return tiles.choose(torch.device("cuda", index), torch.bfloat16, 8192, 8, tma=False)
 
+    assert chosen(1) == tiles.TABLE["sm_80"]["many"]
+    second = cards.card(torch.device("cuda", 1))
+    mine = tiles.TABLE["sm_80"]["few"]
+    tiles.save(tiles.tuned_path(second), second, {"sm_80 many": mine})
+    assert [p.name for p in (tmp_path / "gpt4-moe").iterdir()] == ["tiles-NVIDIA-A100.json"]
+    tiles.tuned.cache_clear()  # as in a new process
     assert chosen(1) == mine
     assert chosen(0) == tiles.TABLE["sm_86"]["many"]
 

@@ -27,6 +27,10 @@ triton_routes = pytest.importorskip("moe.kernels.experts.triton_routes")
 ROOT = Path(__file__).parent.parent.parent
 TILE = tiles.Tile(128, 64, stages=3, group=2)
 SMALL = tiles.Tiles(32, TILE, TILE, TILE, TILE, dw=TILE, tma=True)
+# On a GPU; T, E, K, D, F. benchmarks/precompile.py compiles these on all cores beforehand.
+SHAPES = [(512, 4, 2, 64, 128), (1000, 5, 2, 712, 856), (8192, 16, 2, 512, 1024), (4096, 4, 1, 2048, 136)]
+LARGE = (8192, 16, 2, 1024, 2048)
+DTYPES = (torch.bfloat16, torch.float16)
 
 
 def hopper(test: Any) -> Any:
@@ -214,13 +218,9 @@ def products(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 @hopper
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", ["swiglu", "gelu"])
-@pytest.mark.parametrize(
-    ("T", "E", "K", "D", "width"),
-    [(512, 4, 2, 64, 128), (1000, 5, 2, 712, 856), (8192, 16, 2, 512, 1024), (4096, 4, 1, 2048, 136)],
-    ids=str,
-)
+@pytest.mark.parametrize(("T", "E", "K", "D", "width"), SHAPES, ids=str)
 def test_on_a_gpu_against_float64(
     products: list[Any], T: int, E: int, K: int, D: int, width: int, activation: str, dtype: torch.dtype
 ) -> None:
@@ -235,7 +235,7 @@ def test_on_a_gpu_against_float64(
 
 @hopper
 def test_on_a_gpu_the_same_bits_twice_also_without_kept_pre_activations(products: list[Any]) -> None:
-    inputs = tensors(8192, 16, 2, 1024, 2048, torch.bfloat16)
+    inputs = tensors(*LARGE, torch.bfloat16)
     first, second, third = (step(inputs, "swiglu", "triton", recompute=r) for r in (False, False, True))
     assert len(products) == 3 + 3 + 4
     assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(first, second, third, strict=True))
@@ -244,7 +244,7 @@ def test_on_a_gpu_the_same_bits_twice_also_without_kept_pre_activations(products
 @hopper
 def test_on_a_gpu_as_the_shipped_variant(products: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Both add up in float32, so they differ by the rounding of what they store."""
-    inputs = tensors(8192, 16, 2, 1024, 2048, torch.bfloat16)
+    inputs = tensors(*LARGE, torch.bfloat16)
     got = step(inputs, "swiglu", "triton")
     assert len(products) == 3
     monkeypatch.setattr(tiles, "GLUON", False)
