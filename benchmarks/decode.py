@@ -241,9 +241,9 @@ def _plain(
     (x, weights, ids), (w_in, w_out) = given, kept
     want = torch.zeros_like(x, dtype=torch.float32)
     for e in ids.unique().tolist():
-        pair = (w[e : e + 1].float() for w in (w_in, w_out))
+        up, down = (w[e : e + 1].float() for w in (w_in, w_out))
         share = (weights * (ids == e)).sum(1, keepdim=True)
-        want += reference.expert_mlp(x.float(), *pair, share, torch.zeros_like(ids[:, :1]), "swiglu")
+        want += reference.expert_mlp(x.float(), up, down, share, torch.zeros_like(ids[:, :1]), "swiglu")
     calls: dict[str, Callable[[], Any]] = {
         side: lambda invariant=invariant: inference.forward(
             x, w_in, None, w_out, None, weights, ids, "swiglu", "triton", invariant
@@ -293,8 +293,10 @@ def _attention(heads: Heads, length: int, requests: int, what: dict[str, Any], b
     blocks = order.view(requests, per_request).tolist()
     tables = Tables.of(blocks, [1] * requests, [length] * requests, torch.device(bench.device))
     slots = (order.view(requests, -1, 1) * BLOCK + torch.arange(BLOCK)).flatten(1)[:, :length].to(bench.device)
-    apart = [x[slots].transpose(1, 2).contiguous() for x in (k, v)]  # [Q, N, A, C]
-    want = F.scaled_dot_product_attention(q.view(requests, N, H // N, C), *apart).view(requests, H, C)
+    k_QNAC, v_QNAC = (x[slots].transpose(1, 2).contiguous() for x in (k, v))
+
+    def in_one_piece() -> Tensor:
+        return F.scaled_dot_product_attention(q.view(requests, N, H // N, C), k_QNAC, v_QNAC).view(requests, H, C)
 
     def call(*layer: Tensor | None) -> Callable[[], Tensor]:
         return lambda: ops.paged_attention(
@@ -302,12 +304,11 @@ def _attention(heads: Heads, length: int, requests: int, what: dict[str, Any], b
             k_scale_PN=layer[2], v_scale_PN=layer[3], impl="triton",
         )  # fmt: skip
 
-    calls: dict[str, Callable[[], Any]] = {OURS: call(k, v, None, None)}
-    calls["torch SDPA, in one piece"] = lambda: F.scaled_dot_product_attention(
-        q.view(requests, N, H // N, C), *apart
-    ).view(requests, H, C)
+    calls: dict[str, Callable[[], Any]] = {OURS: call(k, v, None, None), "torch SDPA, in one piece": in_one_piece}
     kept = str(bench.dtype)[6:]
-    compare({**what, "kept": kept}, cache_bytes(heads, requests, length, q.element_size()), calls, want, bench)
+    compare(
+        {**what, "kept": kept}, cache_bytes(heads, requests, length, q.element_size()), calls, in_one_piece(), bench
+    )
     for kept, dtype in NARROW.items():
         (k8, k_scale), (v8, v_scale) = ops.quantize(k, dtype), ops.quantize(v, dtype)
         layer = k8, v8, k_scale, v_scale

@@ -249,13 +249,15 @@ def choose_paged(device: torch.device, dtype: torch.dtype, kept: torch.dtype, n_
     """
     if INTERPRETED:
         return PagedTile(rows=16, positions=16, split=32, warps=4, stages=2)
-    wide = dtype == torch.float32
+    card, wide = cards.card(device), dtype == torch.float32
     few = wide or width > 128
-    narrow = kept != dtype or cards.card(device).shared < CARDS["sm_80"].shared
     fits = [n for n in (16, 32, 64) if -(-n_shared // n) * n <= 9 / 8 * -(-n_shared // 16) * 16]
+    rows = 16 if few else fits[-1]
+    # Without tensor cores that read shared memory, 64 rows leave few registers for keys and values.
+    crowded = rows == 64 and not (card.capability and card.capability[0] in (9, 10))
+    narrow = few or crowded or kept != dtype or card.shared < CARDS["sm_80"].shared
     split = max(512, 1 << (12 * n_shared - 1).bit_length())
-    positions = 16 if wide else 32 if few or narrow else 64
-    return PagedTile(16 if few else fits[-1], positions, split, warps=4, stages=2)
+    return PagedTile(rows, 16 if wide else 32 if narrow else 64, split, warps=4, stages=2)
 
 
 def programs(device: torch.device) -> int:

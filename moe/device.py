@@ -57,7 +57,8 @@ def device_name(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     if device.type != "cpu":
         return device.type
-    return f"{torch.get_num_threads()} threads of {_cpu_info('model name') or platform.machine()}"
+    threads = torch.get_num_threads()
+    return f"{threads} thread{'s' if threads > 1 else ''} of {_cpu_info('model name') or platform.machine()}"
 
 
 def _cpu_flags() -> set[str]:

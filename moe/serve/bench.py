@@ -304,14 +304,14 @@ class Bench:
             ("e2e", [a.e2e for a in run.answers]),
         ):
             row |= {f"{name}_ms": 1e3 * statistics.median(values), f"{name}_p99_ms": 1e3 * percentile(values, 0.99)}
-        model_s = sum(p.seconds for p in run.passes)
+        model_s, host_s = sum(p.seconds for p in run.passes), sum(p.host_seconds for p in run.passes)
         return {
             **row,
             "throughput": tokens / run.seconds,
             "total_throughput": (tokens + prompts) / run.seconds,
             "utilisation": flop / (run.seconds * peak),
             "roofline": sum(p.floor for p in run.passes) / model_s,
-            "host": 1 - model_s / run.seconds,
+            "host": host_s / (host_s + model_s),
             "cached": sum(a.cached for a in run.answers) / prompts,
             "experts": statistics.fmean(p.experts for p in run.passes),
             "experts_expected": statistics.fmean(p.experts_expected for p in run.passes),

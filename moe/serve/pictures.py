@@ -41,7 +41,7 @@ def _draw_experts(axis: Any, at: Sequence[float], rows: Sequence[Mapping[str, An
     other.plot(at, [row["experts"] for row in rows], "o:", color=figures.MUTED, markersize=3)
     other.plot(at, [row["experts_expected"] for row in rows], ":", color=figures.COLOURS[2])
     other.set_ylim(0)
-    other.set_ylabel("experts touched (dots), expected of even routing (green)", color=figures.MUTED, fontsize=8)
+    other.set_ylabel("experts of a layer: touched, expected (green)", color=figures.MUTED, fontsize=8)
     other.tick_params(colors=figures.MUTED, labelsize=9)
     for spine in other.spines.values():
         spine.set_visible(False)

@@ -23,11 +23,13 @@ from moe.layers import cast
 # Rows that a weight is packed for. From 1 to 256 rows a weight packed for 16 lost to one packed for the very number
 # nowhere by more than a tenth, and one packed for 1 was up to twice as slow (float32, AVX2).
 PACKED_ROWS = 16
+# Weights of up to so many bytes are not packed: they are in the processor's cache, and oneDNN takes longer to start.
+SMALL = 2**19
 # So many products of several rows a weight waits before it is packed.
 PATIENCE = 4
 # Up to so many rows a product with an expert's weight on the left, which reads it once where it is, is faster than with
 # one that is packed: of weights of at most a MiB, and of larger ones (float32, AVX2).
-FEW_ROWS, FEW_ROWS_LARGE = 4, 2
+FEW_ROWS, FEW_ROWS_LARGE = 5, 3
 # Up to so many rows int8 weights are multiplied as they are; of more, taking them to float32 first is faster.
 INT8_ROWS = 12
 # Up to so many rows Python sorts them sooner than four operations of torch are started.
@@ -62,7 +64,7 @@ class _Patient:
     def __call__(self, x_TI: Tensor) -> Tensor:
         if self._left and len(x_TI) > 1:  # a product of one row gains little
             self._left -= 1
-            if not self._left:
+            if not self._left and self._w_OI.nbytes > SMALL:
                 self._multiply = packed(self._w_OI) or self._multiply
         return self._multiply(x_TI)
 
@@ -78,7 +80,7 @@ class _OfFew:
     def __call__(self, x_TI: Tensor) -> Tensor:
         if len(x_TI) <= self._few:
             if len(x_TI) == 1:  # which is computed twice: a matrix times a vector is slower, and has one thread
-                return torch.mm(self._w_OI, x_TI.repeat(2, 1).t())[:, :1].t()
+                return torch.mm(self._w_OI, torch.cat((x_TI, x_TI)).t())[:, :1].t()
             return torch.mm(self._w_OI, x_TI.t()).t()
         if self._packed is None:
             self._packed = packed(self._w_OI) or _transposed(self._w_OI)

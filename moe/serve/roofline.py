@@ -27,7 +27,8 @@ from moe.serve.engine import Engine, Step
 
 @dataclass(frozen=True)
 class Pass:
-    """One pass. Experts are means over the layers; seconds are those of the model's pass alone."""
+    """One pass. Experts are means over the layers; seconds are those of the model's pass alone, host_seconds those of
+    guessing, planning and sampling."""
 
     tokens: int
     requests: int
@@ -40,6 +41,7 @@ class Pass:
     floor: float  # seconds
     predicted: float
     seconds: float
+    host_seconds: float
 
     @property
     def roofline_fraction(self) -> float:
@@ -62,7 +64,7 @@ class Roofline:
         weight = engine.model.embedding.weight
         self.dtype = DTYPES.get(weight.dtype, str(weight.dtype).removeprefix("torch."))
         self.size = _sizes(engine)
-        self._seen: list[tuple[list[Span], int, Tensor, float]] = []
+        self._seen: list[tuple[list[Span], int, Tensor, float, float]] = []
 
     def __call__(self, step: Step) -> None:
         """Takes a step; nothing is counted yet, for that would take time of its own."""
@@ -71,7 +73,8 @@ class Roofline:
         ids_LTK = torch.stack([ids_TK for ids_TK, _ in step.routing or ()])
         # On CUDA whoever chooses tokens waits for the model.
         seconds = step.forward_s + (step.sample_s if ids_LTK.is_cuda else 0.0)
-        self._seen.append((spans, wanted, ids_LTK, seconds))
+        host = step.propose_s + step.schedule_s + step.forward_s + step.sample_s - seconds
+        self._seen.append((spans, wanted, ids_LTK, seconds, host))
 
     def passes(self) -> list[Pass]:
         """What was seen so far."""
@@ -101,8 +104,8 @@ def watch(engine: Engine, machine: Hardware) -> Iterator[Roofline]:
 
 
 def _pass(
-    shape: Shape, size: Bytes, spans: Sequence[Span], wanted: int, ids_LTK: Tensor, seconds: float, peak: float,
-    bandwidth: float,
+    shape: Shape, size: Bytes, spans: Sequence[Span], wanted: int, ids_LTK: Tensor, seconds: float, host: float,
+    peak: float, bandwidth: float,
 ) -> Pass:  # fmt: skip
     tokens = sum(n for _, n in spans)
     counts_LE = nn.functional.one_hot(ids_LTK.long().flatten(1), shape.n_experts).sum(1)
@@ -122,6 +125,7 @@ def _pass(
         floor=load.floor(peak, bandwidth),
         predicted=predicted.floor(peak, bandwidth),
         seconds=seconds,
+        host_seconds=host,
     )
 
 

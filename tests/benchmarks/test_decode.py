@@ -39,7 +39,7 @@ def test_bytes_of_a_cache(kept: str) -> None:
     pages = Pages(cfg, 6, 4, torch.bfloat16, "cpu", kept)
     heads = decode.Heads(cfg.attention.n_heads, 2, cfg.attention.head_dim, {})
     # Of the blocks that requests have; one more is nobody's.
-    want = pages.n_bytes * 6 // 7
+    want = held(*(t for kept in (*pages.layers, *(pages.scales or ())) for t in kept or ())) * 6 // 7
     assert cfg.n_layers * decode.cache_bytes(heads, 3, 8, 1 if kept == "int8" else 2) == want
 
 

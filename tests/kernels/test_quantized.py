@@ -102,17 +102,18 @@ def call(inputs: dict[str, Any], dtype: torch.dtype = torch.float32, **changes: 
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("kept", NARROW)
-@pytest.mark.parametrize("activation", list(ops.ACTIVATIONS))
+@pytest.mark.parametrize(
+    ("activation", "kept"), [("swiglu", torch.int8), ("gelu", torch.float8_e4m3fn), ("swiglu_oai", torch.float8_e4m3fn)]
+)
 def test_against_float64(activation: str, kept: torch.dtype, impl: str) -> None:
-    inputs = problem(7, 3, 2, 37, 51, activation, kept)
+    inputs = problem(5, 3, 2, 37, 51, activation, kept)
     w_in, w_out = inputs.pop("as_they_were")
     want = wanted(**inputs)
     assert rel(call(inputs, impl=impl), want) < 1e-6
     assert rel(call(inputs, torch.float16, impl=impl), want) < 2e-3
     # What eight bits cost: a step is 1/127 of the largest weight, or 1/8 of the weight's own power of two.
-    given = inputs["x_TD"], w_in, w_out, inputs["weights_TK"], inputs["ids_TK"]
-    loss = rel(want, reference.expert_mlp(*(t.double() if t.is_floating_point() else t for t in given), activation))
+    x, w_in, w_out, weights = (t.double() for t in (inputs["x_TD"], w_in, w_out, inputs["weights_TK"]))
+    loss = rel(want, reference.expert_mlp(x, w_in, w_out, weights, inputs["ids_TK"], activation))
     assert 1e-3 < loss < (2e-2 if kept == torch.int8 else 8e-2)
 
 

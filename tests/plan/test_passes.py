@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -21,7 +22,7 @@ from moe.plan.serving import decode, prefill, stage_loads
 
 NANO, CPU = load_shape("replica-nano"), load_hardware("cpu")
 FP32 = Layout(weights="fp32", kv_cache="fp32")
-ALONE = {"collectives": False}
+ALONE: dict[str, Any] = {"collectives": False}
 
 
 def test_a_prompt_with_every_expert_reads_every_matrix_and_costs_what_its_tokens_do() -> None:

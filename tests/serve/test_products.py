@@ -100,6 +100,7 @@ def test_eight_bit_experts_are_the_reference_of_rounded_weights(rows: int) -> No
 def test_before_and_after_packing(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A weight is packed after some products of several rows; the products stay the same, and so do the experts."""
     packings: list[int] = []
+    monkeypatch.setattr(products, "SMALL", 0)
     pack = products.packed
     monkeypatch.setattr(products, "packed", lambda w_OI: packings.append(1) or pack(w_OI))
     w_OI, x_TI = drawn(16, 8).float(), drawn(rows, 8).float()

@@ -28,7 +28,7 @@ def model() -> Transformer:
     return Transformer(CFG, seed=3)
 
 
-def routed(model: Transformer, tokens: list[int]) -> list[set[int]]:
+def routed(model: Transformer, tokens: list[int]) -> list[set[tuple[int, int]]]:
     """For each position, (layer, expert) pairs, by the model's own modules."""
     seen: list[Pass] = []
     with torch.no_grad(), observe(model, seen.append):
@@ -104,7 +104,7 @@ def test_rows_are_fitted_by_the_planner(model: Transformer, tmp_path: Path) -> N
 
 def test_this_machine_is_measured() -> None:
     found = roofline.machine(torch.device("cpu"), torch.float32)
-    assert found.name.startswith(f"{torch.get_num_threads()} threads of ")
+    assert found.name.startswith(f"{torch.get_num_threads()} thread")
     assert 1e8 < found.peak("fp32").to("FLOP/s") < 1e15
     assert 1e8 < found.bandwidth.to("B/s") < 1e13
     assert found.compute_dtype("fp32") == "fp32"
