@@ -31,15 +31,14 @@ from moe.io import figures
 from moe.model import Transformer
 from moe.serve import Engine, SamplingParams
 
-SHAPE = ("d_model=192", "n_layers=6", "vocab_size=512", "max_seq_len=256")
 FIXED = (0, 1, 2, 4)
 PROMPT, TOKENS, ROUND = 16, 64, 128  # tokens of a prompt, of an answer, and of a request's place in a round
 DAMPED = 0.02  # of what the layers that the draft model lacks would add
 
 
-def pairs() -> dict[str, tuple[Transformer, Transformer]]:
-    """The target and the draft model of each."""
-    cfg = load_config("replica-tiny").with_overrides(SHAPE)
+def pairs(d_model: int, n_layers: int) -> dict[str, tuple[Transformer, Transformer]]:
+    """The target and the draft model of each: 16 experts, of which 2 serve a token; the draft model has one layer."""
+    cfg = load_config("replica-tiny").scaled(d_model=d_model, n_layers=n_layers)
     small = cfg.with_overrides(["n_layers=1"])
     target, near, far = Transformer(cfg, 0), Transformer(small, 0), Transformer(small, 1)
     with torch.no_grad():
@@ -146,13 +145,16 @@ def draw(record: dict[str, Any]) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--d-model", type=int, default=192)
+    parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results" / "studies")
     arguments = parser.parse_args()
     tune_cpu()
     arguments.out.mkdir(parents=True, exist_ok=True)
     record: dict[str, Any] = {"machine": machine(), "load": os.getloadavg(), "rows": []}
-    for name, (target, draft) in pairs().items():
+    for name, (target, draft) in pairs(arguments.d_model, arguments.layers).items():
+        record["target"], record["draft"] = target.cfg.to_toml(), draft.cfg.to_toml()
         for batch in arguments.batches:
             record["rows"].append({"pair": name, "batch": batch, **measure(target, draft, batch, arguments.rounds)})
             record["load_after"] = os.getloadavg()

@@ -255,6 +255,9 @@ class Controller:
         elif drafts:
             chosen = [i for i in chosen if self._worth_catching_up(bucket, behind(requests[i]), room[i])]
         counts = [0] * len(requests)
+        if not drafts:
+            self._asked, self._draft_tokens = {}, 0
+            return counts
         for i in chosen:
             counts[i] = max(0, min(drafts, room[i]))
         self._asked = dict(zip(requests, counts, strict=True))
@@ -291,6 +294,10 @@ class Controller:
 
     def __call__(self, step: "Step") -> None:
         """The same, as one of `Engine.listeners`."""
+        if not self._asked and self._try is None and self._step >= 4 * REFRESH and self._step % REFRESH:
+            self._step += 1  # as the ones before; where guessing is off, it is to cost nothing
+            self._allowance += SHARE * (step.schedule_s + step.forward_s + step.sample_s)
+            return
         pairs = [(w, n) for w, n in zip(step.works, step.accepted, strict=True) if w.samples and w.n == 1 + w.n_drafts]
         asked = [self._asked.get(work.request, 0) for work, _ in pairs]
         drafted, accepted = [work.n_drafts for work, _ in pairs], [n for _, n in pairs]
