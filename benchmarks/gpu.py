@@ -1,9 +1,9 @@
 """All that a GPU is needed for, in commands of under nine minutes each: what a lent machine gives.
 
 `tests`, `products` (each product apart, beside cuBLAS), `peers` (the whole op against other libraries), `layers`
-(transformers, a layer of the full width, training), `decode` (few tokens, against the speed of the memory), `gluon` (the
-products in Gluon, which nobody has run yet). Every part is a process with a time limit of its own; one that fails, or
-does not end, is reported, the others run, and what it had written down stays. The record of one folder grows from
+(transformers, a layer of the full width, training), `decode` (few tokens, against the speed of the memory), `gluon`
+(the products in Gluon, which nobody has run yet). Every part is a process with a time limit of its own; one that fails,
+or does not end, is reported, the others run, and what it had written down stays. The record of one folder grows from
 command to command. docs/gpu.md says how to read it.
 
 Needs a plain checkout and torch, triton, einops, safetensors, numpy, transformers, tokenizers, pytest, hypothesis,

@@ -143,10 +143,11 @@ def paged(heads: Any, requests: int, length: int, block_size: int, kept: torch.d
     """Attention of one row of each request."""
     H, N, C, _ = heads
     B = -(-length // block_size)
-    k, tables = meta(requests * B * block_size, N, C, dtype=kept), ((requests, B), (requests + 1,), (requests,))
+    k, shapes = meta(requests * B * block_size, N, C, dtype=kept), ((requests, B), (requests + 1,), (requests,))
     scale = meta(len(k), N, dtype=torch.float32) if kept.itemsize == 1 else None
-    on_meta = (meta(*shape, dtype=torch.int32) for shape in tables)
-    triton_paged.paged_attention(meta(requests, H, C), k, k, *on_meta, block_size, 1, length, scale, scale)
+    tables, starts, lengths = (meta(*shape, dtype=torch.int32) for shape in shapes)
+    q = meta(requests, H, C)
+    triton_paged.paged_attention(q, k, k, tables, starts, lengths, block_size, 1, length, scale, scale)
 
 
 def decode() -> None:

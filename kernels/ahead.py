@@ -11,16 +11,13 @@ Run: python -m moe.kernels.ahead [--arch sm_80 sm_90] [--only NAME] [--once] [--
 import argparse
 import os
 import re
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import starmap
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -382,7 +379,7 @@ def compile_launch(launch: Launch, arch: str) -> Report:
         report.spills = _number(r"\.vgpr_spill_count:\s+(\d+)", assembly)
         report.mma = assembly.count("v_mfma")
     else:
-        usage, code = _disassembled(made.asm["cubin"])
+        usage, code = sass.disassembled(made.asm["cubin"])
         report.registers = _number(r"REG:(\d+)", usage)
         report.spills = len(re.findall(r"\bSTL\b", code))
         ptx = made.asm["ptx"]
@@ -435,19 +432,6 @@ def _turns(constants: dict[str, Any], arch: str) -> bool:
     the instructions: 64 at a step of a 64 x 64 x 32 tile, beside 128 clocks of tensor cores. So it is left as it is.
     """
     return arch in ("sm_90", "sm_100") and constants.get("PRECISION") == "tf32" and not constants.get("K_FIRST")
-
-
-def _disassembled(cubin: bytes) -> tuple[str, str]:
-    """What a compiled kernel uses, and its machine code."""
-    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage = subprocess.run(
-            [tools / "cuobjdump", "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-        code = subprocess.run([tools / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True).stdout
-    return usage, code
 
 
 def _number(pattern: str, text: str) -> int:

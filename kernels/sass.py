@@ -6,13 +6,31 @@ step. A loop over tiles around it is longer; so is the way through the end of a 
 
 import heapq
 import re
+import subprocess
+import tempfile
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
+
+import triton
 
 _LABEL = re.compile(r"^(\.L_\w+):")
 _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?P<guard>@!?U?P\w+ +)?(?P<name>[A-Z][\w.]*)(?P<rest>[^;]*);")
 _TARGET = re.compile(r"`\((\.L_\w+)\)")
 _TENSOR_CORE = re.compile(r"(UTC)?[A-Z]G?MMA\b")
+
+
+def disassembled(cubin: bytes) -> tuple[str, str]:
+    """What a compiled kernel uses, and its machine code."""
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = subprocess.run(
+            [tools / "cuobjdump", "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+        code = subprocess.run([tools / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True).stdout
+    return usage, code
 
 
 @dataclass

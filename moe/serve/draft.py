@@ -128,7 +128,8 @@ class DraftModel:
             nonlocal used
             if segments:
                 found.append(self._run(segments, wanted))
-            segments.clear(), wanted.clear()
+            segments.clear()
+            wanted.clear()
             used = 0
 
         for r in requests:

@@ -95,8 +95,7 @@ class Runner:
         self.routing: list[Choice] = []
         tile = INVARIANT_ROWS if batch_invariant else 0
         self._fused = _Fused(model, quantization, tile) if ours else None
-        graphed = self._fused is not None and pages.device.type == "cuda"
-        self._graphs = DecodeGraphs(pages, self._fused) if graphed else None
+        self._graphs = DecodeGraphs(pages, self._fused) if self._fused and pages.device.type == "cuda" else None
 
     @torch.no_grad()
     def __call__(self, segments: Sequence[Segment], wanted: Sequence[int]) -> Tensor:

@@ -101,9 +101,9 @@ def test_every_kernel_is_launched_under_the_guard(
         gate_op._topk_gate_backward._init_fn(weights, weights, ids, E)
         loss_op._linear_cross_entropy._init_fn(x, empty(100, D), ids[:, 0], True, "triton")
         inference.forward(x, w_in, None, w_out, None, weights, ids, "swiglu", "triton", False)
-        heads, tables = empty(T, 4, 16), [empty(n, dtype=torch.int32) for n in (T + 1, T)]
-        blocks = empty(T, 2, dtype=torch.int32)
-        attention_op._forward(heads, heads, heads, blocks, *tables, 1, 1, 2, None, None, "triton")
+        heads, blocks = empty(T, 4, 16), empty(T, 2, dtype=torch.int32)
+        starts, lengths = (empty(n, dtype=torch.int32) for n in (T + 1, T))
+        attention_op._forward(heads, heads, heads, blocks, starts, lengths, 1, 1, 2, None, None, "triton")
     assert devices == [0]  # as it was
     assert {device for _, _, device in seen} == {1}
     names = {name for name, _, _ in seen}
