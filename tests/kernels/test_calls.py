@@ -51,11 +51,25 @@ def test_without_values_the_shapes_come(how: Callable[..., Any]) -> None:
     assert (total.shape, total.dtype) == ((), torch.float32)
     weights, ids = how(lambda x, ids: ops.topk_gate(x, K, given_TK=ids), normal(T, E), mlp()["ids_TK"])
     assert (weights.shape, ids.shape, ids.dtype) == ((T, K), (T, K), torch.int64)
+    eight_bits = ops.quantize_experts(given["w_in_EGFD"], given["w_out_EDF"])
+    routed = given["x_TD"], given["weights_TK"], given["ids_TK"], *eight_bits
+
+    def quantized(x: Tensor, weights: Tensor, ids: Tensor, *experts: Tensor) -> Tensor:
+        return ops.expert_mlp_quantized(x, ops.QuantizedExperts(*experts), weights, ids, "swiglu")
+
+    y = how(quantized, *routed)
+    assert (y.shape, y.dtype) == ((T, D), torch.float32)
+    tables = (torch.tensor(table, dtype=torch.int32) for table in ([[0], [1]], [0, 1, 2], [3, 4]))
+    q, kept = normal(2, 4, 8), (normal(8, 2, 8), normal(8, 2, 8))
+    y = how(lambda *tensors: ops.paged_attention(*tensors, 4, max_query_len=1, max_seq_len=4), q, *kept, *tables)
+    assert (y.shape, y.dtype) == (q.shape, q.dtype)
 
 
 def test_every_op_is_among_those_tested_here() -> None:
-    names = {name for name in ops.__all__ if callable(getattr(ops, name)) and name not in ("activate",)}
+    plain = {"activate", "quantize", "quantize_experts", "QuantizedExperts"}  # torch's own operations, and a tuple
+    names = {name for name in ops.__all__ if callable(getattr(ops, name)) and name not in plain}
     within = {"expert_mlp", "expert_mlp_forward", "expert_mlp_inference", "linear_cross_entropy", "topk_gate"}
+    within |= {"expert_mlp_quantized", "paged_attention"}
     assert names == within | {"expert_mlp_gradients"}, "which takes what expert_mlp_forward has checked"
 
 
