@@ -61,7 +61,8 @@ def test_without_values_the_shapes_come(how: Callable[..., Any]) -> None:
     assert (y.shape, y.dtype) == ((T, D), torch.float32)
     tables = (torch.tensor(table, dtype=torch.int32) for table in ([[0], [1]], [0, 1, 2], [3, 4]))
     q, kept = normal(2, 4, 8), (normal(8, 2, 8), normal(8, 2, 8))
-    y = how(lambda *tensors: ops.paged_attention(*tensors, 4, max_query_len=1, max_seq_len=4), q, *kept, *tables)
+    attend = functools.partial(ops.paged_attention, block_size=4, max_query_len=1, max_seq_len=4)
+    y = how(attend, q, *kept, *tables)
     assert (y.shape, y.dtype) == (q.shape, q.dtype)
 
 
