@@ -254,11 +254,12 @@ def choose_paged(device: torch.device, dtype: torch.dtype, kept: torch.dtype, n_
     few = wide or width > 128
     fits = [n for n in (16, 32, 64) if -(-n_shared // n) * n <= 9 / 8 * -(-n_shared // 16) * 16]
     rows = 16 if few else fits[-1]
-    # Without tensor cores that read shared memory, 64 rows leave few registers for keys and values.
-    crowded = rows == 64 and not (card.capability and card.capability[0] in (9, 10))
+    # But on Hopper 64 rows leave few registers for keys and values: more positions spill, of eight bits the more so.
+    crowded = rows == 64 and not (card.capability and card.capability[0] == 9)
     narrow = few or crowded or kept != dtype or card.shared < CARDS["sm_80"].shared
     split = max(512, 1 << (12 * n_shared - 1).bit_length())
-    return PagedTile(rows, 16 if wide else 32 if narrow else 64, split, warps=4, stages=2)
+    least = wide or (crowded and kept != dtype)
+    return PagedTile(rows, 16 if least else 32 if narrow else 64, split, warps=4, stages=2)
 
 
 def programs(device: torch.device) -> int:
