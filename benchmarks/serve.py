@@ -88,11 +88,8 @@ def work(engine: Any, call: Callable[[], Answers]) -> list[tuple[float, float]]:
         used = cfg.n_layers * (dense + TOP_K * expert)
         passes.append((4 * (cfg.n_layers * dense + touched * expert + head), 2 * (rows * used + answered * head)))
 
-    engine.runner.record = True
-    engine.listeners.append(listen)
-    call()
-    engine.runner.record = False
-    engine.listeners.remove(listen)
+    with engine.listening(listen):
+        call()
     return passes
 
 

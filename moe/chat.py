@@ -5,12 +5,11 @@ from dataclasses import replace
 
 from moe.data.chat import ChatTemplate
 from moe.model import Transformer
+from moe.serve.blocks import blocks_for
 from moe.serve.detokenize import TextStream
 from moe.serve.engine import Engine
 from moe.serve.request import SamplingParams
 from moe.tokenizer import Tokenizer
-
-_BLOCK = 16
 
 
 class Session:
@@ -50,8 +49,7 @@ class Session:
         )
         self.model, self.tokenizer, self.template = model, tokenizer, ChatTemplate(tokenizer)
         self.max_tokens, self.seed = max_tokens, seed
-        blocks = -(-model.cfg.max_seq_len // _BLOCK)
-        self.engine = Engine(model, block_size=_BLOCK, num_blocks=blocks, max_running=1)
+        self.engine = Engine(model, num_blocks=blocks_for(model.cfg.max_seq_len), max_running=1)
         self.notice = _notice(tokenizer, self.template)
         self.system = [{"role": "system", "content": system}] if system else []
         self.turns: list[dict[str, str]] = []

@@ -1,6 +1,7 @@
 """Where and in which precision to compute, how much the device can do, and what makes a process on a CPU faster."""
 
 import ctypes
+import math
 import os
 import platform
 import sys
@@ -173,11 +174,22 @@ def callers_state(device: torch.device) -> Iterator[None]:
 
 # ------------------------------------------------------------------------------------------------------------- memory
 
-# Where a control group says what it may use and what it uses: version 2, and version 1.
-_CGROUPS = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+# Where a control group, as it is seen from inside a container, says what it may use and what it uses: versions 2 and 1.
+CGROUPS = (
+    (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
+    (Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"), Path("/sys/fs/cgroup/memory/memory.usage_in_bytes")),
 )
+
+
+def memory_available(device: torch.device) -> int:
+    """What the device has in all, or a container's share of it; 0 where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    try:
+        installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return 0
+    return int(min([installed, *(_bytes(limit) for limit, _ in CGROUPS)]))
 
 
 def free_memory(device: torch.device) -> int:
@@ -190,10 +202,13 @@ def free_memory(device: torch.device) -> int:
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):
-        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 2**32
-    for limit, used in _CGROUPS:
-        try:
-            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
-        except (OSError, ValueError):  # no such group, or "max": no limit
-            continue
-    return max(0, free)
+        free = memory_available(device) or 2**32
+    groups = ((_bytes(limit), _bytes(used)) for limit, used in CGROUPS)
+    return int(max(0, min([free, *(limit - used for limit, used in groups if used < math.inf)])))
+
+
+def _bytes(file: Path) -> float:
+    try:
+        return int(file.read_text())
+    except (OSError, ValueError):  # no such file, or "max"
+        return math.inf

@@ -29,6 +29,7 @@ from moe.data import (
 from moe.errors import DataError
 from moe.kernels.loss import IGNORE_INDEX
 from moe.model import Transformer
+from moe.serve.blocks import blocks_for
 from moe.serve.engine import Engine
 from moe.serve.request import SamplingParams
 from moe.tokenizer import Tokenizer
@@ -268,8 +269,8 @@ def draw_samples(
     texts = [template.prompt([{"role": "user", "content": p}]) if chat else tokenizer.encode(p) for p in prompts]
     limit = model.cfg.max_seq_len
     params = SamplingParams(max_tokens=n_tokens, temperature=0.8, top_p=0.95, seed=0, stop_token_ids=[end_id])
-    blocks = len(texts) * -(-max([1, *(min(len(t) + n_tokens, limit) for t in texts)]) // 16)
-    engine = Engine(model, block_size=16, num_blocks=blocks)
+    blocks = len(texts) * blocks_for(max([1, *(min(len(t) + n_tokens, limit) for t in texts)]))
+    engine = Engine(model, num_blocks=blocks)
     answers = engine.generate([t[:limit] or [tokenizer.eot_id] for t in texts], params)
     samples = []
     for prompt, answer in zip(prompts, answers, strict=True):

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from moe.errors import ServeError
 from moe.model import Ends, Transformer, check_sampling
+from moe.serve.blocks import blocks_for
 from moe.serve.engine import Engine
 from moe.serve.output import Delta
 from moe.serve.request import SamplingParams
 
-_BLOCK = 16
 _ROWS = 2**64 // 5 * 3 + 1  # an odd number: what one row's random numbers come from is far from the next one's
 
 
@@ -66,8 +66,7 @@ def stream(
         return
     engine = Engine(
         model,
-        block_size=_BLOCK,
-        num_blocks=sum(-(-min(len(p) + n - 1, context) // _BLOCK) for p in prompts),
+        num_blocks=sum(blocks_for(min(len(p) + n - 1, context)) for p in prompts),
         max_running=B,
         max_batch_tokens=max(2048, B),
         prefix_cache=False,

@@ -25,6 +25,7 @@ from moe.evaluate import model_inputs
 from moe.kernels.loss import IGNORE_INDEX
 from moe.layers import Head, untouched
 from moe.model import Transformer
+from moe.serve.blocks import blocks_for
 from moe.serve.engine import Engine, check_served
 from moe.serve.output import Delta
 from moe.serve.request import SamplingParams
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
 
 DEFAULT_BATCH = 16
-_BLOCK = 16  # positions of a block of the cache
 _CHUNK_ELEMENTS = 2**22  # logits that exist at once
 _GENERATION_KEYS = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"}
 
@@ -291,10 +291,7 @@ class MoeLM(TemplateLM):
         found = [""] * len(requests)
         longest = max((len(p) + (s.max_tokens or 0) for p, s in zip(prompts, settings, strict=True)), default=1)
         together = max(1, min(self.batch_size, len(requests)))
-        engine = Engine(
-            self.model, self.vocabulary, block_size=_BLOCK, num_blocks=together * -(-longest // _BLOCK),
-            max_running=together,
-        )  # fmt: skip
+        engine = Engine(self.model, self.vocabulary, num_blocks=together * blocks_for(longest), max_running=together)
         with tqdm(total=len(requests), disable=disable_tqdm, desc="generation") as bar:
 
             def take(i: int, delta: Delta) -> None:

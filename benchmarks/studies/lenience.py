@@ -25,7 +25,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from duel import machine, write_record
 
-from benchmarks.studies import pair
+from benchmarks.studies import english, pair
 from moe.device import tune_cpu
 from moe.io import figures
 from moe.model import Transformer
@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results" / "studies")
     arguments = parser.parse_args()
     tune_cpu()
-    data = pair.text(arguments.data)
+    data = english.text(arguments.data)
     target, draft = pair.trained(data, arguments.steps)
     contexts_BS = pair.windows(data, "val", np.random.default_rng(1), CONTEXTS, pair.LENGTH)
     record = {

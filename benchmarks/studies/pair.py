@@ -1,12 +1,10 @@
 """Two models that learn from the same text, a large and a small one, for the studies of speculative decoding."""
 
-from pathlib import Path
-
 import numpy as np
 import torch
 
 from moe.config import Config, load_config
-from moe.data import Source, TokenData, default_sources, prepare
+from moe.data import TokenData
 from moe.model import Transformer
 from moe.train.optimizer import build
 
@@ -21,17 +19,6 @@ DRAFT = (
 )
 RECIPE = ("optimizer=muon", "lr=3e-3", "muon_lr=0.02", "embedding_lr=5.0", "weight_decay=0.0")
 BATCH, LENGTH, WARMUP = 16, 128, 10
-
-
-def text(place: Path) -> TokenData:
-    """English plays under a BPE of 512, prepared on the first run; of other prepared data, the first source."""
-    if not (place / "index.json").is_file():
-        sources: list[Source | str | Path] = [s for s in default_sources()[0] if s.name == "text"]
-        if not sources:
-            raise SystemExit('no English text: pip install "gpt4-moe[data]", or give prepared data with --data')
-        print(f"preparing text in {place}", flush=True)
-        prepare(sources, place, vocab_size=512)
-    return TokenData.open(place)
 
 
 def windows(data: TokenData, split: str, rng: np.random.Generator, count: int, length: int) -> torch.Tensor:

@@ -23,10 +23,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from duel import machine, write_record
 
+from benchmarks.studies import english
 from benchmarks.studies.passkey_task import Passkey, retrieve
 from moe import evaluate
 from moe.config import Config, RopeConfig, load_config
-from moe.data import Source, TokenData, default_sources, prepare
+from moe.data import TokenData
 from moe.device import pick_device, tune_cpu
 from moe.io import figures
 from moe.model import Transformer
@@ -57,24 +58,13 @@ def main() -> None:
     arguments = parser.parse_args()
     tune_cpu()
     device = pick_device(arguments.device)
-    data = _open(arguments.data)
+    data = english.text(arguments.data)
     record = study(data, device, arguments.scaling, arguments.seed, examples=6 if arguments.quick else 12)
     print(table(record))
     arguments.out.mkdir(parents=True, exist_ok=True)
     write_record(arguments.out / "passkey.json", record)
     if not arguments.quick:
         print(f"picture: {draw(record, arguments.out)}")
-
-
-def _open(place: Path) -> TokenData:
-    """English plays under a BPE of 512; of other prepared data, the first source."""
-    if not (place / "index.json").is_file():
-        sources: list[Source | str | Path] = [s for s in default_sources()[0] if s.name == "text"]
-        if not sources:
-            raise SystemExit('no English text: pip install "gpt4-moe[data]", or give prepared data with --data')
-        print(f"preparing text in {place}", flush=True)
-        prepare(sources, place, vocab_size=512)
-    return TokenData.open(place)
 
 
 # ------------------------------------------------------------------------------------------------------------ study

@@ -10,8 +10,6 @@ from tyro.conf import Positional, UseAppendAction, arg
 from moe.cli.flags import Flag
 from moe.cli.show import printable, write
 
-_BLOCK = 16
-
 
 def generate(
     checkpoint: Positional[Path],
@@ -46,6 +44,7 @@ def generate(
     from moe.data.chat import ChatTemplate
     from moe.device import pick_device
     from moe.errors import ConfigError, TraceError
+    from moe.serve.blocks import blocks_for
     from moe.serve.engine import Engine
     from moe.serve.request import SamplingParams
     from moe.serve.trace import record
@@ -63,8 +62,8 @@ def generate(
     ids, context = tokenizer.encode(prompt) or [tokenizer.eot_id], model.cfg.max_seq_len
     if len(ids) > context:
         raise ConfigError(f"prompt of {len(ids)} tokens, but max_seq_len = {context} ({model.cfg.name}): cut it")
-    blocks = -(-min(len(ids) + max_tokens, context) // _BLOCK)
-    engine = Engine(model, tokenizer, block_size=_BLOCK, num_blocks=blocks, max_running=1)
+    blocks = blocks_for(min(len(ids) + max_tokens, context))
+    engine = Engine(model, tokenizer, num_blocks=blocks, max_running=1)
     if sys.stdout.isatty():
         write(f"\033[2m{printable(prompt)}\033[0m")
     try:

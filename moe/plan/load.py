@@ -56,7 +56,7 @@ def under_load(
     sheet.put("load.running", quantity(running), "x", "sequences in a step, mean")
     sheet.put("load.latency", quantity(latency, "s"), "ms", "of a token of one user, prompts of others in between")
     sheet.put("load.throughput", quantity(served * output, "token/s"), "token/s", "new tokens")
-    done = served * (output * flops_per_token(shape, 0) + prompt * flops_per_token(shape, 0))
+    done = served * (output + prompt) * flops_per_token(shape, 0)
     sheet.put("load.utilisation", quantity(done / peak), "%", "of the peak, prompts included")
     sheet.put("load.most", quantity(most, "1/s"), "1/s", f"requests that {max_running} together can be served")
     return sheet

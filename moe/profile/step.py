@@ -28,6 +28,7 @@ from moe.plan import step_work
 from moe.plan.experts import touched
 from moe.plan.work import What, Work
 from moe.profile.stopwatch import Part, timing
+from moe.serve.blocks import BLOCK_SIZE, blocks_for
 from moe.serve.pages import Pages, Segment
 from moe.serve.runner import Runner
 
@@ -189,9 +190,8 @@ def _decode(model: Transformer, tokens_B: Tensor, context: int) -> Callable[[], 
     if not 0 <= context < model.cfg.max_seq_len:
         raise ValueError(f"context = {context}: must be at least 0 and less than max_seq_len = {model.cfg.max_seq_len}")
     weight = model.embedding.weight
-    size = 16
-    each = -(-(context + 1) // size)
-    pages = Pages(model.cfg, len(tokens_B) * each, size, weight.dtype, weight.device)
+    each = blocks_for(context + 1)
+    pages = Pages(model.cfg, len(tokens_B) * each, BLOCK_SIZE, weight.dtype, weight.device)
     for layer in pages.layers:
         for stored in layer:
             stored.normal_()

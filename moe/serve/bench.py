@@ -22,6 +22,7 @@ from moe.plan.load import under_load
 from moe.plan.quantities import Sheet
 from moe.plan.serving import decode
 from moe.plan.shape import shape_of
+from moe.serve.blocks import BLOCK_SIZE, blocks_for
 from moe.serve.engine import Engine, check_served
 from moe.serve.request import SamplingParams
 from moe.serve.roofline import DTYPES, Pass, watch
@@ -271,8 +272,7 @@ class Bench:
 
     def _engine(self, max_running: int) -> Engine:
         """With the blocks that so many of the longest requests need."""
-        size = self.settings.get("block_size", 16)
-        blocks = max_running * -(-self.workload.longest // size)
+        blocks = max_running * blocks_for(self.workload.longest, self.settings.get("block_size", BLOCK_SIZE))
         return Engine(self.model, max_running=max_running, num_blocks=blocks, **self.settings)
 
     def _run(self, engine: Engine, parts: Sequence[tuple[list[Job], list[float]]]) -> Run:

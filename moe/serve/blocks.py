@@ -12,6 +12,13 @@ from collections.abc import Iterable, Sequence
 
 from moe.errors import ConfigError
 
+BLOCK_SIZE = 16  # tokens, unless an engine is told otherwise
+
+
+def blocks_for(n_tokens: int, block_size: int = BLOCK_SIZE) -> int:
+    """How many blocks so many tokens need."""
+    return -(-n_tokens // block_size)
+
 
 def block_hash(before: bytes, tokens: Sequence[int], salt: bytes = b"") -> bytes:
     """The name of a full block: of its tokens and all before it (`before`: the name of the block before).
@@ -50,7 +57,7 @@ class BlockPool:
 
     def blocks_for(self, n_tokens: int) -> int:
         """How many blocks so many tokens need."""
-        return -(-n_tokens // self.block_size)
+        return blocks_for(n_tokens, self.block_size)
 
     def take(self, n: int) -> list[int] | None:
         """`n` blocks for one holder, emptied; None, and nothing taken, where fewer are free."""

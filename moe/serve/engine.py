@@ -8,7 +8,8 @@ import operator
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from moe.errors import ConfigError, ServeError
 from moe.model import Transformer
-from moe.serve.blocks import BlockPool
+from moe.serve.blocks import BLOCK_SIZE, BlockPool
 from moe.serve.choice import Choice, choose, wanted
 from moe.serve.controller import Controller
 from moe.serve.draft import proposer_of
@@ -74,7 +75,7 @@ class Engine:
         model: Transformer,
         tokenizer: Tokenizer | None = None,
         *,
-        block_size: int = 16,
+        block_size: int = BLOCK_SIZE,
         num_blocks: int | None = None,
         max_batch_tokens: int = 2048,
         max_running: int = 64,
@@ -170,6 +171,17 @@ class Engine:
         group = self._groups.get(request_id)
         for request in [] if group is None else [*group.active]:
             self._finish(request, "abort")
+
+    @contextmanager
+    def listening(self, listener: Callable[[Step], Any]) -> Iterator[None]:
+        """Inside the block `listener` gets every step, with its routing."""
+        before, self.runner.record = self.runner.record, True
+        self.listeners.append(listener)
+        try:
+            yield
+        finally:
+            self.listeners.remove(listener)
+            self.runner.record = before
 
     def abort_all(self) -> None:
         """Every request ends here, with reason "abort"."""

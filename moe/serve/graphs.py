@@ -117,7 +117,7 @@ class DecodeGraphs:
         step.one.fill(segments)
         logits_TV, routing = step.replay()
         rows_N = on_device(logits_TV.device, [*wanted])
-        return logits_TV.index_select(0, rows_N), [choice._make(t[:T] for t in choice) for choice in routing]
+        return logits_TV.index_select(0, rows_N), [chosen._make(t[:T] for t in chosen) for chosen in routing]
 
     def _made(self, n_requests: int, query_len: int, max_seq_len: int) -> _Step:
         one = DecodePass(self._pages, n_requests, query_len, max_seq_len)

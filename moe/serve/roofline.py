@@ -94,13 +94,8 @@ class Roofline:
 def watch(engine: Engine, machine: Hardware) -> Iterator[Roofline]:
     """Listens to the engine's steps inside the block."""
     found = Roofline(engine, machine)
-    before, engine.runner.record = engine.runner.record, True
-    engine.listeners.append(found)
-    try:
+    with engine.listening(found):
         yield found
-    finally:
-        engine.listeners.remove(found)
-        engine.runner.record = before
 
 
 def _pass(

@@ -7,6 +7,7 @@ import torch
 from moe.device import free_memory
 from moe.errors import ConfigError
 from moe.model import Transformer
+from moe.serve.blocks import blocks_for
 from moe.serve.pages import Pages
 
 # Of the memory that is free: on a GPU all but what passes and the allocator's gaps take; on a CPU others need some.
@@ -33,7 +34,7 @@ def blocks_that_fit(
     room = int(free * _SHARE.get(device.type, _SHARE_ELSEWHERE))
     each = sum(Pages.block_bytes(m.cfg, block_size, m.embedding.weight.dtype, kv_cache_dtype) for m in models)
     context = models[0].cfg.max_seq_len
-    needed = -(-context // block_size)
+    needed = blocks_for(context, block_size)
     if room < needed * each:
         raise ConfigError(
             f"num_blocks = None: keys and values of {context} tokens, the context of {models[0].cfg.name}, take "

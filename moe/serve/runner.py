@@ -45,7 +45,7 @@ def fits(model: Transformer) -> bool:
     return all(type(m) in _KINDS and untouched(m, type(m)) for m in model.modules())
 
 
-class Choice(NamedTuple):
+class Routed(NamedTuple):
     """What a layer's router chose, for each token of a pass."""
 
     ids_TK: Tensor
@@ -92,7 +92,7 @@ class Runner:
                 )
         self.model, self.pages, self.batch_invariant = model, pages, batch_invariant
         self.record = False
-        self.routing: list[Choice] = []
+        self.routing: list[Routed] = []
         tile = INVARIANT_ROWS if batch_invariant else 0
         self._fused = _Fused(model, quantization, tile) if ours else None
         self._graphs = DecodeGraphs(pages, self._fused) if self._fused and pages.device.type == "cuda" else None
@@ -108,18 +108,18 @@ class Runner:
         self.routing = routing if self.record else []
         return logits_NV
 
-    def _modules(self, one: Pass, rows_N: Tensor) -> tuple[Tensor, list[Choice]]:
+    def _modules(self, one: Pass, rows_N: Tensor) -> tuple[Tensor, list[Routed]]:
         """The output layer sees wanted rows only, but for a model that somebody has changed as a whole."""
         cache: Any = one
         if not untouched(self.model, Transformer):
             out = self.model(one.tokens_T.unsqueeze(0), cache=cache)
-            return out.logits_BSV[0].index_select(0, rows_N), [Choice(r.ids_TK, r.weights_TK) for r in out.routing]
+            return out.logits_BSV[0].index_select(0, rows_N), [Routed(r.ids_TK, r.weights_TK) for r in out.routing]
         x_1TD, T, routing = self.model.embedding(one.tokens_T.unsqueeze(0)), len(one.tokens_T), []
         blocks: Any = self.model.blocks
         for block, attend in zip(blocks, one.attends(T), strict=True):
             x_1TD, r = block(x_1TD, one.rope(T), attend)
             if r is not None:
-                routing.append(Choice(r.ids_TK, r.weights_TK))
+                routing.append(Routed(r.ids_TK, r.weights_TK))
         return self.model.head(self.model.norm(x_1TD.index_select(1, rows_N)))[0], routing
 
 
@@ -179,7 +179,7 @@ class _Fused:
         run = functools.partial(ops.expert_mlp_quantized, activation=activation, batch_invariant=tile > 0)
         return lambda x, weights, ids: run(x, small, weights, ids)
 
-    def __call__(self, one: Pass, rows_N: Tensor) -> tuple[Tensor, list[Choice]]:
+    def __call__(self, one: Pass, rows_N: Tensor) -> tuple[Tensor, list[Routed]]:
         T, H, C, routing = len(one.tokens_T), self.n_heads, self.head_dim, []
         cos, sin = one.rope(T)
         with span("embedding"):
@@ -200,7 +200,7 @@ class _Fused:
                 continue
             with span("router"):
                 weights_TK, ids_TK = one.leave_out_padding(*layer.choose(layer.router(cast(n_TD, self.wide))))
-                routing.append(Choice(ids_TK, weights_TK))
+                routing.append(Routed(ids_TK, weights_TK))
             x_TD = layer.mlp(n_TD, weights_TK, ids_TK).add_(x_TD)
         n_ND = self._norm(x_TD.index_select(0, rows_N), self.norm_D)
         with span("head"):

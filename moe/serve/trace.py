@@ -35,13 +35,10 @@ def record(engine: Engine, path: str | os.PathLike[str]) -> Iterator[Recorder]:
     """
     with Recorder(path, engine.model.cfg.experts.n_experts) as recorder:
         watch = _Watch(engine, recorder)
-        before, engine.runner.record = engine.runner.record, True
-        engine.listeners.append(watch)
         try:
-            yield recorder
+            with engine.listening(watch):
+                yield recorder
         finally:
-            engine.listeners.remove(watch)
-            engine.runner.record = before
             watch.flush()
 
 

@@ -62,7 +62,7 @@ def forecast(cfg: Config, data_dir: str | Path | None, device: str | None = None
         tokens=schedule.windows * seq_len,
         passes=schedule.windows / windows if windows else None,
         memory=memory,
-        available=predicted.memory_available(where),
+        available=devices.memory_available(where),
         seconds=predicted.flop(cfg, schedule.windows) / rate,
         likely=None if step is None else step * schedule.windows / cfg.train.batch_size,
     )
@@ -76,7 +76,7 @@ def check_memory(cfg: Config, device: torch.device, frozen: bool = False) -> Non
     Args:
         frozen: adapters alone are trained: the weights are all that is sure to be there.
     """
-    available = predicted.memory_available(device)
+    available = devices.memory_available(device)
     dtype = devices.pick_dtype(cfg.train, device)
     length = cfg.train.seq_len or cfg.max_seq_len
     windows = micro_batch(cfg.train, length)

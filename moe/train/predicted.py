@@ -3,7 +3,6 @@
 import contextlib
 import ctypes
 import math
-import os
 import resource
 import sys
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from moe import device as devices
 from moe.config import Config, ExpertsConfig
 from moe.model import Transformer
 from moe.plan.calibrate import FILE, append_row
@@ -70,28 +70,6 @@ def _smallest_step() -> None:
     torch.optim.AdamW(model.parameters(), fused=True).step()
 
 
-def memory_available(device: torch.device) -> int:
-    """What the device has in all, or a container's share of it; 0 where the system does not say."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    try:
-        installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError):
-        return 0
-    return int(min(installed, *map(_limit, CGROUP_LIMITS)))
-
-
-# Of versions 2 and 1, as they are seen from inside a container.
-CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
-
-
-def _limit(file: Path) -> float:
-    try:
-        return int(file.read_text())
-    except (OSError, ValueError):  # no such file, or "max"
-        return math.inf
-
-
 def memory_peak(device: torch.device) -> int:
     """The most that it held since `reset_peak`."""
     if device.type == "cuda":
@@ -136,7 +114,7 @@ def trial_step(cfg: Config, micro_batch: int, dtype: torch.dtype, device: torch.
         windows = math.ceil(windows / 2)
     two = replace(two, train=replace(cfg.train, batch_size=windows, micro_batch=0, batch_ramp=""))
     need = process_memory(two, windows, dtype, device, 0)
-    if need > memory_available(device) / 2 or flop(two, windows) / rate > MAX_TRIAL_SECONDS:
+    if need > devices.memory_available(device) / 2 or flop(two, windows) / rate > MAX_TRIAL_SECONDS:
         return None
     one, both = (_trial(replace(two, n_layers=n), windows, dtype, device) for n in (1, 2))
     passed, updated = (

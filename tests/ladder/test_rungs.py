@@ -301,7 +301,7 @@ def test_a_replica_that_does_not_fit_is_refused_before_any_is_trained(small, tmp
     monkeypatch.setattr(rungs, "train", lambda *args, **kwargs: pytest.fail("trained"))
     needs = [forecast(rung.cfg, small.data_dir).memory for rung in (small.rungs[0], small.held_out)]
     assert needs[0] < needs[1]
-    monkeypatch.setattr("moe.train.predicted.memory_available", lambda device: 2**20)
+    monkeypatch.setattr("moe.device.memory_available", lambda device: 2**20)
     with pytest.raises(TrainError, match="does not fit: a step needs"):
         climb(small, tmp_path / "out")
     assert not (tmp_path / "out").exists()

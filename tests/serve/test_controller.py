@@ -110,11 +110,16 @@ WINNING = {
 }
 
 
-@pytest.mark.parametrize("n", [1, 8, 64])
-@pytest.mark.parametrize("machine", LOSING.values(), ids=LOSING)
+@pytest.mark.parametrize(
+    ("machine", "n"),
+    [
+        pytest.param(machine, n, id=f"{name}-{n}")
+        for name, machine in LOSING.items()
+        for n in (1, 8, 64)
+        if machine.best(n)[0] == 0  # at others guessing helps
+    ],
+)
 def test_where_guessing_loses_it_costs_two_percent_in_all(machine: Machine, n: int) -> None:
-    if machine.best(n)[0] != 0:
-        pytest.skip("helps at this batch size")
     tokens, seconds, controller, _ = machine.run(n, 1000)
     assert tokens / seconds >= 0.98 * machine.rate(n, 0)
     assert "will not help here" in controller.report()

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import moe
+from moe import device as devices
 from moe.config import load_config
 from moe.data import TokenData
 from moe.errors import ConfigError, DataError, TrainError
@@ -65,7 +66,7 @@ def test_what_does_not_fit_is_refused_before_data_are_read_or_written(tmp_path, 
 
 def test_a_smaller_share_of_the_batch_is_the_remedy_where_it_is_one(cfg, data_dir, tmp_path, monkeypatch):
     wide = cfg.with_overrides(["train.batch_size=4096", "train.seq_len=32"])
-    monkeypatch.setattr(predicted, "memory_available", lambda device: 2**28)
+    monkeypatch.setattr(devices, "memory_available", lambda device: 2**28)
     with pytest.raises(TrainError, match=r"lower train.micro_batch \(now 4096\)"):
         train(wide, tmp_path / "no data", tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
@@ -76,8 +77,8 @@ def test_a_containers_limit_counts(tmp_path, monkeypatch):
     (tmp_path / "limit").write_text("1000000\n")
     (tmp_path / "none").write_text("max\n")
     for files, available in (("limit", 10**6), ("none", None), ("absent", None)):
-        monkeypatch.setattr(predicted, "CGROUP_LIMITS", (tmp_path / files,))
-        found = predicted.memory_available(torch.device("cpu"))
+        monkeypatch.setattr(devices, "CGROUPS", ((tmp_path / files, tmp_path / "absent"),))
+        found = devices.memory_available(torch.device("cpu"))
         assert found == available or (available is None and found > 2**27)
 
 
