@@ -19,6 +19,11 @@ def span(component: str, phase: str = "forward") -> AbstractContextManager[objec
     return _SILENCE if _listener is None else _listener(component, phase)
 
 
+def heard() -> bool:
+    """Whether somebody listens."""
+    return _listener is not None
+
+
 @contextmanager
 def listening(listener: Listener) -> Iterator[None]:
     """Inside the block, every span is entered through `listener`.

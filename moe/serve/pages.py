@@ -159,7 +159,7 @@ class _Group:
         blocks: of all, equally many of each; a slice of the cache where they follow each other.
     """
 
-    def __init__(self, pages: Pages, low: int, segments: Sequence[Segment], may_slice: bool) -> None:
+    def __init__(self, pages: Pages, low: int, segments: Sequence[Segment]) -> None:
         size, unread = pages.block_size, pages.n_blocks
         self.low, self.n, self.S = low, len(segments), len(segments[0].token_ids)
         self.ends = [s.end for s in segments]
@@ -167,7 +167,7 @@ class _Group:
         most = max(map(len, used))
         first = used[0][0]
         self.blocks: Tensor | slice
-        if may_slice and self.n == 1 and all(b == first + i for i, b in enumerate(used[0])):
+        if self.n == 1 and all(b == first + i for i, b in enumerate(used[0])):
             self.blocks = slice(first, first + most)
         else:
             padded = [b for blocks in used for b in (*blocks, *[unread] * (most - len(blocks)))]
@@ -203,12 +203,12 @@ class Pass:
     """The tokens of some requests, on their way through the model once.
 
     Args:
-        row_by_row: every token attends by itself, over exactly the positions that it sees, in memory of its own: its
-            bits do not depend on what else is in the pass, or was computed before it.
+        all_paged: requests of many tokens attend as those of few do, so that a token's bits do not depend on what else
+            is in the pass, or was computed before it; of `Pages` that are paged.
     """
 
-    def __init__(self, pages: Pages, segments: Sequence[Segment], row_by_row: bool = False) -> None:
-        self._pages, size, self._row_by_row = pages, pages.block_size, row_by_row
+    def __init__(self, pages: Pages, segments: Sequence[Segment], all_paged: bool = False) -> None:
+        self._pages, size, self._all_paged = pages, pages.block_size, all_paged
         tokens, positions, slots = [], [], []
         for s in segments:
             tokens += s.token_ids
@@ -236,19 +236,19 @@ class Pass:
             if self._is_paged(group[0]):
                 found.append(_Paged(self._pages, low, group))
             else:
-                found.append(_Group(self._pages, low, group, may_slice=not self._row_by_row))
+                found.append(_Group(self._pages, low, group))
             low += sum(len(s.token_ids) for s in group)
         return found
 
     def _is_paged(self, s: Segment) -> bool:
         # The kernel's bits do not depend on the batch, those of other libraries for long prompts do.
-        return self._pages.paged and (len(s.token_ids) <= TOGETHER_TOKENS or self._row_by_row)
+        return self._pages.paged and (self._all_paged or len(s.token_ids) <= TOGETHER_TOKENS)
 
     def _attend_together(self, a: Segment, b: Segment) -> bool:
         if self._pages.paged:
             return self._is_paged(a) and self._is_paged(b)
         few = len(a.token_ids) == len(b.token_ids) <= TOGETHER_TOKENS
-        return few and max(a.end, b.end) <= TOGETHER_POSITIONS and not self._row_by_row
+        return few and max(a.end, b.end) <= TOGETHER_POSITIONS
 
     def rope(self, n: int) -> tuple[Tensor, Tensor]:
         """cos and sin, for `rotate`, of each token's position."""
@@ -277,11 +277,11 @@ class Pass:
                 continue
             rows = slice(group.low, group.low + group.n * group.S)
             q_THC = q_1THC[0, rows]
-            if not self._row_by_row and group.n == 1 and group.length == group.S and self._pages.dtype == k_1TNC.dtype:
+            if group.n == 1 and group.length == group.S and self._pages.dtype == k_1TNC.dtype:
                 kv_ANC = k_1TNC[0, rows], v_1TNC[0, rows]  # a prompt from its beginning: nothing is to be fetched
             else:
                 kv_ANC = self._pages.load(layer, group.blocks, q_THC.dtype)
-            parts.append((_by_row if self._row_by_row else _together)(group, q_THC, *kv_ANC))
+            parts.append(_together(group, q_THC, *kv_ANC))
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).unsqueeze(0)
 
 
@@ -299,14 +299,3 @@ def _together(group: _Group, q_THC: Tensor, k_ANC: Tensor, v_ANC: Tensor) -> Ten
     mask = group.mask(q_THC.dtype, q_THC.device, H // N)
     y_QNRC = F.scaled_dot_product_attention(q_QNRC, k_QANC.transpose(1, 2), v_QANC.transpose(1, 2), attn_mask=mask)
     return y_QNRC.view(Q, N, S, H // N, C).transpose(1, 2).reshape(T, H, C)
-
-
-def _by_row(group: _Group, q_SHC: Tensor, k_ANC: Tensor, v_ANC: Tensor) -> Tensor:
-    (S, H, C), N = q_SHC.shape, k_ANC.shape[1]
-    k_1NAC, v_1NAC = (x.transpose(0, 1).unsqueeze(0) for x in (k_ANC, v_ANC))
-    rows = []
-    for s, q_HC in enumerate(q_SHC):
-        seen = group.length - S + s + 1
-        q_1NGC = q_HC.reshape(1, N, H // N, C).clone()
-        rows.append(F.scaled_dot_product_attention(q_1NGC, k_1NAC[:, :, :seen], v_1NAC[:, :, :seen]).reshape(H, C))
-    return torch.stack(rows)

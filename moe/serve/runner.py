@@ -20,15 +20,17 @@ from moe.kernels.arguments import autocasts
 from moe.kernels.spans import span
 from moe.layers import MLP, Attention, Head, Linear, RMSNorm, at_least_fp32, cast, rotate, untouched
 from moe.model import Block, Embedding, Transformer
+from moe.serve import cpu
 from moe.serve.graphs import DecodeGraphs
 from moe.serve.pages import Pages, Pass, Segment
-from moe.serve.products import CpuExperts, Multiply, product
 from moe.serve.tables import on_device
 
 QUANTIZATIONS = (None, "int8", "fp8")
 # Rows of every product where results must not depend on the batch. Few: most of them are padding where single tokens
 # are decoded.
 INVARIANT_ROWS = 8
+
+Multiply = Callable[[Tensor], Tensor]
 
 _KINDS = {Transformer, nn.ModuleList, Embedding, Block, RMSNorm, Attention, Linear, MoE, Router, Experts, MLP, Head}
 
@@ -57,9 +59,9 @@ class Runner:
 
     A pass of few tokens computes little: the time goes into reading the weights and into starting operations, of which
     the modules of model.py need twice as many as are needed. So where every module is exactly ours and untouched, the
-    same computation is done from weights as the device reads them fastest (on a CPU from copies, which are packed after
-    some passes: see products.py), without modules between; results agree with the modules' up to rounding. Else the
-    modules run. The weights must not change while a runner is in use.
+    same computation is done without them: on a CPU by C kernels on copies of the weights (cpu.py), in float32, bfloat16
+    and float16; on CUDA by the ops of moe.kernels. Results agree with the modules' up to rounding. Else the modules
+    run. The weights must not change while a runner is in use.
 
     `record`: whether `routing` shall hold, after a pass, the choices of each layer with experts, on the model's device.
 
@@ -67,8 +69,8 @@ class Runner:
         quantization: the expert weights in eight bits, "int8" (on a CPU and on CUDA) or "fp8" (e4m3, on CUDA), one
             scale for each output channel; None: as they are.
         batch_invariant: a token's logits have the same bits whatever else is in its pass, and however the positions
-            before it were computed: products of a fixed number of rows, attention token by token. On one machine, with
-            one number of threads, and as long as a library's product of one shape is always computed alike.
+            before it were computed. On one machine, and on CUDA as long as a library's product of one shape is always
+            computed alike: there products are of a fixed number of rows.
 
     Raises:
         ConfigError: a setting that this model or device cannot have.
@@ -83,26 +85,30 @@ class Runner:
             raise ConfigError(f'quantization = "fp8": {pages.device.type} multiplies no such numbers; take "int8"')
         if quantization == "fp8" and (reason := cards.why_not_e4m3(pages.device)):
             raise ConfigError(f'quantization = "fp8": {reason}; take "int8"')
-        ours = fits(model)
+        reason = _why_modules(model, pages)
         for name, value in (("quantization", quantization), ("batch_invariant", batch_invariant)):
-            if value and not ours:
-                raise ConfigError(
-                    f"{name} = {value!r}: needs a model of plain modules, and this one has others in their place "
-                    "(adapters, hooks, imported parts) or runs under autocast; merge them, or leave the setting out"
-                )
+            if value and reason:
+                raise ConfigError(f"{name} = {value!r}: {reason}, or leave the setting out")
         self.model, self.pages, self.batch_invariant = model, pages, batch_invariant
         self.record = False
         self.routing: list[Routed] = []
-        tile = INVARIANT_ROWS if batch_invariant else 0
-        self._fused = _Fused(model, quantization, tile) if ours else None
-        self._graphs = DecodeGraphs(pages, self._fused) if self._fused and pages.device.type == "cuda" else None
+        self._cpu = self._fused = self._graphs = None
+        if reason is None and pages.device.type == "cpu":
+            self._cpu = cpu.CpuModel(model, pages, quantization is not None)
+        elif reason is None:
+            self._fused = Fused(model, quantization, INVARIANT_ROWS if batch_invariant else 0)
+            self._graphs = DecodeGraphs(pages, self._fused) if pages.device.type == "cuda" else None
 
     @torch.no_grad()
     def __call__(self, segments: Sequence[Segment], wanted: Sequence[int]) -> Tensor:
         """Stores the tokens' keys and values; the logits [N, V] after the `wanted` rows of the pass."""
+        if self._cpu is not None:
+            logits_NV, chosen = self._cpu(segments, wanted, self.record)
+            self.routing = [Routed(*both) for both in chosen]
+            return logits_NV
         done = None if self._graphs is None else self._graphs(segments, wanted)
         if done is None:
-            one = Pass(self.pages, segments, row_by_row=self.batch_invariant)
+            one = Pass(self.pages, segments, all_paged=self.batch_invariant)
             done = (self._fused or self._modules)(one, on_device(self.pages.device, [*wanted]))
         logits_NV, routing = done
         self.routing = routing if self.record else []
@@ -123,6 +129,18 @@ class Runner:
         return self.model.head(self.model.norm(x_1TD.index_select(1, rows_N)))[0], routing
 
 
+def _why_modules(model: Transformer, pages: Pages) -> str | None:
+    """Why a model's own modules have to run, and what to do about it; None if nothing needs them."""
+    if not fits(model):
+        return (
+            "needs a model of plain modules, and this one has others in their place (adapters, hooks, imported parts) "
+            "or runs under autocast; merge them"
+        )
+    if pages.device.type == "cpu" and (reason := cpu.why_not(model, pages)):
+        return f"needs the kernels for CPUs, and {reason}; make them possible"
+    return None
+
+
 # ------------------------------------------------------------------------------------------------- without modules
 
 
@@ -136,42 +154,40 @@ class _Layer(NamedTuple):
     mlp: Callable[..., Tensor]
 
 
-class _Fused:
-    """Holds copies of the norms and of the query, key and value weights; on a CPU of more (products.py)."""
+class Fused:
+    """A model of plain modules as few operations. It holds copies of the norms and of the query, key and value weights.
+
+    Args:
+        tile: rows of a product, always as many: then a row's bits do not depend on the others. 0: all there are.
+    """
 
     def __init__(self, model: Transformer, quantization: str | None, tile: int) -> None:
         self.embedding = model.embedding.weight
         self.dtype = self.embedding.dtype
         self.wide = at_least_fp32(self.dtype)
         self.n_heads, self.head_dim = model.cfg.attention.n_heads, model.cfg.attention.head_dim
-        self.eps, self.d_model = model.cfg.norm_eps, model.cfg.d_model
-        self.on_cpu = self.embedding.device.type == "cpu"
-        # x / rms(x) = x * sqrt(D) / sqrt(|x|^2 + D eps): on a CPU the sqrt(D) moves into the norm's weight, and what is
-        # left is a hypotenuse.
-        self.root_eps = torch.tensor((self.eps * self.d_model) ** 0.5, dtype=self.wide)
+        self.eps = model.cfg.norm_eps
         self.layers = []
         blocks: Any = model.blocks
         for block in blocks:
             self.layers.append(self._layer(block, quantization, tile))
-        self.norm_D = self._norm_weight(model.norm)
-        self.head = product(model.head.weight, tile)
+        self.norm_D = self._wide(model.norm.weight)
+        self.head = _product(model.head.weight, tile)
 
     def _layer(self, block: Any, quantization: str | None, tile: int) -> _Layer:
         a, moe = block.attention, block.moe
-        wqkv = product(torch.cat([w.weight for w in (a.wq, a.wk, a.wv)]), tile)
+        wqkv = _product(torch.cat([w.weight for w in (a.wq, a.wk, a.wv)]), tile)
         router = choose = None
         if moe is None:
             mlp = _dense(block.mlp, tile)
         else:
-            router, choose = product(cast(moe.router.weight, self.wide), tile), moe.router.choose
+            router, choose = _product(self._wide(moe.router.weight), tile), moe.router.choose
             mlp = self._experts(moe.experts, quantization, tile)
-        norms = self._norm_weight(block.attention_norm), self._norm_weight(block.mlp_norm)
-        return _Layer(norms[0], wqkv, product(a.wo.weight, tile), norms[1], router, choose, mlp)
+        norms = self._wide(block.attention_norm.weight), self._wide(block.mlp_norm.weight)
+        return _Layer(norms[0], wqkv, _product(a.wo.weight, tile), norms[1], router, choose, mlp)
 
     def _experts(self, experts: Experts, quantization: str | None, tile: int) -> Callable[..., Tensor]:
         w_in, w_out, activation = experts.w_in_EGFD, experts.w_out_EDF, experts.activation
-        if self.on_cpu:
-            return CpuExperts(experts, quantization, tile)
         if quantization is None:
             run = functools.partial(ops.expert_mlp_inference, activation=activation, batch_invariant=tile > 0)
             return lambda x, weights, ids: run(x, w_in, w_out, weights, ids)
@@ -206,20 +222,33 @@ class _Fused:
         with span("head"):
             return self.head(n_ND), routing
 
-    def _norm_weight(self, norm: RMSNorm) -> Tensor:
-        weight_D = norm.weight.detach().to(self.wide)
-        return weight_D * self.d_model**0.5 if self.on_cpu else weight_D
+    def _wide(self, weight: Tensor) -> Tensor:
+        return cast(weight.detach(), self.wide)
 
     def _norm(self, x_TD: Tensor, weight_D: Tensor) -> Tensor:
         with span("norm"):
-            x_TD = cast(x_TD, self.wide)
-            if not self.on_cpu:
-                return cast(F.rms_norm(x_TD, weight_D.shape, weight_D, self.eps), self.dtype)
-            length_T1 = torch.linalg.vector_norm(x_TD, dim=1, keepdim=True).hypot_(self.root_eps)
-            return cast((x_TD / length_T1).mul_(weight_D), self.dtype)
+            return cast(F.rms_norm(cast(x_TD, self.wide), weight_D.shape, weight_D, self.eps), self.dtype)
 
 
 def _dense(mlp: MLP, tile: int) -> Multiply:
-    up, down = product(mlp.w_in.weight, tile), product(mlp.w_out.weight, tile)
+    up, down = _product(mlp.w_in.weight, tile), _product(mlp.w_out.weight, tile)
     gates = ops.ACTIVATIONS[mlp.activation]
     return lambda x_TD: down(ops.activate(up(x_TD).unflatten(1, (gates, -1)), mlp.activation))
+
+
+def _product(w_OI: Tensor, tile: int) -> Multiply:
+    """x [T, I] -> x @ w.T [T, O], `tile` rows at a time."""
+    w_IO = w_OI.detach().t()
+    if not tile:
+        return lambda x_TI: torch.mm(x_TI, w_IO)
+
+    def tiled(x_TI: Tensor) -> Tensor:
+        T, width = x_TI.shape
+        padded_TI = x_TI.new_zeros(-(-T // tile) * tile, width)
+        padded_TI[:T] = x_TI
+        # Every tile begins where a new tensor does: libraries choose by alignment, too.
+        copied = tile * width * x_TI.itemsize % 64 != 0
+        parts = [part.clone() if copied else part for part in padded_TI.split(tile)]
+        return torch.cat([torch.mm(part, w_IO) for part in parts])[:T]
+
+    return tiled
