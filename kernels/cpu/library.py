@@ -31,7 +31,8 @@ class Library(ctypes.CDLL):
         self.bytes_needed.argtypes = [pointer, pointer]
         self.run.argtypes = [pointer, pointer, number, number]
         self.multiply_rows.argtypes = [pointer, number, pointer, number, pointer, pointer]
-        self.run.restype = self.multiply_rows.restype = None
+        self.activate_row.argtypes = [pointer, number, pointer, pointer]
+        self.run.restype = self.multiply_rows.restype = self.activate_row.restype = None
         self.panel = 2 * self.lanes()
 
 
@@ -70,18 +71,19 @@ def _loaded() -> Library | str:
         return f"the compiled kernels cannot be kept or loaded: {error}"
 
 
-def compiled(compiler: str, march: str = "native") -> Path:
+def compiled(compiler: str, march: str = "native", more: tuple[str, ...] = ()) -> Path:
     """The compiled file, made if it is not there.
 
     Args:
         march: what the compiler calls the processor.
+        more: flags behind the usual ones.
 
     Raises:
         subprocess.CalledProcessError: the compiler refuses.
         OSError: it cannot be written.
     """
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    said = (version, march, *FLAGS, _processor() if march == "native" else "")
+    said = (version, march, *FLAGS, *more, _processor() if march == "native" else "")
     digest = hashlib.sha256("\0".join([*said, *((_HERE / name).read_text() for name in SOURCES)]).encode())
     directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt4-moe"
     path = directory / f"cpu-{digest.hexdigest()[:24]}.so"
@@ -93,7 +95,7 @@ def compiled(compiler: str, march: str = "native") -> Path:
     os.close(handle)
     try:
         source = str(_HERE / SOURCES[-1])
-        command = [compiler, *FLAGS, f"-march={march}", "-o", made, source, "-lm"]
+        command = [compiler, *FLAGS, *more, f"-march={march}", "-o", made, source, "-lm"]
         subprocess.run(command, capture_output=True, text=True, check=True)
         os.replace(made, path)
     finally:

@@ -24,16 +24,20 @@ _UNIT = 32
 class Weight(ctypes.Structure):
     """Panels of a weight, or of one of each expert; it keeps them alive."""
 
-    _fields_ = (("data", c_void_p), ("scale", c_void_p)) + tuple(
-        (name, c_int64) for name in ("kind", "outputs", "inputs", "panels")
+    _fields_ = (
+        ("data", c_void_p),
+        ("scale", c_void_p),
+        ("kind", c_int64),
+        ("outputs", c_int64),
+        ("inputs", c_int64),
+        ("panels", c_int64),
     )
 
     @classmethod
     def of(cls, w_OI: Tensor) -> "Weight":
         """Of a product x @ w.T; a copy. Or [E, O, I]."""
         w_EOI = w_OI.detach().unsqueeze(0) if w_OI.ndim == 2 else w_OI.detach()
-        O = w_EOI.shape[1]
-        return cls._made(_pad(w_EOI, 1, library().panel), O, None)
+        return cls._made(_pad(w_EOI, 1, library().panel), w_EOI.shape[1], None)
 
     @classmethod
     def up(cls, w_EGFD: Tensor, quantized: bool) -> "Weight":
@@ -53,14 +57,16 @@ class Weight(ctypes.Structure):
 
     @classmethod
     def _made(cls, w_EOI: Tensor, outputs: int, scale_EO: Tensor | None) -> "Weight":
-        (E, O, I), R = w_EOI.shape, library().panel
+        (E, rows, inputs), R = w_EOI.shape, library().panel
+        panels = rows // R
         if w_EOI.dtype == torch.bfloat16:
-            w_EOI = _pad(w_EOI, 2, _UNIT)
-            data = w_EOI.view(E, O // R, R, -1, 2).permute(0, 1, 3, 2, 4).contiguous()
+            data = _pad(w_EOI, 2, _UNIT).view(E, panels, R, -1, 2).permute(0, 1, 3, 2, 4).contiguous()
         else:
-            data = w_EOI.view(E, O // R, R, I).transpose(2, 3).contiguous()
+            data = w_EOI.view(E, panels, R, inputs).transpose(2, 3).contiguous()
         scale = None if scale_EO is None else scale_EO.float().contiguous()
-        made = cls(data.data_ptr(), None if scale is None else scale.data_ptr(), KINDS[data.dtype], outputs, I, O // R)
+        made = cls(
+            data.data_ptr(), None if scale is None else scale.data_ptr(), KINDS[data.dtype], outputs, inputs, panels
+        )
         made.alive = data, scale
         return made
 
@@ -106,8 +112,5 @@ Pass: Any = structure(
     "Pass",
     {name: c_int64 for name in ("tokens", "segments", "wanted", "threads")}
     | {"ids_T": c_void_p, "segments_Q": POINTER(Segment)}
-    | {
-        name: c_void_p
-        for name in ("blocks", "wanted_N", "logits_NV", "chosen_LTK", "weights_LTK", "memory")
-    },
+    | {name: c_void_p for name in ("blocks", "wanted_N", "logits_NV", "chosen_LTK", "weights_LTK", "memory")},
 )

@@ -9,7 +9,6 @@ Shape suffixes: T tokens, N wanted positions, V vocabulary, L layers, K experts 
 import ctypes
 from array import array
 from collections.abc import Sequence
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -49,10 +48,10 @@ class CpuModel:
         self._library, self._pages, self.dtype = compiled.library(), pages, model.embedding.weight.dtype
         self._alive: list[Any] = []
         layers = [self._layer(block, quantized) for block in model.blocks]
-        none = pages.scales is None
+        scales = pages.scales or [(None, None)] * len(layers)
         caches = [
-            weights.Cache(k.data_ptr(), v.data_ptr(), *(None, None) if none else (s.data_ptr() for s in pages.scales[i]))
-            for i, (k, v) in enumerate(pages.layers)
+            weights.Cache(*(None if x is None else x.data_ptr() for x in (*kept, *theirs)))
+            for kept, theirs in zip(pages.layers, scales, strict=True)
         ]
         self._top_k = max((layer.chosen for layer in layers), default=0)
         self._has_experts = [i for i, layer in enumerate(layers) if layer.chosen]
@@ -144,9 +143,11 @@ class CpuModel:
             weights_LTK=None if weights_LTK is None else weights_LTK.data_ptr(),
         )  # fmt: skip
         self._run(one)
-        routing = [] if chosen_LTK is None or weights_LTK is None else [
-            (chosen_LTK[i], weights_LTK[i]) for i in self._has_experts
-        ]
+        routing = (
+            []
+            if chosen_LTK is None or weights_LTK is None
+            else [(chosen_LTK[i], weights_LTK[i]) for i in self._has_experts]
+        )
         return logits_NV.to(self.dtype), routing
 
     def _run(self, one: Any) -> None:

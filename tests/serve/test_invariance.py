@@ -1,7 +1,10 @@
 """A request's logits have the same bits alone, in any batch, in any pieces, from a warm cache, and after preemption."""
 
 import random
-from collections.abc import Callable
+import shutil
+import subprocess
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +15,8 @@ from torch import Tensor
 from moe import Transformer
 from moe.config import AttentionConfig, ExpertsConfig
 from moe.errors import ConfigError
-from moe.serve import products, runner
+from moe.kernels.cpu import library
+from moe.serve.cpu import CpuModel
 from moe.serve.engine import Engine
 from moe.serve.pages import Pages, Segment
 from moe.serve.request import SamplingParams
@@ -86,30 +90,25 @@ def test_bits_do_not_depend_on_the_batch(model: Transformer, quantization: str |
     holds()
 
 
-def _summed_by_parity(w_OI: Tensor, tile: int = 0) -> Callable[[Tensor], Tensor]:
-    """Products whose sums are in another order for odd numbers of rows, as libraries' often are."""
-    half = w_OI.shape[1] // 2
-
-    def multiply(x_TI: Tensor) -> Tensor:
-        if len(x_TI) % 2:
-            return x_TI[:, half:] @ w_OI[:, half:].t() + x_TI[:, :half] @ w_OI[:, :half].t()
-        return x_TI @ w_OI.t()
-
-    return multiply
-
-
-@pytest.mark.parametrize("where", ["experts", "projections"])
-def test_a_variant_product_is_noticed(model: Transformer, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products if where == "experts" else runner, "product", _summed_by_parity)
+def test_variant_kernels_are_noticed(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums that round in another way for odd numbers of tokens, as libraries' often do."""
+    compiler = shutil.which("gcc") or shutil.which("cc")
+    assert compiler is not None
     run = make(model)
-    alone = logits_of(run, 0, pieces=False, others=0)
-    assert any(not torch.equal(logits_of(run, seed, pieces=True, others=3), alone) for seed in range(3))
+    usual = run._cpu
+    assert usual is not None
+    try:
+        other = library.Library(library.compiled(compiler, "native", ("-ffp-contract=off",)))
+    except subprocess.CalledProcessError:
+        pytest.skip("the compiler has no such choice")
+    monkeypatch.setattr(library, "_loaded", lambda: other)
+    unusual = CpuModel(model, run.pages)
 
+    def by_parity(segments: Sequence[Segment], wanted: Sequence[int], record: bool) -> Any:
+        odd = sum(len(s.token_ids) for s in segments) % 2
+        return (unusual if odd else usual)(segments, wanted, record)
 
-def test_variant_attention_is_noticed(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Positions that are padding change the order of the sums over those that are not."""
-    run = make(model)
-    run.batch_invariant = False
+    monkeypatch.setattr(run, "_cpu", by_parity)
     alone = logits_of(run, 0, pieces=False, others=0)
     assert any(not torch.equal(logits_of(run, seed, pieces=True, others=3), alone) for seed in range(3))
 
@@ -139,15 +138,23 @@ def test_answers_are_the_same_alone_together_preempted_and_warm(model: Transform
     assert [(o.token_ids, o.logprobs) for o in cached] == [(o.token_ids, o.logprobs) for o in alone]
 
 
-def test_what_cannot_be_is_refused(model: Transformer) -> None:
+def test_what_cannot_be_is_refused(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
     pages = Pages(model.cfg, 4, SIZE, torch.float32, "cpu")
     with pytest.raises(ConfigError, match="quantization = 'int3'"):
         Runner(model, pages, quantization="int3")
     with pytest.raises(ConfigError, match=r'quantization = "fp8".*int8'):
         Runner(model, pages, quantization="fp8")
+    wide = lively(tiny_config(), torch.float64)
+    with pytest.raises(ConfigError, match=r"batch_invariant = True.*float32.*float64"):
+        Runner(wide, Pages(wide.cfg, 4, SIZE, torch.float64, "cpu"), batch_invariant=True)
     hook = model.head.register_forward_hook(lambda *_: None)
     try:
         with pytest.raises(ConfigError, match=r"batch_invariant = True.*plain modules"):
             Runner(model, pages, batch_invariant=True)
     finally:
         hook.remove()
+    monkeypatch.setenv(library.SWITCH, "0")
+    settings: list[dict[str, Any]] = [{"batch_invariant": True}, {"quantization": "int8"}]
+    for setting in settings:
+        with pytest.raises(ConfigError, match=rf"{[*setting][0]} = .*{library.SWITCH} = 0 forbids them"):
+            Runner(model, pages, **setting)

@@ -1,5 +1,6 @@
 """A pass without modules against the modules it goes around."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,8 +10,8 @@ from torch import nn
 from moe.config import ExpertsConfig, RopeConfig, RouterConfig
 from moe.generate import stream
 from moe.layers import KVCache
-from moe.serve.pages import Pages, Segment
-from moe.serve.runner import Runner, fits
+from moe.serve.pages import Pages, Pass, Segment
+from moe.serve.runner import Fused, Runner, fits
 from tests.conftest import rel, tiny_config
 from tests.test_model import lively
 
@@ -22,12 +23,23 @@ def tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:
 BLOCK = 4
 
 
+class Without:
+    """As on CUDA: the model as few operations, over pages for the kernel."""
+
+    def __init__(self, model: Any, pages: Pages) -> None:
+        pages.paged = True
+        self.pages, self.fused = pages, Fused(model, None, 0)
+
+    def __call__(self, segments: list[Segment], wanted: list[int]) -> torch.Tensor:
+        return self.fused(Pass(self.pages, segments), torch.tensor(wanted))[0]
+
+
 @torch.no_grad()
-def both_ways(model: Any, batch: int, steps: int = 5) -> float:
+def both_ways(model: Any, batch: int, steps: int = 5, made: Callable[[Any, Pages], Any] = Runner) -> float:
     """The largest relative difference of logits, keys and values over some passes after a prompt of 7 tokens."""
     dtype = model.embedding.weight.dtype
     cache, pages = KVCache(model.cfg, batch, 7 + steps, dtype, "cpu"), Pages(model.cfg, 3 * batch, BLOCK, dtype, "cpu")
-    runner, differences = Runner(model, pages), []
+    runner, differences = made(model, pages), []
     new, start = tokens(batch, 7), 0
     for position in range(7, 7 + steps + 1):
         rows = new.tolist()
@@ -67,13 +79,15 @@ def test_same_logits_and_cache_as_the_modules(changes: dict[str, Any], batch: in
                 block.moe.router.bias_E.copy_(torch.tensor([0.9, -0.4, 0.1, -0.2, 0.5]))
         assert fits(model)
         assert both_ways(model, batch) < tolerance
+        assert both_ways(model, batch, made=Without) < tolerance
 
 
 def test_same_logits_with_scaled_positions() -> None:
     cfg = tiny_config()
     rope = RopeConfig(scaling="yarn", factor=4.0, original_max_seq_len=10)
     attention = cfg.attention.__class__(n_heads=4, n_kv_heads=1, head_dim=10, rope=rope)
-    assert both_ways(lively(tiny_config(attention=attention)), 2) < 1e-13
+    assert both_ways(lively(tiny_config(attention=attention), torch.float32), 2) < 2e-6
+    assert both_ways(lively(tiny_config(attention=attention)), 2, made=Without) < 1e-13
 
 
 def test_bfloat16_stays_bfloat16() -> None:
