@@ -59,7 +59,7 @@ def forward_backward(model: Transformer, meshes: Meshes, batch: Batch, counts: C
     counts = counts_of(batch.targets_BS, meshes) if counts is None else counts
     model.positions.documents_BS = batch.documents_BS  # type: ignore[union-attr]
     cp = meshes.dense["cp"]
-    tokens_BS, targets_BS = (_piece(x, cp) for x in (batch.tokens_BS, batch.targets_BS))
+    tokens_BS, targets_BS = (piece(x, cp) for x in (batch.tokens_BS, batch.targets_BS))
     out = model(tokens_BS, targets_BS)
     # Of router losses every rank of cp has those of whole sequences.
     sums = out.sums._replace(balance=out.sums.balance / cp.size(), z=out.sums.z / cp.size())
@@ -68,7 +68,8 @@ def forward_backward(model: Transformer, meshes: Meshes, batch: Batch, counts: C
     return _everywhere(model, meshes, sums, counts, out.routing)
 
 
-def _piece(x_BS: Tensor, cp: Any) -> Tensor:
+def piece(x_BS: Tensor, cp: Any) -> Tensor:
+    """The positions of this rank of cp."""
     return x_BS.chunk(cp.size(), 1)[cp.get_local_rank()].contiguous()
 
 

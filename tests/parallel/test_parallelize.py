@@ -15,6 +15,7 @@ from moe.parallel.apply import parallelize
 from moe.parallel.degrees import Degrees
 from moe.parallel.mesh import make_meshes
 from moe.parallel.step import Batch, clip_gradients, forward_backward, gradient_norm
+from moe.weights import init_weights
 from tests.conftest import tiny_config
 from tests.parallel import ranks
 
@@ -42,8 +43,17 @@ def batch() -> tuple[Tensor, Tensor]:
     return tokens[:, :-1], targets
 
 
+def made(cfg: Config) -> Transformer:
+    """In float64, every weight as it is drawn in float64."""
+    with torch.device("meta"):
+        model = Transformer(cfg).double()
+    model.to_empty(device="cpu")
+    init_weights(model, 7)
+    return model
+
+
 def one_process(cfg: Config) -> dict[str, Any]:
-    model = Transformer(cfg, seed=7).double()
+    model = made(cfg)
     tokens, targets = batch()
     out = model(tokens, targets)
     objective(cfg.router, out.sums, Counts(int((targets != -100).sum()), B, B * S)).backward()
@@ -61,7 +71,7 @@ def on_ranks(cfg: Config, degrees: Degrees) -> dict[str, float]:
     """The largest errors, relative, of everything, on this rank."""
     want = one_process(cfg)
     meshes = make_meshes(degrees, torch.device("cpu"))
-    model = parallelize(Transformer(cfg, seed=7).double(), meshes)
+    model = parallelize(made(cfg), meshes)
     mine = slice(*(meshes.data.get_local_rank() * B // degrees.dp + n for n in (0, B // degrees.dp)))
     tokens, targets = batch()
     done = forward_backward(model, meshes, Batch(tokens[mine], targets[mine]))
