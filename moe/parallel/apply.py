@@ -35,7 +35,9 @@ def parallelize(model: Transformer, meshes: Meshes) -> Transformer:
 def _shard(model: Transformer, meshes: Meshes) -> None:
     """FSDP: of the experts over what expert parallelism leaves, of all else over the ranks with other tokens."""
     dense, experts = _sharding_mesh(meshes.dense, "dp_shard", "cp"), _sharding_mesh(meshes.experts, "efsdp")
-    stay = meshes.degrees.zero == 2
+    # A pipeline comes back to its weights soon, and schedules that take a backward apart find no gradients of weights that
+    # were dropped between.
+    stay = meshes.degrees.zero == 2 or meshes.degrees.pp > 1
     blocks: Any = model.blocks
     for block in blocks:
         if block is None:

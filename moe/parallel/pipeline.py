@@ -63,6 +63,10 @@ class _Stage(Transformer):
     collected: list[tuple[Sums, list[Tensor]]]
     positions: Any
 
+    def _check_input(self, tokens: Tensor, *others: Any) -> None:
+        if self.embedding is not None:  # hidden states are a piece of the sequence, whose targets are not
+            super()._check_input(tokens, *others)
+
     def forward(  # type: ignore[override]
         self, x: Tensor, targets_BS: Tensor | None = None, documents_BS: Tensor | None = None
     ) -> Tensor:
@@ -189,9 +193,7 @@ class Pipeline:
     def _schedule(self, B: int, S: int) -> Any:
         degrees, device = self.meshes.degrees, self.meshes.device
         tokens = torch.zeros(B, S, dtype=torch.int64, device=device)
-        hidden = torch.zeros(
-            B, S // degrees.tp, self.cfg.d_model, dtype=self.dtype, device=device, requires_grad=True
-        )
+        hidden = torch.zeros(B, S // degrees.tp, self.cfg.d_model, dtype=self.dtype, device=device, requires_grad=True)
         loss, stages = torch.zeros(1, dtype=self.dtype, device=device, requires_grad=True), []
         for i, part in zip(self.places, self.parts, strict=True):
             stages.append(

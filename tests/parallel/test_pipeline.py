@@ -37,7 +37,9 @@ def on_ranks(cfg: Config, degrees: Degrees) -> dict[str, float]:
     return errors
 
 
-@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleaved-1f1b", "looped-bfs", "interleaved-zero-bubble", "zbv", "dualpipev"])
+@pytest.mark.parametrize(
+    "schedule", ["gpipe", "1f1b", "interleaved-1f1b", "looped-bfs", "interleaved-zero-bubble", "zbv", "dualpipev"]
+)
 def test_every_schedule(schedule: str) -> None:
     check(config(), Degrees(pp=2, schedule=schedule))
 
