@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from moe.errors import ConfigError
 
@@ -47,18 +49,18 @@ def connect(device: torch.device, world: int | None = None, timeout: timedelta =
         os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
-    store, rank, ranks = next(dist.rendezvous("env://", timeout=timeout))
-    life = dist.PrefixStore(f"life {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    store, rank, ranks = next(rendezvous("env://", timeout=timeout))
+    life = PrefixStore(f"life {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=life, rank=rank, world_size=ranks, timeout=timeout)
     return device
 
 
 def start(world: int, function: Callable[..., Any], *args: Any, max_restarts: int = 0) -> Any:
-    """Runs `function(*args)`, which a module defines at its top, on `world` ranks of this machine -> what rank 0 returns.
+    """Runs `function(*args)`, which a module defines at its top, on `world` ranks of this machine -> rank 0's result.
 
-    Each has its share of the processor's cores. Signals that end this process end them; if one fails, all are ended, and
-    started again up to `max_restarts` times.
+    Each has its share of the processor's cores. Signals that end this process end them; if one fails, all are ended,
+    and started again up to `max_restarts` times.
 
     Raises:
         ChildFailedError: (torch's) a rank failed for the last time; it names the first, and its traceback.

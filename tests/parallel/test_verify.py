@@ -113,7 +113,11 @@ def balance_of_a_piece() -> None:
 def router_without_the_rows_elsewhere() -> None:
     """Under expert parallelism routing weights lose their gradient on the way."""
     plain = expert.DividedExperts.forward
-    expert.DividedExperts.forward = lambda self, x, weights, ids: plain(self, x, weights.detach(), ids)
+
+    def forward(self: Any, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        return plain(self, x, weights.detach(), ids)
+
+    expert.DividedExperts.forward = forward  # type: ignore[method-assign]
 
 
 def tokens_counted_twice() -> None:
