@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -26,6 +26,9 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.checkpoint.state_dict_loader import load as load_state
+from torch.distributed.checkpoint.state_dict_saver import async_save
+from torch.distributed.checkpoint.state_dict_saver import save as save_state
 
 from moe.config import Config
 from moe.errors import CheckpointError
@@ -34,6 +37,8 @@ from moe.model import Transformer
 
 VERSION = 1
 _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+# torch's own is no Exception.
+_ANYTHING = (Exception, CheckpointException)
 _NAME = re.compile(r"step-(\d+)$")
 
 
@@ -49,7 +54,7 @@ class Checkpoints:
         self.directory, self.keep_last, self.keep_every = directory, max(1, keep_last), keep_every
         self._writing: tuple[int, Future[Any]] | None = None
         # Of its own: what is written behind the training must not mix with its messages.
-        self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self._group: Any = dist.new_group(backend="gloo") if dist.is_initialized() else None
 
     def save(
         self, step: int, parts: Sequence[nn.Module], optimizers: Sequence[Any], extra: Mapping[str, Any],
@@ -75,10 +80,10 @@ class Checkpoints:
         self._barrier()
         state = _state(parts, optimizers)
         if self._group is None:
-            dcp.save(state, checkpoint_id=place)
+            save_state(state, checkpoint_id=place)
             self._prune()
         else:
-            made = dcp.async_save(state, checkpoint_id=place, process_group=self._group)
+            made = async_save(state, checkpoint_id=place, process_group=self._group)
             self._writing = step, made  # type: ignore[assignment]
             if wait:
                 self.finish()
@@ -94,7 +99,7 @@ class Checkpoints:
         (step, writing), self._writing = self._writing, None
         try:
             writing.result()
-        except Exception as error:
+        except _ANYTHING as error:
             raise CheckpointError(f"checkpoint of step {step} was not written: {_reason(error)}") from error
         self._barrier()
         self._prune()
@@ -138,10 +143,10 @@ class Checkpoints:
                 raise ValueError(f"version {said['version']} is not known here, but {VERSION}")
             extra = said["extra"]
             _check_names(place, state)
-            dcp.load(state, checkpoint_id=place)
+            load_state(state, checkpoint_id=place)
         except CheckpointError:
             raise
-        except Exception as error:  # of a damaged file anything
+        except _ANYTHING as error:  # of a damaged file
             reason = _reason(error)
         reason = _first(reason)
         if reason is None:
@@ -182,8 +187,8 @@ def read_model(place: Path, cfg: Config) -> Transformer:
     model = Transformer(cfg)
     state = {"model": model.state_dict()}
     try:
-        dcp.load(state, checkpoint_id=place, no_dist=True)
-    except Exception as error:
+        load_state(state, checkpoint_id=place, no_dist=True)
+    except _ANYTHING as error:
         raise CheckpointError(f"{place}: {_reason(error)}") from error
     model.load_state_dict(state["model"])
     return model
@@ -227,6 +232,7 @@ def _first(reason: str | None) -> str | None:
 
 
 def _reason(error: BaseException) -> str:
+    """Its last line: torch's begins with the traceback of every rank."""
     lines = (str(error) or type(error).__name__).strip().splitlines()
     return next((line.strip() for line in reversed(lines) if line.strip()), type(error).__name__)[:300]
 
