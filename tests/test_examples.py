@@ -26,7 +26,7 @@ def run(script: str, place: Path, *arguments: object) -> str:
 def test_every_example_has_a_test_here() -> None:
     here = Path(__file__).read_text(encoding="utf-8")
     scripts = sorted(path.name for path in EXAMPLES.glob("*.py"))
-    assert len(scripts) == 4
+    assert len(scripts) == 5
     assert all(f'run("{script}"' in here for script in scripts)
 
 
@@ -68,3 +68,17 @@ def test_plan_a_purchase(tmp_path: Path) -> None:
     gpus, users = int(row[0]), int(row[5])  # between them the layout: tp, pp, dp, ep
     assert gpus * 80e9 > 46.7e9 * 2
     assert users >= 100
+
+
+def test_train_over_processes(data_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "small.toml").write_text(
+        'name = "small"\nd_model = 32\nn_layers = 2\nvocab_size = 300\nmax_seq_len = 16\n'
+        "[attention]\nn_heads = 4\nhead_dim = 8\n[experts]\nn_experts = 4\nd_ff = 24\n"
+    )
+    arguments = [data_dir, "--config", "small.toml", "--mesh", "tp=2,pp=2", "--batch-size", 4, "--lr", 1e-2]
+    out = run("train_over_processes.py", tmp_path, *arguments, "--steps", 6)
+    losses = [float(line.split()[2]) for line in out.splitlines() if line.startswith("step ")]
+    assert len(losses) == 6
+    assert losses[-1] < losses[0]
+    assert (tmp_path / "runs" / "processes" / "final" / "model.safetensors").is_file()
+    assert "step 8:" in run("train_over_processes.py", tmp_path, *arguments, "--steps", 8)

@@ -12,7 +12,6 @@ from typing import Literal
 from moe.config import Config
 from moe.errors import ConfigError
 from moe.io.toml import did_you_mean
-from moe.plan.layout import Layout
 
 # The names of torch.distributed.pipelining's schedules here, and how many stages each rank has at least.
 SCHEDULES = {
@@ -96,23 +95,6 @@ class Degrees:
         if not {"dp_shard", "cp"} & set(found):
             found["dp_shard"] = found.get("ep", 1)
         return cls(**found, **settings)  # type: ignore[arg-type]
-
-    @classmethod
-    def from_layout(cls, layout: Layout) -> "Degrees":
-        """Those of a planner's layout.
-
-        Raises:
-            ConfigError: a layout of another division of the experts, or with a schedule that is not run here.
-        """
-        if layout.expert_tp not in (0, layout.tp):
-            raise ConfigError(f"expert_tp = {layout.expert_tp}: experts are divided over tp = {layout.tp} here")
-        schedule = {"gpipe": "gpipe", "1f1b": "1f1b", "zero-bubble": "interleaved-zero-bubble"}[layout.schedule]
-        if layout.interleave > 1 and schedule != "interleaved-zero-bubble":
-            schedule = "interleaved-1f1b"
-        return cls(
-            pp=layout.pp, dp_shard=layout.dp, cp=layout.cp, tp=layout.tp, ep=layout.ep, schedule=schedule,
-            stage_layers=layout.stage_layers if SCHEDULES[schedule][1] == 1 else (), zero=3 if layout.zero == 3 else 2,
-        )  # fmt: skip
 
     @property
     def world(self) -> int:

@@ -6,6 +6,7 @@ compared and not only weights: an optimizer such as AdamW hides a gradient of th
 Shape suffixes: B sequences, S positions.
 """
 
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -15,13 +16,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from moe.config import Config
-from moe.model import Counts, Transformer, objective
-from moe.parallel.apply import parallelize
+from moe.model import objective
 from moe.parallel.degrees import Degrees
-from moe.parallel.mesh import Meshes, make_meshes
-from moe.parallel.pipeline import Pipeline
-from moe.parallel.step import Batch, Done, clip_gradients, forward_backward, gradient_norm
-from moe.weights import init_weights
+from moe.parallel.mesh import make_meshes
+from moe.parallel.model import ParallelModel, made
+from moe.parallel.step import Batch, Done, clip_gradients, gradient_norm
 
 # Relative errors that rounding explains: sums of thousands of terms in another order.
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5}
@@ -101,11 +100,13 @@ def verify(
         ConfigError: the model cannot be divided so.
     """
     degrees.check(cfg, batch_size=batch_size, seq_len=seq_len)
+    # That a tensor over two meshes is gathered in two steps, as is done here to look at it, is said for every one.
+    logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)
     tolerance = TOLERANCES[dtype]
     meshes = make_meshes(degrees, torch.device("cpu"))
     tokens_BS, targets_BS = random_batch(cfg, batch_size, seq_len, seed)
     one = _One(cfg, seed, dtype, tokens_BS, targets_BS) if dist.get_rank() == 0 else None
-    many = Many(cfg, meshes, seed, dtype)
+    many = ParallelModel(cfg, meshes, seed=seed, dtype=dtype)
     rows_of = batch_size // degrees.dp
     mine = slice(meshes.data.get_local_rank() * rows_of, (meshes.data.get_local_rank() + 1) * rows_of)
     done = many.forward_backward(Batch(tokens_BS[mine], targets_BS[mine]))
@@ -115,7 +116,7 @@ def verify(
     gradients = _from_rank_0(one.gradients if one else None)
     rows += compare(gradients, many.parts, tolerance)
     weights = _from_rank_0(one.step() if one else None)
-    rows += many.step(norm, weights, tolerance)
+    rows += _step(many, norm, weights, tolerance)
     return _of_all(rows)
 
 
@@ -128,52 +129,24 @@ def random_batch(cfg: Config, batch_size: int, seq_len: int, seed: int) -> tuple
     return tokens[:, :-1], targets
 
 
-class Many:
-    """The model over the ranks, whatever the mesh."""
-
-    def __init__(self, cfg: Config, meshes: Meshes, seed: int, dtype: torch.dtype) -> None:
-        self.meshes = meshes
-        self.pipeline = Pipeline(cfg, meshes, seed=seed, dtype=dtype) if meshes.degrees.pp > 1 else None
-        self.parts = [_made(cfg, meshes, seed, dtype)] if self.pipeline is None else self.pipeline.parts
-
-    def parameters(self) -> list[nn.Parameter]:
-        """Of all parts on this rank."""
-        return [p for part in self.parts for p in part.parameters()]
-
-    def forward_backward(self, batch: Batch, counts: Counts | None = None) -> Done:
-        """As `step.forward_backward`."""
-        if self.pipeline is not None:
-            return self.pipeline.forward_backward(batch, counts)
-        return forward_backward(self.parts[0], self.meshes, batch, counts)
-
-    @torch.no_grad()
-    def step(self, norm: Tensor, weights: Mapping[str, Tensor], tolerance: float) -> list[Row]:
-        """One clipped step of AdamW, beside what one process has then."""
-        clip_gradients(self.parameters(), norm, CLIP)
-        torch.optim.AdamW(self.parameters(), lr=LR, foreach=False).step()
-        rows = []
-        for part in self.parts:
-            for name, p in part.named_parameters():
-                # AdamW's first step is a sign, so what is off in a gradient near zero is off in full.
-                rows.append(Row(f"after a step {name}", relative(whole(p), weights.get(name)), 1e4 * tolerance))
-        return rows
-
-
-def _made(cfg: Config, meshes: Meshes | None, seed: int, dtype: torch.dtype) -> Transformer:
-    with torch.device("meta"):
-        model = Transformer(cfg).to(dtype)
-    if meshes is not None:
-        model = parallelize(model, meshes)
-    model.to_empty(device="cpu")
-    init_weights(model, seed)
-    return model
+@torch.no_grad()
+def _step(many: ParallelModel, norm: Tensor, weights: Mapping[str, Tensor], tolerance: float) -> list[Row]:
+    """One clipped step of AdamW, beside what one process has then."""
+    clip_gradients(many.parameters(), norm, CLIP)
+    torch.optim.AdamW(many.parameters(), lr=LR, foreach=False).step()
+    rows = []
+    for part in many.parts:
+        for name, p in part.named_parameters():
+            # AdamW's first step is a sign, so what is off in a gradient near zero is off in full.
+            rows.append(Row(f"after a step {name}", relative(whole(p), weights.get(name)), 1e4 * tolerance))
+    return rows
 
 
 class _One:
     """The same in one process."""
 
     def __init__(self, cfg: Config, seed: int, dtype: torch.dtype, tokens_BS: Tensor, targets_BS: Tensor) -> None:
-        self.model = _made(cfg, None, seed, dtype)
+        self.model = made(cfg, None, seed, dtype)
         out = self.model(tokens_BS, targets_BS)
         assert out.sums is not None
         objective(cfg.router, out.sums, out.counts).backward()

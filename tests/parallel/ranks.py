@@ -15,7 +15,10 @@ import torch.distributed as dist
 
 TIMEOUT = timedelta(seconds=60)
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed.tensor", "torch.distributed.fsdp", "moe.model"])
+# All that a rank would load, einops' part for torch, which comes with the first use, among it: a second for each.
+_context.set_forkserver_preload(
+    ["einops._torch_specific", "moe.parallel.checkpoint", "moe.parallel.verify", "tests.conftest"]
+)
 
 
 def run(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:

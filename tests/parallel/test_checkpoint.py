@@ -13,13 +13,14 @@ from moe.errors import CheckpointError
 from moe.parallel.checkpoint import Checkpoints, optimizers_of, read_model
 from moe.parallel.degrees import Degrees
 from moe.parallel.mesh import Meshes, make_meshes
+from moe.parallel.model import ParallelModel
 from moe.parallel.step import Batch, clip_gradients, gradient_norm
-from moe.parallel.verify import Many, relative, whole
+from moe.parallel.verify import relative, whole
 from tests.parallel import ranks
 from tests.parallel.test_parallelize import B, batch, config, made
 
 
-def trained(many: Many, meshes: Meshes, optimizers: list[Any], steps: range) -> None:
+def trained(many: ParallelModel, meshes: Meshes, optimizers: list[Any], steps: range) -> None:
     """Steps of AdamW, each of other rows of a batch."""
     tokens, targets = batch()
     own = B // meshes.degrees.dp
@@ -35,7 +36,7 @@ def trained(many: Many, meshes: Meshes, optimizers: list[Any], steps: range) -> 
 def on(mesh: Degrees, directory: Path, begin: int, end: int, save: bool) -> dict[str, torch.Tensor]:
     """Goes on from what is there at step `begin`; the whole weights at `end`."""
     meshes = make_meshes(mesh, torch.device("cpu"))
-    many = Many(config(), meshes, 7 if begin == 0 else 1, torch.float64)
+    many = ParallelModel(config(), meshes, seed=7 if begin == 0 else 1, dtype=torch.float64)
     optimizers = optimizers_of(many.parts, 1e-3, foreach=False)
     checkpoints = Checkpoints(directory)
     extra = checkpoints.load(many.parts, optimizers)
@@ -96,7 +97,7 @@ def test_a_step_becomes_an_ordinary_checkpoint(tmp_path: Path) -> None:
 
 def damaged(directory: Path) -> str:
     meshes = make_meshes(Degrees(dp_shard=2), torch.device("cpu"))
-    many = Many(config(), meshes, 7, torch.float64)
+    many = ParallelModel(config(), meshes, seed=7, dtype=torch.float64)
     optimizers, checkpoints = optimizers_of(many.parts, 1e-3, foreach=False), Checkpoints(directory)
     for step in (1, 2, 3):
         checkpoints.save(step, many.parts, optimizers, {}, wait=True)

@@ -41,13 +41,14 @@ def test_single_precision_has_its_own_tolerance() -> None:
     def worst(rows: list[Row]) -> float:
         return max(row.error for row in rows if row.name.startswith("gradient"))
 
-    rows = ranks.run(2, in_float32)[0]
-    assert not wrong(rows)
-    assert 1e-9 < worst(rows) < 1e-5
+    for degrees in (Degrees(tp=2), Degrees(dp_shard=2, ep=2), Degrees(pp=2, dp_replicate=2)):
+        rows = ranks.run(degrees.world, in_float32, degrees)[0]
+        assert not wrong(rows)
+        assert 1e-9 < worst(rows) < 1e-5
 
 
-def in_float32() -> list[Row]:
-    return verify(config(), Degrees(tp=2), seq_len=16, dtype=torch.float32)
+def in_float32(degrees: Degrees) -> list[Row]:
+    return verify(config(), degrees, seq_len=16, dtype=torch.float32)
 
 
 # ------------------------------------------------------------------------------------------- faults that loss hides
