@@ -23,7 +23,7 @@ SETTINGS = {
     "top_p": {"top_p": 0.7},
     "min_p": {"min_p": 0.3},
     "all cuts": {"temperature": 1.3, "top_k": 5, "top_p": 0.9, "min_p": 0.05},
-    "logit_bias": {"logit_bias": {2: 1.5, 5: -2.0}},
+    "logit_bias": {"logit_bias": {2: 1.5, 4: -2.0}},
     "penalties": {"repetition_penalty": 1.4, "presence_penalty": 0.5, "frequency_penalty": 0.4},
     "min_tokens": {"min_tokens": 9},
 }
