@@ -3,9 +3,9 @@
     moe data prepare --out data --vocab-size 512
     python examples/train_over_processes.py data --mesh tp=2,pp=2 --steps 20
 
-starts four processes on this machine. Interrupt it, or kill one of them: the same command, or the launcher, goes on from
-the newest checkpoint, on another mesh, too. Under torchrun it takes the ranks that were started. At the end it writes an
-ordinary checkpoint, for `moe generate`.
+starts four processes on this machine. Interrupt it, or kill one of them: the same command, or the launcher, goes on
+from the newest checkpoint, on another mesh, too. Under torchrun it takes the ranks that were started. At the end it
+writes an ordinary checkpoint, for `moe generate`.
 """
 
 import argparse

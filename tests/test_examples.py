@@ -75,7 +75,7 @@ def test_train_over_processes(data_dir: Path, tmp_path: Path) -> None:
         'name = "small"\nd_model = 32\nn_layers = 2\nvocab_size = 300\nmax_seq_len = 16\n'
         "[attention]\nn_heads = 4\nhead_dim = 8\n[experts]\nn_experts = 4\nd_ff = 24\n"
     )
-    arguments = [data_dir, "--config", "small.toml", "--mesh", "tp=2,pp=2", "--batch-size", 4, "--lr", 1e-2]
+    arguments = [data_dir, "--config", "small.toml", "--mesh", "pp=2", "--batch-size", 4, "--lr", 1e-2]
     out = run("train_over_processes.py", tmp_path, *arguments, "--steps", 6)
     losses = [float(line.split()[2]) for line in out.splitlines() if line.startswith("step ")]
     assert len(losses) == 6

@@ -35,9 +35,9 @@ class Degrees:
     `tp` divides heads, hidden widths and the vocabulary, and the sequence between them; `ep` the experts; `cp` the
     sequence; `pp` the layers; `dp_shard` the batch, and the weights too (FSDP); `dp_replicate` the batch alone.
     `schedule`: of a pipeline, one of `SCHEDULES`; `microbatches` of it, 0 for as many as there are stages;
-    `stage_layers`: the layers of each stage, () for an even spread in which the embedding and the output layer count as
-    one each. `zero`: 3, weights are gathered for each pass over a block and dropped behind it; 2, they stay from the
-    forward to the backward, as where a pipeline comes back to them soon (the article's ZeRO-1 behaves so).
+    `stage_layers`: the layers of each stage, () for an even spread. `zero`: 3, weights are gathered for each pass over
+    a block and dropped behind it; 2, they stay from the forward to the backward, as they do in a pipeline in any case
+    (the article's ZeRO-1 behaves so).
 
     Raises:
         ConfigError: a degree below 1, an unknown schedule, degrees that no meshes are made of.

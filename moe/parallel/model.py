@@ -1,4 +1,4 @@
-"""A model over the ranks of any mesh, with a pipeline or without: its parts on this rank, and the gradient of a step."""
+"""A model over the ranks of any mesh, with a pipeline or without: its parts on this rank, and a step's gradient."""
 
 import torch
 from torch import nn
@@ -39,7 +39,7 @@ class ParallelModel:
 
 
 def made(cfg: Config, meshes: Meshes | None, seed: int, dtype: torch.dtype) -> Transformer:
-    """The model over the ranks, without a pipeline; without meshes, in one process. No rank holds more than it keeps."""
+    """The model over the ranks, without a pipeline; without meshes, in one process. No rank holds what it drops."""
     with torch.device("meta"):
         model = Transformer(cfg).to(dtype)
     if meshes is not None:

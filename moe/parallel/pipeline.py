@@ -28,8 +28,11 @@ from moe.weights import init_weights
 
 
 def split(cfg: Config, degrees: Degrees) -> list[range]:
-    """The layers of each stage: `stage_layers`, or evenly, the embedding and the output layer counting as one each."""
+    """The layers of each stage: `stage_layers`, or equally many; where they do not divide, the embedding and the output
+    layer count as one each."""
     counts = list(degrees.stage_layers)
+    if not counts and cfg.n_layers % degrees.stages == 0:
+        counts = [cfg.n_layers // degrees.stages] * degrees.stages
     if not counts:
         n = degrees.stages
         each, more = divmod(cfg.n_layers + 2, n)

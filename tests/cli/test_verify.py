@@ -38,7 +38,7 @@ def test_what_is_off_comes_first_and_ends_with_status_1(capsys: Any, monkeypatch
         (["--mesh", "tp=3"], "tp = 3: does not divide"),
         (["--mesh", "tq=2"], "'tq' is no degree"),
         (["--mesh", "pp=2", "--schedule", "2f2b"], "schedule = '2f2b'"),
-        (["--mesh", "dp=2", "--batch-size", 3], "batch_size = 3"),
+        (["--mesh", "dp=2", "--batch-size", 3], "--batch-size = 3"),
         (["--seq-len", 1], "--seq-len 1"),
     ],
 )

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -33,7 +34,7 @@ def run(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
             here, there = _context.Pipe(duplex=False)
             how = (rank, world, Path(directory, "store"), there, function, args)
             process = _context.Process(target=_rank, args=how, daemon=True)
-            process.start()
+            _start(process)
             there.close()
             pipes.append(here)
             processes.append(process)
@@ -54,6 +55,15 @@ def run(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
             process.join(10)
     assert not failures, "\n".join(failures)
     return results
+
+
+def _start(process: Any) -> None:
+    """A server with much to do may drop a connection."""
+    try:
+        process.start()
+    except ConnectionError:
+        time.sleep(1)
+        process.start()
 
 
 def _rank(rank: int, world: int, store: Path, pipe: Connection, function: Callable[..., Any], args: Any) -> None:
