@@ -123,12 +123,18 @@ def fastest(candidates: list[Side]) -> Side:
     return min((s for s in candidates if s.name in times), key=lambda s: times[s.name])
 
 
+UNITS = ("amx_bf16", "avx512_bf16", "avx512_vnni", "avx512f", "avx2")
+
+
 def machine() -> str:
     """One line on what the figures were measured with."""
     cpu = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), cpu)
+        said = {name.strip(): text.strip() for name, _, text in (line.partition(":") for line in lines)}
+        # A name such as "Intel Xeon Processor" says nothing of what it multiplies fast.
+        units = [unit for unit in UNITS if unit in said.get("flags", "").split()]
+        cpu = f"{said.get('model name', cpu)} ({', '.join(units)})"
     versions = []
     for package in ("torch", "transformers", "triton", "numpy"):
         try:

@@ -23,6 +23,7 @@ class Session:
         system: what the model is told before the conversation.
         max_tokens: the most tokens of a reply.
         temperature, top_k, top_p: of `moe.serve.SamplingParams`. seed: of the draws.
+        speculative: who guesses tokens, as `moe.serve.Engine` takes it.
 
     Raises:
         ConfigError: a setting out of range.
@@ -39,6 +40,7 @@ class Session:
         top_k: int = 0,
         top_p: float = 0.95,
         seed: int = 0,
+        speculative: Transformer | str | None = None,
     ) -> None:
         self.params = SamplingParams(
             max_tokens=max_tokens,
@@ -49,7 +51,8 @@ class Session:
         )
         self.model, self.tokenizer, self.template = model, tokenizer, ChatTemplate(tokenizer)
         self.max_tokens, self.seed = max_tokens, seed
-        self.engine = Engine(model, num_blocks=blocks_for(model.cfg.max_seq_len), max_running=1)
+        blocks = blocks_for(model.cfg.max_seq_len)
+        self.engine = Engine(model, num_blocks=blocks, max_running=1, speculative=speculative)
         self.notice = _notice(tokenizer, self.template)
         self.system = [{"role": "system", "content": system}] if system else []
         self.turns: list[dict[str, str]] = []

@@ -40,7 +40,7 @@ def expected_in_wheel() -> set[str]:
         for p in sources("moe", "*.py") | sources("moe", "*.html")
         if not p.startswith(("moe/kernels/", "moe/configs/"))
     }
-    linked = sources("kernels", "*.py") | sources("configs", "*.toml")
+    linked = sources("kernels", "*.py") | sources("kernels", "*.[ch]") | sources("configs", "*.toml")
     return top | {f"moe/{p}" for p in linked}
 
 
@@ -84,7 +84,8 @@ def test_sdist_holds_sources_and_tests_and_rebuilds_the_wheel(archives: dict[str
     with tarfile.open(archives["sdist"]) as sdist:
         names = [member.name.partition("/")[2] for member in sdist.getmembers()]
         assert [n for n, count in Counter(names).items() if count > 1] == []
-        wanted = sources("kernels", "*.py") | sources("configs", "*.toml") | sources("tests", "*.py")
+        wanted = sources("kernels", "*.py") | sources("kernels", "*.[ch]") | sources("configs", "*.toml")
+        wanted |= sources("tests", "*.py")
         assert wanted | {"pyproject.toml", "README.md", "LICENSE", "moe/model.py"} <= set(names)
         assert not [n for n in names if n.startswith(("benchmarks/", ".")) and n != ".gitignore"]
         sdist.extraction_filter = getattr(tarfile, "data_filter", None)  # Python 3.11.4 and later have it

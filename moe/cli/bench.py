@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
-from moe.cli.flags import Flag, Settings, within
+from moe.cli.flags import Flag, Settings, Speculative, guesser, within
 from moe.cli.show import SHOW, Output, Show, check_pictures, show_rows, write_csv
 
 if TYPE_CHECKING:
@@ -36,9 +36,7 @@ class Load:
     seed: Annotated[int, arg(help="Of prompts and arrivals.")] = 0
     set_: Settings = ()
     dtype: Annotated[Literal["auto", "bf16", "fp32"], arg(help="Of weights and products.")] = "auto"
-    speculative: Annotated[
-        str, arg(metavar="NAME", help="Who guesses tokens: none, ngram (the text itself), or a smaller checkpoint.")
-    ] = "none"
+    speculative: Speculative = "none"
     num_drafts: Annotated[int, arg(help="Guesses for a request and pass, at most.")] = 4
     fixed_drafts: Annotated[Flag, arg(help="Always so many, not what the engine finds to be best.")] = False
     quantization: Annotated[Literal["none", "int8", "fp8"], arg(help="Expert weights in eight bits; fp8 on CUDA.")] = (
@@ -159,13 +157,10 @@ def _prepare(name: str, load: Load, over: "Mapping[str, tuple[float, ...]]") -> 
         "kv_cache_dtype": load.kv_cache_dtype,
         "batch_invariant": load.batch_invariant,
         "max_batch_tokens": load.max_batch_tokens,
+        "speculative": guesser(load.speculative, where, dtype),
         "num_drafts": load.num_drafts,
         "adaptive": not load.fixed_drafts,
     }
-    if Path(load.speculative).is_dir():
-        settings["speculative"] = checkpoint.load(load.speculative, device=where).to(dtype)
-    elif load.speculative != "none":
-        settings["speculative"] = load.speculative
     return Bench(model.eval(), machine(where, dtype), work, **settings)
 
 

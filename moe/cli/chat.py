@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tyro.conf import Positional
 
+from moe.cli.flags import Speculative, guesser
 from moe.cli.show import printable, write
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ def chat(
     top_k: int = 0,
     top_p: float = 0.95,
     seed: int = 0,
+    speculative: Speculative = "none",
     device: str | None = None,
 ) -> int:
     """Talk with a model that moe finetune made; without a terminal, each line of the input is a message.
@@ -51,13 +53,14 @@ def chat(
     from moe.errors import ConfigError
 
     tokenizer = checkpoints.load_tokenizer(checkpoint)
-    model = checkpoints.load(checkpoint, device=pick_device(device))
+    where = pick_device(device)
+    model, guesses = checkpoints.load(checkpoint, device=where), guesser(speculative, where)
     if adapter is not None:
         lora.load_adapter(model, adapter)
         model = lora.merged(model)
     sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     try:
-        session = Session(model, tokenizer, system=system, max_tokens=max_tokens, **sampling)
+        session = Session(model, tokenizer, system=system, max_tokens=max_tokens, speculative=guesses, **sampling)
         if session.notice and adapter is None:  # an adapter was taught conversations
             print(f"notice: {session.notice}", file=sys.stderr)
         if message is not None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from tyro.conf import Positional, UseAppendAction, arg
 
-from moe.cli.flags import Flag
+from moe.cli.flags import Flag, Speculative, guesser
 from moe.cli.show import printable, write
 
 
@@ -22,6 +22,7 @@ def generate(
     seed: int = 0,
     stop: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="TEXT")] = (),
     ignore_eos: Flag = False,
+    speculative: Speculative = "none",
     trace: Path | None = None,
     device: str | None = None,
 ) -> int:
@@ -55,7 +56,8 @@ def generate(
         max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop=stop,
         ignore_eos=ignore_eos, stop_token_ids=[ChatTemplate(tokenizer).end_id] if chats and not ignore_eos else [],
     )  # fmt: skip
-    model = checkpoints.load(checkpoint, device=pick_device(device))
+    where = pick_device(device)
+    model, guesses = checkpoints.load(checkpoint, device=where), guesser(speculative, where)
     if chats:
         said = f"this model was taught to answer: `moe chat {checkpoint}` talks with it; here it goes on with your text"
         print(f"notice: {said}", file=sys.stderr)
@@ -63,7 +65,7 @@ def generate(
     if len(ids) > context:
         raise ConfigError(f"prompt of {len(ids)} tokens, but max_seq_len = {context} ({model.cfg.name}): cut it")
     blocks = blocks_for(min(len(ids) + max_tokens, context))
-    engine = Engine(model, tokenizer, num_blocks=blocks, max_running=1)
+    engine = Engine(model, tokenizer, num_blocks=blocks, max_running=1, speculative=guesses)
     if sys.stdout.isatty():
         write(f"\033[2m{printable(prompt)}\033[0m")
     try:

@@ -15,6 +15,7 @@ What is not the best choice is tried on a budget: four steps and half a percent 
 """
 
 import operator
+from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -72,27 +73,27 @@ class Row(NamedTuple):
 class _Curve:
     """Of the requests that were asked for i drafts or more: how many had i, and how many had their first i accepted."""
 
+    # Lists, here and below: of so few numbers an operation of numpy takes longer than all of Python's.
     def __init__(self, n: int) -> None:
-        self.asked, self.there, self.reached, self.accepted = (np.zeros(n) for _ in range(4))
+        self.asked, self.there, self.reached, self.accepted = ([0.0] * n for _ in range(4))
 
     def add(self, step: "_Curve") -> None:
-        kept = max(LEAST, MEMORY ** step.asked.max())
+        kept = max(LEAST, MEMORY ** max(step.asked))
         for mine, new in zip(self._counts, step._counts, strict=True):
-            mine *= kept
-            mine += new
+            mine[:] = [kept * m + n for m, n in zip(mine, new, strict=True)]
 
     @classmethod
     def of(cls, n: int, asked: Sequence[int], drafted: Sequence[int], accepted: Sequence[int]) -> "_Curve":
         """Of one step."""
-        asked_R, there_R, right_R = (np.array(x) for x in (asked, drafted, accepted))
-        step, places = cls(n), np.arange(n)[:, None]
-        ends = asked_R, np.minimum(asked_R, there_R), np.minimum(asked_R, right_R + 1), np.minimum(asked_R, right_R)
-        for counts, end_R in zip(step._counts, ends, strict=True):
-            counts += (places < end_R).sum(1)
+        step = cls(n)
+        for (want, had, right), times in Counter(zip(asked, drafted, accepted, strict=True)).items():
+            for counts, end in zip(step._counts, (want, had, right + 1, right), strict=True):
+                for i in range(min(n, want, end)):
+                    counts[i] += times
         return step
 
     @property
-    def _counts(self) -> tuple[np.ndarray, ...]:
+    def _counts(self) -> tuple[list[float], ...]:
         return self.asked, self.there, self.reached, self.accepted
 
     def rates(self, prior: "list[float] | None" = None) -> list[float]:
@@ -105,12 +106,12 @@ class _Curve:
         weight = 1.0 if prior is None else 4.0
         for i, (reached, accepted) in enumerate(zip(self.reached, self.accepted, strict=True)):
             expected = prior[i] if prior is not None else 0.8 * found[-1] if found else 0.0
-            found.append(float(accepted + weight * expected) / (float(reached) + weight))
+            found.append((accepted + weight * expected) / (reached + weight))
         return found
 
     def offered(self) -> list[float]:
         """For each position, the part of the requests that have a draft there: a text need not repeat itself."""
-        return ((self.there + 1.0) / (self.asked + 1.0)).tolist()
+        return [(there + 1.0) / (asked + 1.0) for there, asked in zip(self.there, self.asked, strict=True)]
 
 
 class _Fit:
@@ -121,14 +122,15 @@ class _Fit:
 
     def __init__(self, trust: Sequence[float], memory: float = 0.998) -> None:
         self._memory, self._ridge = memory, 1e-3 / np.array(trust)
-        self._xx, self._xy = np.zeros((len(trust), len(trust))), np.zeros(len(trust))
+        self._xx, self._xy = [[0.0] * len(trust) for _ in trust], [0.0] * len(trust)
         self._added = 0
         self._coefficients: list[float] = [0.0] * len(trust)
 
     def add(self, x: Sequence[float], y: float) -> None:
-        x_ = np.array(x) / y
-        self._xx = self._memory * self._xx + np.outer(x_, x_)
-        self._xy = self._memory * self._xy + x_
+        relative, memory = [feature / y for feature in x], self._memory
+        for row, mine in zip(self._xx, relative, strict=True):
+            row[:] = [memory * old + mine * other for old, other in zip(row, relative, strict=True)]
+        self._xy = [memory * old + new for old, new in zip(self._xy, relative, strict=True)]
         self._added += 1
         if self._added & (self._added - 1) == 0 or self._added % 16 == 0:
             self._solve()
@@ -137,12 +139,13 @@ class _Fit:
         return sum(map(operator.mul, self._coefficients, x))
 
     def _solve(self) -> None:
-        diagonal = np.diag(self._xx)
+        xx, xy = np.array(self._xx), np.array(self._xy)
+        diagonal = np.diag(xx)
         used = [i for i, d in enumerate(diagonal) if d > 0]
         found = np.zeros(len(diagonal))
         while used:
             part = np.ix_(used, used)
-            solution = np.linalg.solve(self._xx[part] + np.diag((diagonal * self._ridge)[used]), self._xy[used])
+            solution = np.linalg.solve(xx[part] + np.diag((diagonal * self._ridge)[used]), xy[used])
             if solution.min() >= 0:
                 found[used] = solution
                 break

@@ -50,37 +50,61 @@ def uniform(seed: int, index: int, purpose: int) -> float:
 
 
 def adjusted(logits_NV: Tensor, positions: Sequence[Position]) -> Tensor:
-    """Logits after logit_bias, min_tokens and the penalties, at least float32 [N, V]: the greedy choice is of these."""
+    """Logits after logit_bias, min_tokens and the penalties, at least float32 [N, V]: the greedy choice is of these.
+
+    Penalties: Keskar et al. 2019 (repetition, of prompt and answer); OpenAI's presence and frequency (of the answer).
+    """
     logits_NV = cast(logits_NV, at_least_fp32(logits_NV.dtype))
-    fresh = False
+    biased, unended, repeated, counted = (_Places(logits_NV) for _ in range(4))
     for n, at in enumerate(positions):
         p = at.params
-        unended = at.index - at.prompt_length < p.min_tokens
-        penalised = p.repetition_penalty != 1 or p.presence_penalty or p.frequency_penalty
-        if not (p.logit_bias or unended or penalised):
-            continue
-        if not fresh:  # the caller's stay as they are
-            logits_NV, fresh = logits_NV.clone(), True
-        row_V = logits_NV[n]
         if p.logit_bias:
-            row_V.index_add_(0, _ids(p.logit_bias, row_V), row_V.new_tensor(list(p.logit_bias.values())))
-        if unended:
-            row_V[_ids(at.ends, row_V)] = -torch.inf
-        if penalised:
-            _penalise(row_V, at)
-    return logits_NV
+            biased.add(n, p.logit_bias, p.logit_bias.values())
+        if at.index - at.prompt_length < p.min_tokens:
+            unended.add(n, at.ends, [0.0] * len(at.ends))
+        if p.repetition_penalty != 1:
+            seen = {*at.tokens, *at.drafts}
+            repeated.add(n, seen, [p.repetition_penalty] * len(seen))
+        if p.presence_penalty or p.frequency_penalty:
+            counts = Counter((*at.tokens[at.prompt_length :], *at.drafts))
+            counted.add(n, counts, [p.presence_penalty + p.frequency_penalty * count for count in counts.values()])
+    if not any((biased.ids, unended.ids, repeated.ids, counted.ids)):
+        return logits_NV
+    z_X = logits_NV.clone().view(-1)  # the caller's stay as they are
+    for places, change in (
+        (biased, torch.add),
+        (unended, lambda old, _: torch.full_like(old, -torch.inf)),
+        (repeated, lambda old, penalty: torch.where(old > 0, old / penalty, old * penalty)),
+        (counted, torch.sub),
+    ):
+        if places.ids:
+            at_X, values = places.tensors()
+            z_X[at_X] = change(z_X[at_X], values)
+    return z_X.view_as(logits_NV)
 
 
-def _penalise(row_V: Tensor, at: Position) -> None:
-    """Keskar et al. 2019 (repetition, of prompt and answer); OpenAI's presence and frequency (of the answer)."""
-    p = at.params
-    if p.repetition_penalty != 1:
-        seen = _ids([*at.tokens, *at.drafts], row_V)  # what comes twice is written twice, and is the same
-        values = row_V[seen]
-        row_V[seen] = torch.where(values > 0, values / p.repetition_penalty, values * p.repetition_penalty)
-    if p.presence_penalty or p.frequency_penalty:
-        counts = Counter((*at.tokens[at.prompt_length :], *at.drafts))
-        row_V[_ids(counts, row_V)] -= p.presence_penalty + p.frequency_penalty * row_V.new_tensor(list(counts.values()))
+class _Places:
+    """Some tokens of some rows of [N, V], each with a number: all rows together, as a row apart takes as long."""
+
+    def __init__(self, like_NV: Tensor) -> None:
+        self.like_NV, self.ids, self.values = like_NV, [], []
+        self.rows: list[tuple[int, int]] = []  # row, how many
+
+    def add(self, row: int, ids: Collection[int], values: Collection[float]) -> None:
+        """Ids of one row, each once."""
+        self.ids += ids
+        self.values += values
+        self.rows.append((row, len(ids)))
+
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """The places in the flat tensor, and the numbers. An id outside of the vocabulary is an IndexError."""
+        V = self.like_NV.shape[1]
+        if not -V <= min(self.ids) <= max(self.ids) < V:
+            raise IndexError(f"token ids of logit_bias, stops or texts must be in [0, {V})")
+        rows, counts = _ids([row for row, _ in self.rows], self.like_NV), _ids([n for _, n in self.rows], self.like_NV)
+        return rows.repeat_interleave(counts) * V + _ids(self.ids, self.like_NV) % V, self.like_NV.new_tensor(
+            self.values
+        )
 
 
 def _ids(ids: Collection[int], like: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import moe
 from moe.chat import Session
 from moe.data.chat import ChatTemplate
 from moe.generate import stream
+from moe.serve.engine import Engine
 from moe.serve.output import Delta
 from moe.tokenizer import train_bpe
 from tests.conftest import run_cli
@@ -60,6 +62,28 @@ def test_a_piped_conversation_remembers_until_reset(checkpoint, capsys, monkeypa
     assert "\x1b" not in out
 
 
+@pytest.mark.parametrize("command", ["chat", "generate"])
+def test_guessed_tokens_are_the_models_own(checkpoint, command, capsys, monkeypatch) -> None:
+    """From the text itself, and by a model, which is here the same and so is right each time."""
+    args = ["--message" if command == "chat" else "--prompt", "hello hello hello", "--max-tokens", 20]
+    answers, engines = [], []
+    init = Engine.__init__
+
+    def watched(self: Engine, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        engines.append(self)
+
+    monkeypatch.setattr(Engine, "__init__", watched)
+    for guesser in ("none", "ngram", checkpoint):
+        assert run_cli(command, checkpoint, *args, "--temperature", 0, "--speculative", guesser) == 0
+        answers.append(capsys.readouterr().out)
+    assert answers[0].strip()
+    assert answers[1] == answers[2] == answers[0]
+    none, _, model = (e.stats for e in engines)
+    assert none.drafted == 0
+    assert 0 < model.accepted <= model.drafted
+
+
 def test_the_end_of_the_turn_stops_a_reply_and_is_not_printed(checkpoint, monkeypatch) -> None:
     tokenizer = moe.load_tokenizer(checkpoint)
     session = Session(moe.load(checkpoint), tokenizer, max_tokens=50)
@@ -100,6 +124,7 @@ def test_a_full_context_forgets_the_oldest_turns_and_keeps_the_system_message(ch
         (["--message", "a", "--temperature", -1], 2, "temperature = -1"),
         (["--message", "a", "--max-tokens", 0], 2, "--max-tokens = 0"),
         (["--message", "a", "--adapter", "nowhere"], 1, "nowhere: no such file"),
+        (["--message", "a", "--speculative", "n-gram"], 2, "--speculative n-gram: must be none, ngram, or"),
     ],
 )
 def test_what_cannot_be_is_one_line_on_stderr(checkpoint, capsys, args, status, message) -> None:

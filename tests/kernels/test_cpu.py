@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +42,9 @@ def level(request: pytest.FixtureRequest) -> library.Library:
 
 
 @pytest.fixture
-def compiled(level: library.Library, monkeypatch: pytest.MonkeyPatch) -> Iterator[library.Library]:
+def compiled(level: library.Library, monkeypatch: pytest.MonkeyPatch) -> library.Library:
     monkeypatch.setattr(library, "_loaded", lambda: level)
-    yield level
+    return level
 
 
 def drawn(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -156,5 +156,5 @@ def test_what_cannot_be_is_refused(model: Transformer, monkeypatch: pytest.Monke
     monkeypatch.setenv(library.SWITCH, "0")
     settings: list[dict[str, Any]] = [{"batch_invariant": True}, {"quantization": "int8"}]
     for setting in settings:
-        with pytest.raises(ConfigError, match=rf"{[*setting][0]} = .*{library.SWITCH} = 0 forbids them"):
+        with pytest.raises(ConfigError, match=rf"{next(iter(setting))} = .*{library.SWITCH} = 0 forbids them"):
             Runner(model, pages, **setting)

@@ -7,19 +7,19 @@ import sys
 import pytest
 import torch
 
-from moe import Transformer
+from moe import Transformer, load_config
 from moe.serve import Engine, SamplingParams
-from tests.conftest import ROOT, rel, tiny_config
+from tests.conftest import ROOT, rel
 
 LENGTH, NEW = 32_768, 6
 
 PEAK = """
 import resource, sys, torch
-from moe import Transformer
+from moe import Transformer, load_config
 from moe.serve import Engine, SamplingParams
-from tests.conftest import tiny_config
 n = int(sys.argv[1])
-engine = Engine(Transformer(tiny_config(max_seq_len=32_768)), num_blocks=n // 16, max_batch_tokens=256)
+cfg = load_config("replica-nano").with_overrides(["max_seq_len=32768"])
+engine = Engine(Transformer(cfg), num_blocks=n // 16, max_batch_tokens=256)
 engine.generate([[i % 61 for i in range(n - 2)]], SamplingParams(max_tokens=2, temperature=0))
 kept = [t for pair in engine.runner.pages.layers for t in pair]
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, sum(t.numel() * t.element_size() for t in kept))
@@ -28,8 +28,9 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, sum(t.numel() * t.elem
 
 @pytest.mark.slow
 def test_a_full_context_of_32k_tokens_gives_the_uncached_models_answer() -> None:
-    model = Transformer(tiny_config(max_seq_len=LENGTH), seed=1)
-    prompt = torch.randint(61, (LENGTH - NEW,), generator=torch.Generator().manual_seed(0))
+    cfg = load_config("replica-nano").with_overrides([f"max_seq_len={LENGTH}"])
+    model = Transformer(cfg, seed=1)
+    prompt = torch.randint(cfg.vocab_size, (LENGTH - NEW,), generator=torch.Generator().manual_seed(0))
     engine = Engine(model, num_blocks=LENGTH // 16, max_batch_tokens=1024)
     (output,) = engine.generate([prompt.tolist()], SamplingParams(max_tokens=NEW, temperature=0, logprobs=0))
     with torch.no_grad():

@@ -1,0 +1,1 @@
+"""Tests of moe.parallel: many processes against one."""
