@@ -1,8 +1,8 @@
 """Checkpoints of a run on many ranks: sharded, written while training goes on, loaded on any other mesh.
 
 DIR/step-000500/ is what torch.distributed.checkpoint writes: the `*.distcp` of each rank, and last, by a rename,
-`.metadata`. A directory without that is not a checkpoint. Beside them lie `training.pt` (what is the same on every rank),
-`config.toml`, and for each file a `.crc32`, since torch reads a damaged tensor without noticing.
+`.metadata`. A directory without that is not a checkpoint. Beside them lie `training.pt` (what is the same on every
+rank), `config.toml`, and for each file a `.crc32`, since torch reads a damaged tensor without noticing.
 
 Everything in it goes by the names of the whole model, so that it fits any number of ranks, stages and shards:
 "model.NAME", "optimizer.state.NAME.KEY", "optimizer.settings.NAME" (JSON: rate, decay, ...), "rng.RANK.DEVICE".
@@ -32,6 +32,7 @@ from moe.checkpoint import CONFIG_FILE
 from moe.config import Config
 from moe.errors import CheckpointError, ConfigError
 from moe.io.tensorfiles import some
+from moe.parallel.entries import agreed, entries, gathered, paired, restore, rng_state, set_rng_state, warn, world
 
 TRAINING_FILE, METADATA_FILE = "training.pt", ".metadata"
 VERSION = 1  # of training.pt and of the names of the entries
@@ -130,21 +131,18 @@ class Checkpointer:
         self.wait()
         if step == self._whole:
             return
-        entries = entries(parts, optimizers, complete=False) | rng_state()
-        stored = {"version": VERSION, "step": step, "world": world(), **(training or {})}
-        small = {TRAINING_FILE: _dump(stored)}
-        if self.cfg is not None:
-            small[CONFIG_FILE] = self.cfg.to_toml().encode()
-        writer = _Writer(step_directory(self.directory, step), small, lambda: self._delete_old(step))
+        held = entries(parts, optimizers, complete=False) | rng_state()
+        small = small_files({"step": step, "world": world(), **(training or {})}, self.cfg)
+        writer = Writer(step_directory(self.directory, step), small, lambda: self._delete_old(step))
         how = {"storage_writer": writer, "process_group": self.group, "no_dist": self.group is None}
         if self.group is None:
             warnings.filterwarnings("ignore", message="torch.distributed is disabled", module="torch.distributed")
         try:
             if self.asynchronous and not wait:
                 self._stager = self._stager or _stager()
-                self._pending = step, dcp.async_save(entries, async_stager=self._stager, **how)
+                self._pending = step, dcp.async_save(held, async_stager=self._stager, **how)
             else:
-                dcp.save(entries, **how)
+                dcp.save(held, **how)
                 self._whole = step
         except Exception as error:
             raise _unwritten(self.directory, step, error) from error
@@ -255,15 +253,15 @@ def load(
     place = Path(place)
     training = read_training(place)
     stored = FileSystemReader(place).read_metadata()
-    entries = entries(parts, optimizers, complete=True)
-    fresh = _match(place, entries, stored, group, weights_only=not optimizers)
+    held = entries(parts, optimizers, complete=True)
+    fresh = _match(place, held, stored, group, weights_only=not optimizers)
     if optimizers and training["world"] == world():
-        entries |= {key: value for key, value in rng_state().items() if key in stored.state_dict_metadata}
+        held |= {key: value for key, value in rng_state().items() if key in stored.state_dict_metadata}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         try:
             dcp.load(
-                entries,
+                held,
                 storage_reader=FileSystemReader(place),
                 process_group=group,
                 no_dist=not dist.is_initialized(),
@@ -271,8 +269,8 @@ def load(
         except CheckpointException as error:
             raise CheckpointError(f"{place} cannot be read: {_first(error)}") from error
     for part, optimizer in paired(parts, optimizers):
-        restore(part, optimizer, entries, fresh)
-    set_rng_state(entries)
+        restore(part, optimizer, held, fresh)
+    set_rng_state(held)
     return training
 
 
@@ -298,10 +296,10 @@ def read_training(place: Path) -> dict[str, Any]:
 
 
 def _match(
-    place: Path, entries: dict[str, Any], stored: Metadata, group: dist.ProcessGroup | None, weights_only: bool
+    place: Path, held: dict[str, Any], stored: Metadata, group: dist.ProcessGroup | None, weights_only: bool
 ) -> set[str]:
     """Compares what all ranks have with what is stored. Of parameters that were never updated, the state that a new
-    optimizer would give them is taken out of `entries`, and their names are returned.
+    optimizer would give them is taken out of `held`, and their names are returned.
 
     Raises:
         CheckpointError: on every rank, whichever of them found something.
@@ -310,26 +308,26 @@ def _match(
     updated = {_owner(key) for key in known if key.startswith("optimizer.state.")}
     fresh = {
         _owner(key)
-        for key in entries
+        for key in held
         if key.startswith("optimizer.state.")
         and _owner(key) not in updated
         and f"optimizer.settings.{_owner(key)}" in known
     }
-    for key in [k for k in entries if k.startswith("optimizer.state.") and _owner(k) in fresh]:
-        del entries[key]
+    for key in [k for k in held if k.startswith("optimizer.state.") and _owner(k) in fresh]:
+        del held[key]
     missing, wrong = [], []
-    for key, value in entries.items():
+    for key, value in held.items():
         found = known.get(key)
         if found is None:
             missing.append(key)
         elif isinstance(found, TensorStorageMetadata) and isinstance(value, Tensor) and found.size != value.shape:
             wrong.append(f"{key} is {list(found.size)}, here it is {list(value.shape)}")
-    gathered = gathered((set(entries), missing, wrong), group)
-    wanted = set().union(*(names for names, _, _ in gathered))
+    seen = gathered((set(held), missing, wrong), group)
+    wanted = set().union(*(names for names, _, _ in seen))
     skipped = ("rng.", "optimizer.") if weights_only else ("rng.",)
-    missing = sorted({key for _, lacking, _ in gathered for key in lacking})
+    missing = sorted({key for _, lacking, _ in seen for key in lacking})
     unexpected = sorted(key for key in known if key not in wanted and not key.startswith(skipped))
-    wrong = sorted({said for _, _, shapes in gathered for said in shapes})
+    wrong = sorted({said for _, _, shapes in seen for said in shapes})
     if missing or unexpected or wrong:
         parts = [f"{len(missing)} entries are missing in it ({some(missing)})"] if missing else []
         parts += [f"{len(unexpected)} have no place here ({some(unexpected)})"] if unexpected else []
@@ -352,8 +350,8 @@ def _damage(place: Path, group: dist.ProcessGroup | None, verify: bool) -> str:
             files = {info.relative_path for info in (stored or {}).values()} | {TRAINING_FILE}
         except Exception as error:
             return f"{METADATA_FILE} cannot be read ({error or type(error).__name__})"
-        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        for name in sorted(files)[rank::world]:
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        for name in sorted(files)[rank :: world()]:
             file = place / name
             try:
                 if verify and _checksum(file) != file.with_name(f"{name}.crc32").read_text():
@@ -370,7 +368,7 @@ def _damage(place: Path, group: dist.ProcessGroup | None, verify: bool) -> str:
 # ----------------------------------------------------------------------------------------------------------- writing
 
 
-class _Writer(FileSystemWriter):
+class Writer(FileSystemWriter):
     """torch's writer into a directory that it empties first, with checksums, and `small` files from rank 0."""
 
     def __init__(self, place: Path, small: Mapping[str, bytes], done: Callable[[], None] = lambda: None) -> None:
@@ -406,6 +404,14 @@ class _Writer(FileSystemWriter):
         self.done()
 
 
+def small_files(training: Mapping[str, Any], cfg: Config | None) -> dict[str, bytes]:
+    """The files that rank 0 writes beside everybody's shards, by name."""
+    buffer = io.BytesIO()
+    torch.save({"version": VERSION, **training}, buffer)
+    config = {} if cfg is None else {CONFIG_FILE: cfg.to_toml().encode()}
+    return {TRAINING_FILE: buffer.getvalue(), **config}
+
+
 def _stager() -> DefaultStager:
     """Copies to pinned memory, which it keeps for the next time, and returns when it has."""
     cuda = torch.cuda.is_available()
@@ -433,12 +439,6 @@ def _sync(directory: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _dump(value: Any) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    return buffer.getvalue()
 
 
 def _unwritten(directory: Path, step: int, error: BaseException) -> CheckpointError:

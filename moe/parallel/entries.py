@@ -21,20 +21,20 @@ def entries(parts: Sequence[nn.Module], optimizers: Sequence[torch.optim.Optimiz
     Args:
         complete: an optimizer that has made no step gets the state that its first would begin with.
     """
-    entries: dict[str, Any] = {}
+    held: dict[str, Any] = {}
     for part in parts:
         state = get_model_state_dict(part)  # first: it brings what FSDP has gathered back to shards
-        twice = [name for name in state if f"model.{name}" in entries]
+        twice = [name for name in state if f"model.{name}" in held]
         if twice:
             raise ConfigError(f"two parts of the model both have {some(twice)}: each may be in one alone")
-        entries |= {f"model.{name}": tensor for name, tensor in state.items()}
+        held |= {f"model.{name}": tensor for name, tensor in state.items()}
     for part, optimizer in paired(parts, optimizers):
         for name, parameter, group in _named(part, optimizer, complete):
             settings = {key: value for key, value in group.items() if key != "params"}
-            entries[f"optimizer.settings.{name}"] = json.dumps(settings, default=float)
+            held[f"optimizer.settings.{name}"] = json.dumps(settings, default=float)
             for key, value in optimizer.state.get(parameter, {}).items():
-                entries[f"optimizer.state.{name}.{key}"] = value
-    return entries
+                held[f"optimizer.state.{name}.{key}"] = value
+    return held
 
 
 def paired(
@@ -69,15 +69,15 @@ def _named(
     ]
 
 
-def restore(part: nn.Module, optimizer: torch.optim.Optimizer, entries: dict[str, Any], fresh: set[str]) -> None:
+def restore(part: nn.Module, optimizer: torch.optim.Optimizer, held: dict[str, Any], fresh: set[str]) -> None:
     """What is not loaded in place: settings, numbers that are no tensors, and that there is no state."""
     for name, parameter, group in _named(part, optimizer, complete=True):
         if name in fresh:
             optimizer.state.pop(parameter, None)
         for key, value in optimizer.state.get(parameter, {}).items():
             if not isinstance(value, Tensor):
-                optimizer.state[parameter][key] = entries[f"optimizer.state.{name}.{key}"]
-        saved = json.loads(entries[f"optimizer.settings.{name}"])
+                optimizer.state[parameter][key] = held[f"optimizer.state.{name}.{key}"]
+        saved = json.loads(held[f"optimizer.settings.{name}"])
         if odd := sorted(saved.keys() ^ (group.keys() - {"params"})):
             warn(f"settings of {type(optimizer).__name__} that only one of checkpoint and optimizer has: {some(odd)}")
         for key in saved.keys() & group.keys():
@@ -96,8 +96,9 @@ def rng_state() -> dict[str, Tensor]:
     return states
 
 
-def set_rng_state(entries: Mapping[str, Any]) -> None:
-    for key, state in entries.items():
+def set_rng_state(held: Mapping[str, Any]) -> None:
+    """Restores those of `rng_state` that are in `held`."""
+    for key, state in held.items():
         if key.startswith("rng."):
             (torch.cuda.set_rng_state if key.endswith(".cuda") else torch.set_rng_state)(state)
 
@@ -106,6 +107,7 @@ def set_rng_state(entries: Mapping[str, Any]) -> None:
 
 
 def world() -> int:
+    """The number of ranks."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
