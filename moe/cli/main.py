@@ -26,6 +26,7 @@ from moe.cli.ladder import ladder
 from moe.cli.plan import plan_app
 from moe.cli.profile import profile_app
 from moe.cli.train import train
+from moe.cli.verify import verify
 from moe.errors import MoeError
 
 app = tyro.extras.SubcommandApp()
@@ -40,6 +41,7 @@ app.command(ladder)
 app.command(profile_app, name="profile", help="Measure what the router does, and where the time of a step goes.")
 app.command(plan_app, name="plan", help="Compute what a model costs to train and to serve, and check the article.")
 app.command(bench_app, name="bench", help="Measure latency, throughput and utilisation of serving, beside the plan.")
+app.command(verify)
 app.command(configs)
 
 

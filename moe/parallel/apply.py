@@ -35,7 +35,9 @@ def parallelize(model: Transformer, meshes: Meshes) -> Transformer:
 def _shard(model: Transformer, meshes: Meshes) -> None:
     """FSDP: of the experts over what expert parallelism leaves, of all else over the ranks with other tokens."""
     dense, experts = _sharding_mesh(meshes.dense, "dp_shard", "cp"), _sharding_mesh(meshes.experts, "efsdp")
-    stay = meshes.degrees.zero == 2
+    # A pipeline comes back to its weights soon, and schedules that take a backward apart find no gradients of weights
+    # that were dropped between.
+    stay = meshes.degrees.zero == 2 or meshes.degrees.pp > 1
     blocks: Any = model.blocks
     for block in blocks:
         if block is None:
@@ -53,12 +55,6 @@ def _shard(model: Transformer, meshes: Meshes) -> None:
 
 
 def _sharding_mesh(mesh: DeviceMesh, *names: str) -> DeviceMesh:
-    sharded = mesh[names]._flatten("_".join(names)) if len(names) > 1 else mesh[names[0]]
-    if mesh["dp_replicate"].size() == 1:
-        return sharded
-    return mesh["dp_replicate", names[0]] if len(names) == 1 else _with_replicas(mesh, sharded)
-
-
-def _with_replicas(mesh: DeviceMesh, sharded: DeviceMesh) -> DeviceMesh:
-    """The mesh (dp_replicate, sharded), where what is sharded was flattened of several dimensions."""
-    return mesh[("dp_replicate", sharded.mesh_dim_names[0])]  # type: ignore[index]
+    name = "_".join(names)
+    sharded = mesh[names]._flatten(name) if len(names) > 1 else mesh[name]
+    return sharded if mesh["dp_replicate"].size() == 1 else mesh["dp_replicate", name]

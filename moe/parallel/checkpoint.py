@@ -37,6 +37,7 @@ from moe.parallel.entries import agreed, entries, gathered, paired, restore, rng
 TRAINING_FILE, METADATA_FILE = "training.pt", ".metadata"
 VERSION = 1  # of training.pt and of the names of the entries
 _CHUNK = 2**24  # bytes that are read at a time to be checked
+FAILURES = (Exception, CheckpointException)  # torch's own is none
 
 
 # ------------------------------------------------------------------------------------------------------ a run's steps
@@ -144,7 +145,7 @@ class Checkpointer:
             else:
                 dcp.save(held, **how)
                 self._whole = step
-        except Exception as error:
+        except FAILURES as error:
             raise _unwritten(self.directory, step, error) from error
 
     def wait(self) -> None:
@@ -154,7 +155,7 @@ class Checkpointer:
         (step, future), self._pending = self._pending, None
         try:
             future.result()
-        except Exception as error:
+        except FAILURES as error:
             raise _unwritten(self.directory, step, error) from error
         self._whole = step
 

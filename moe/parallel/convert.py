@@ -44,7 +44,7 @@ from moe.io.tensorfiles import (
     write_tensors,
 )
 from moe.model import Transformer
-from moe.parallel.checkpoint import METADATA_FILE, Writer, read_training, small_files
+from moe.parallel.checkpoint import FAILURES, METADATA_FILE, Writer, read_training, small_files
 from moe.tokenizer import Tokenizer
 
 
@@ -123,7 +123,7 @@ def divide(directory: str | os.PathLike[str], step_directory: str | os.PathLike[
     try:
         with _alone():
             dcp.save(held, storage_writer=writer, planner=planner, no_dist=True)
-    except Exception as error:
+    except FAILURES as error:
         raise CheckpointError(f"cannot write {target}: {error}") from error
 
 
@@ -143,7 +143,7 @@ class _Reader(FileSystemReader):
         try:
             with _alone():
                 dcp.load({f"model.{name}": tensor}, storage_reader=self, no_dist=True)
-        except Exception as error:
+        except FAILURES as error:
             raise CheckpointError(f"{self.path}: {name} cannot be read ({error}): use an older checkpoint") from error
         return tensor
 

@@ -5,7 +5,6 @@ experts, of which a rank holds some, on (pp, dp_replicate, efsdp, ep, tp): exper
 that hold different tokens, dp_shard x cp, and what is left of them shards the same experts once more.
 """
 
-import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -62,7 +61,7 @@ class Degrees:
         _require(self.microbatches >= 0, "microbatches", self.microbatches, "must be at least 0, which chooses")
         _require(self.zero in (2, 3), "zero", self.zero, "must be 2 or 3")
         if self.schedule not in SCHEDULES:
-            close = did_you_mean(self.schedule, SCHEDULES)
+            close = did_you_mean(self.schedule, [*SCHEDULES])
             raise ConfigError(f"schedule = {self.schedule!r}: must be one of {', '.join(SCHEDULES)}{close}")
         with_tokens = self.dp_shard * self.cp
         if with_tokens % self.ep:
@@ -78,7 +77,7 @@ class Degrees:
 
     @classmethod
     def parse(cls, text: str, **settings: object) -> "Degrees":
-        """From such as "tp=2,pp=2,ep=2"; "dp" is `dp_shard`.
+        """From such as "tp=2,pp=2,ep=2"; "dp" is `dp_shard`, which is as `ep` where neither it nor `cp` is given.
 
         Raises:
             ConfigError: also of a name or a number that is none.
@@ -88,12 +87,14 @@ class Degrees:
             name, _, number = part.partition("=")
             name = {"dp": "dp_shard", "fsdp": "dp_shard"}.get(name.strip(), name.strip())
             if name not in DEGREES:
-                raise ConfigError(f"mesh {text!r}: {name!r} is no degree{did_you_mean(name, DEGREES)}; as tp=2,pp=2")
+                raise ConfigError(f"mesh {text!r}: {name!r} is no degree{did_you_mean(name, [*DEGREES])}; as tp=2,pp=2")
             if not number.strip().isdecimal():
                 raise ConfigError(f"mesh {text!r}: {name} = {number.strip()!r} must be a whole number")
             if name in found:
                 raise ConfigError(f"mesh {text!r}: {name} is given twice")
             found[name] = int(number)
+        if not {"dp_shard", "cp"} & set(found):
+            found["dp_shard"] = found.get("ep", 1)
         return cls(**found, **settings)  # type: ignore[arg-type]
 
     @classmethod
@@ -204,8 +205,3 @@ def _nearest(n: int, degree: int) -> int:
     """The divisor of n that is nearest to `degree`, the smaller of two."""
     divisors = {d for i in range(1, math.isqrt(n) + 1) if n % i == 0 for d in (i, n // i)}
     return min(divisors, key=lambda d: (abs(d - degree), d))
-
-
-def replace(degrees: Degrees, **changes: object) -> Degrees:
-    """A copy with other settings."""
-    return dataclasses.replace(degrees, **changes)  # type: ignore[arg-type]

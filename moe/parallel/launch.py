@@ -106,6 +106,11 @@ def join(
     return Rank(rank, world, local, where)
 
 
+def inside() -> bool:
+    """Whether this process was started as one of the ranks, by `start`, torchrun or srun."""
+    return bool(_surroundings())
+
+
 def leave() -> None:
     """Ends what `join` made; for the end of a rank that has no error."""
     if dist.is_initialized():

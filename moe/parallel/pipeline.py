@@ -1,8 +1,8 @@
 """A pipeline: the layers of a model in stages over the ranks of `pp`, run by torch.distributed.pipelining's schedules.
 
-A stage is a `Transformer` that lacks parts. Tokens, targets and documents are on every rank; hidden states go from stage
-to stage, in pieces of the sequence under tensor parallelism; the last stage gives the loss. The routers' losses of a stage
-stay in it: their gradient is put into the backward at its output, so nothing more crosses a boundary, whatever the order.
+A stage is a `Transformer` that lacks parts. Tokens, targets and documents are on every rank; hidden states go from
+stage to stage, in pieces of the sequence under tensor parallelism; the last stage gives the loss. The routers' losses
+of a stage stay in it: their gradient is put into the backward at its output, so nothing more crosses a boundary.
 
 Shape suffixes: B sequences of a microbatch, S positions, D model width, L layers with experts, E experts.
 """
@@ -63,6 +63,10 @@ class _Stage(Transformer):
     collected: list[tuple[Sums, list[Tensor]]]
     positions: Any
 
+    def _check_input(self, tokens: Tensor, *others: Any) -> None:
+        if self.embedding is not None:  # hidden states are a piece of the sequence, whose targets are not
+            super()._check_input(tokens, *others)
+
     def forward(  # type: ignore[override]
         self, x: Tensor, targets_BS: Tensor | None = None, documents_BS: Tensor | None = None
     ) -> Tensor:
@@ -72,7 +76,8 @@ class _Stage(Transformer):
         sums = _own_sums(self, out)
         E = self.cfg.experts.n_experts
         routed = [expert_counts(r.ids_TK.reshape(1, -1), E)[0] for r in out.routing]
-        self.collected.append((Sums(*(None if s is None else s.detach() for s in sums)), routed))
+        lm = None if sums.lm is None else sums.lm.detach()
+        self.collected.append((Sums(lm, sums.balance.detach(), sums.z.detach()), routed))
         ours = objective(self.cfg.router, sums, self.counts) if sums.lm is not None else _router_part(self, sums)
         # Schedules that take a backward apart detach a stage's output, which may therefore be no view.
         return torch.stack([ours]) if self.head is not None else _Added.apply(out.hidden_BSD, ours)  # type: ignore
@@ -189,9 +194,7 @@ class Pipeline:
     def _schedule(self, B: int, S: int) -> Any:
         degrees, device = self.meshes.degrees, self.meshes.device
         tokens = torch.zeros(B, S, dtype=torch.int64, device=device)
-        hidden = torch.zeros(
-            B, S // degrees.tp, self.cfg.d_model, dtype=self.dtype, device=device, requires_grad=True
-        )
+        hidden = torch.zeros(B, S // degrees.tp, self.cfg.d_model, dtype=self.dtype, device=device, requires_grad=True)
         loss, stages = torch.zeros(1, dtype=self.dtype, device=device, requires_grad=True), []
         for i, part in zip(self.places, self.parts, strict=True):
             stages.append(

@@ -63,8 +63,9 @@ class LocalWeights:
 def localize(module: nn.Module, kind: type | None = None, **gradients: tuple[Placement, ...]) -> None:
     """Make a module, in place, one of `LocalWeights`; `kind`: of another class at that."""
     base = type(module) if kind is None else kind
-    module.__class__ = type(f"Local{base.__name__}", (LocalWeights, base), {})
-    module.gradients = gradients  # type: ignore[assignment]
+    whatever: Any = module
+    whatever.__class__ = type(f"Local{base.__name__}", (LocalWeights, base), {})
+    whatever.gradients = gradients
 
 
 def distribute(module: nn.Module, name: str, mesh: DeviceMesh, *placements: Placement) -> None:
@@ -224,6 +225,7 @@ def _attention(attention: Attention, cfg: Config, mesh: DeviceMesh) -> None:
     distribute(attention.wq, "weight", mesh, Shard(0))
     localize(attention.wq)
     own = a.n_heads // group.size()
+    w: Any
     for w in (attention.wk, attention.wv):
         if a.n_kv_heads % group.size() == 0:
             distribute(w, "weight", mesh, Shard(0))
@@ -232,7 +234,7 @@ def _attention(attention: Attention, cfg: Config, mesh: DeviceMesh) -> None:
             distribute(w, "weight", mesh, Replicate())
             localize(w, KeyHeads, weight=(Partial(),))
             w.heads = _key_heads(range(group.rank() * own, (group.rank() + 1) * own), a.n_heads // a.n_kv_heads)
-            w.head_dim = a.head_dim  # type: ignore[assignment]
+            w.head_dim = a.head_dim
     distribute(attention.wo, "weight", mesh, Shard(1))
     localize(attention.wo, Rows)
     attention.wo.group = group  # type: ignore[assignment]

@@ -36,16 +36,15 @@ def run(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
             processes.append(process)
         results, failures = [None] * world, []
         for rank, pipe in enumerate(pipes):
-            if not pipe.poll(TIMEOUT.total_seconds()):
+            # One that failed is missed by others: they have a moment to say whose failure was the first.
+            if not pipe.poll(3 if failures else TIMEOUT.total_seconds()):
                 failures.append(f"rank {rank} did not answer within {TIMEOUT}")
                 continue
             try:
                 results[rank], failure = pipe.recv()
             except EOFError:
                 failure = f"rank {rank} ended without an answer"
-            if failure:
-                failures.append(failure)
-                break  # the others may wait for it in vain
+            failures += [failure] if failure else []
         for process in processes:
             if failures:
                 process.kill()

@@ -60,7 +60,7 @@ def one_process(cfg: Config) -> dict[str, Any]:
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     gradients = {name: p.grad for name, p in model.named_parameters()}
     return {
-        "sums": [float(x.detach()) for x in out.sums],
+        "sums": [float(x.detach()) for x in out.sums if x is not None],
         "norm": norm.item(),
         "routed": torch.stack([r.counts_E for r in out.routing]),
         "gradients": gradients,

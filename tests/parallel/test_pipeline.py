@@ -7,10 +7,9 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from moe.config import Config
-from moe.errors import ConfigError
 from moe.parallel.degrees import Degrees
 from moe.parallel.mesh import make_meshes
-from moe.parallel.pipeline import Pipeline, split, stages_of
+from moe.parallel.pipeline import Pipeline
 from moe.parallel.step import Batch, gradient_norm
 from tests.parallel import ranks
 from tests.parallel.test_parallelize import B, batch, config, one_process
@@ -37,7 +36,9 @@ def on_ranks(cfg: Config, degrees: Degrees) -> dict[str, float]:
     return errors
 
 
-@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleaved-1f1b", "looped-bfs", "interleaved-zero-bubble", "zbv", "dualpipev"])
+@pytest.mark.parametrize(
+    "schedule", ["gpipe", "1f1b", "interleaved-1f1b", "looped-bfs", "interleaved-zero-bubble", "zbv", "dualpipev"]
+)
 def test_every_schedule(schedule: str) -> None:
     check(config(), Degrees(pp=2, schedule=schedule))
 
