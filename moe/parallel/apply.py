@@ -52,6 +52,8 @@ def _shard(model: Transformer, meshes: Meshes) -> None:
         if isinstance(module, FSDPModule):
             # The objective is divided by the counts of the whole batch, so gradients are added, not averaged.
             module.set_gradient_divide_factor(1.0)
+            # Else of float32 by an operation that gloo does not have.
+            module.set_force_sum_reduction_for_comms(True)
 
 
 def _sharding_mesh(mesh: DeviceMesh, *names: str) -> DeviceMesh:

@@ -20,13 +20,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 import torch.nn as nn
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.state_dict_loader import load as load_entries
+from torch.distributed.checkpoint.state_dict_saver import async_save
+from torch.distributed.checkpoint.state_dict_saver import save as save_entries
 
 from moe.checkpoint import CONFIG_FILE
 from moe.config import Config
@@ -79,7 +81,7 @@ class Checkpointer:
         self.keep_last, self.keep_every = keep_last, keep_every
         self.asynchronous, self.verify = asynchronous, verify
         # The thread that writes has collectives of its own: in the training's group they would mix.
-        self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self.group: Any = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self._stager: DefaultStager | None = None
         self._pending: tuple[int, Any] | None = None
         self._whole = -1  # the step of the newest one that this process knows to be whole
@@ -141,9 +143,9 @@ class Checkpointer:
         try:
             if self.asynchronous and not wait:
                 self._stager = self._stager or _stager()
-                self._pending = step, dcp.async_save(held, async_stager=self._stager, **how)
+                self._pending = step, async_save(held, async_stager=self._stager, **how)
             else:
-                dcp.save(held, **how)
+                save_entries(held, **how)
                 self._whole = step
         except FAILURES as error:
             raise _unwritten(self.directory, step, error) from error
@@ -261,7 +263,7 @@ def load(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         try:
-            dcp.load(
+            load_entries(
                 held,
                 storage_reader=FileSystemReader(place),
                 process_group=group,

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as load_entries
+from torch.distributed.checkpoint.state_dict_saver import save as save_entries
 
 from moe.checkpoint import (
     CHAT_TEMPLATE_FILE,
@@ -122,7 +123,7 @@ def divide(directory: str | os.PathLike[str], step_directory: str | os.PathLike[
     writer = Writer(target, small_files({"step": 0, "world": 1}, cfg))
     try:
         with _alone():
-            dcp.save(held, storage_writer=writer, planner=planner, no_dist=True)
+            save_entries(held, storage_writer=writer, planner=planner, no_dist=True)
     except FAILURES as error:
         raise CheckpointError(f"cannot write {target}: {error}") from error
 
@@ -142,7 +143,7 @@ class _Reader(FileSystemReader):
         tensor = torch.empty(like.shape, dtype=like.dtype)
         try:
             with _alone():
-                dcp.load({f"model.{name}": tensor}, storage_reader=self, no_dist=True)
+                load_entries({f"model.{name}": tensor}, storage_reader=self, no_dist=True)
         except FAILURES as error:
             raise CheckpointError(f"{self.path}: {name} cannot be read ({error}): use an older checkpoint") from error
         return tensor

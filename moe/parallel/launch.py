@@ -26,9 +26,11 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import HashStore, PrefixStore
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.distributed.rendezvous import rendezvous
 
 from moe.errors import CheckpointError, ConfigError, DataError, LaunchError, TrainError
 from moe.io.files import write_whole
@@ -96,12 +98,12 @@ def join(
     limit = timedelta(seconds=timeout)
     if told:
         os.environ.update(told)
-        store, rank, world = next(dist.rendezvous("env://", timeout=limit))
+        store, rank, world = next(rendezvous("env://", timeout=limit))
         # torchrun restarts ranks on the same store, where gloo then finds the keys of those before and hangs
         # (pytorch#135712).
-        store = dist.PrefixStore(f"life{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        store = PrefixStore(f"life{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     else:
-        store = dist.HashStore()
+        store = HashStore()
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
     return Rank(rank, world, local, where)
 
@@ -162,7 +164,7 @@ def _threads(ranks: int) -> int:
 
 def _record_flights(dumps: str | os.PathLike[str] | None) -> None:
     """Sets what NCCL reads when the group is made, unless it is set already. Each name is that of some torch."""
-    settings = dict.fromkeys(("TORCH_NCCL_TRACE_BUFFER_SIZE", "TORCH_FR_BUFFER_SIZE"), "2000")
+    settings: dict[str, str] = dict.fromkeys(("TORCH_NCCL_TRACE_BUFFER_SIZE", "TORCH_FR_BUFFER_SIZE"), "2000")
     settings["TORCH_NCCL_DUMP_ON_TIMEOUT"] = "1"
     if dumps is not None:
         Path(dumps).mkdir(parents=True, exist_ok=True)

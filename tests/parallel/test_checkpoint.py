@@ -299,7 +299,7 @@ def test_parts_and_optimizers_go_together(pair: Any, tmp_path: Path) -> None:
         Checkpointer(tmp_path).save(1, [model, model])
     for name in ("keep_last", "keep_every"):
         with pytest.raises(ConfigError, match=f"{name} = -1"):
-            Checkpointer(tmp_path, **{name: -1})
+            Checkpointer(tmp_path, **{name: -1})  # type: ignore[arg-type]
 
 
 # --------------------------------------------------------------------------------------------- damage, failures, room

@@ -53,7 +53,7 @@ def run(folder: Path, steps: int, kills: int) -> tuple[int, str, str]:
             optimizer.step()
             optimizer.zero_grad()
             dist.all_reduce(loss.detach())
-            step, said = step + 1, loss.item().hex()
+            step, said = step + 1, float(loss).hex()
             checkpointer.save(step, [model], [optimizer], {"sample": step * B, "loss": said})
     digest = hashlib.sha256()
     for _, parameter in sorted(model.named_parameters()):
