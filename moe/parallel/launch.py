@@ -5,15 +5,16 @@ as is allowed. What they then go on from is the newest checkpoint (checkpoint.py
 """
 
 import contextlib
-import ctypes
 import faulthandler
 import json
 import os
 import re
 import runpy
+import select
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import uuid
@@ -26,7 +27,8 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import HashStore, PrefixStore
+from torch._C._distributed_c10d import HashStore
+from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -339,10 +341,26 @@ def _record(folder: Path, rank: int, text: str, status: int, lasting: bool) -> N
 
 
 def _end_with(launcher: int) -> None:
-    """Has the kernel kill this process when the one that forked it ends, which ends with the launcher. Linux only."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        try:
-            os.kill(launcher, 0)  # it may have ended before
-        except ProcessLookupError:
-            os._exit(1)
+    """Kills this process when the launcher has ended, however it did.
+
+    A thread waits for that. The kernel's own way (PR_SET_PDEATHSIG) is of no use: it looks at the server that forks
+    ranks, which lives as long as they do.
+    """
+    try:
+        handle = os.pidfd_open(launcher)
+    except ProcessLookupError:
+        os._exit(1)
+    except (AttributeError, OSError):  # not Linux, or an old one
+        handle = None
+
+    def wait() -> None:
+        if handle is not None:
+            select.select([handle], [], [])
+        else:
+            with contextlib.suppress(ProcessLookupError):
+                while True:
+                    os.kill(launcher, 0)
+                    time.sleep(1)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=wait, daemon=True, name="ends with the launcher").start()

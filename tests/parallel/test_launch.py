@@ -113,7 +113,7 @@ from moe.parallel.launch import start
 import tests.parallel.test_launch as here
 if __name__ == "__main__":
     try:
-        start(here.sleeps, 2, Path(sys.argv[1]), sys.argv[2], grace=5.0)
+        start(here.sleeps, 2, Path(sys.argv[1]), sys.argv[2], grace=3.0)
     except LaunchError as error:
         print(error)
         sys.exit(error.exit_status)
@@ -148,9 +148,9 @@ def alive(pid: int) -> bool:
     ("how", "number"),
     [
         ("gentle", signal.SIGINT),
-        ("gentle", signal.SIGTERM),
-        ("gentle", signal.SIGHUP),
-        ("stubborn", signal.SIGTERM),
+        pytest.param("gentle", signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param("gentle", signal.SIGHUP, marks=pytest.mark.slow),
+        pytest.param("stubborn", signal.SIGTERM, marks=pytest.mark.slow),
         ("gentle", signal.SIGKILL),
     ],
     ids=str,
