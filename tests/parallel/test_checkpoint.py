@@ -113,7 +113,12 @@ def train_on_ranks(
     ("first", "second", "dtype"),
     [
         (Degrees(pp=2, tp=2), Degrees(dp_shard=4, ep=2), "fp64"),
-        (Degrees(dp_shard=2), Degrees(pp=2, dp_shard=2, ep=2, schedule="interleaved-1f1b"), "fp64"),
+        pytest.param(
+            Degrees(dp_shard=2),
+            Degrees(pp=2, dp_shard=2, ep=2, schedule="interleaved-1f1b"),
+            "fp64",
+            marks=pytest.mark.slow,
+        ),
         (Degrees(dp_shard=4, ep=2), Degrees(tp=2), "fp32"),
     ],
     ids=str,
