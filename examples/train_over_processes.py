@@ -16,9 +16,10 @@ import torch.distributed as dist
 
 import moe
 from moe.data import Mixture, TokenData
-from moe.parallel.checkpoint import Checkpoints, optimizers_of, read_model
+from moe.parallel.checkpoint import Checkpointer, latest
+from moe.parallel.convert import export
 from moe.parallel.degrees import Degrees
-from moe.parallel.launch import connect, inside, start
+from moe.parallel.launch import inside, join, leave, start
 from moe.parallel.mesh import make_meshes
 from moe.parallel.model import ParallelModel
 from moe.parallel.step import Batch, clip_gradients, gradient_norm
@@ -27,14 +28,14 @@ from moe.parallel.step import Batch, clip_gradients, gradient_norm
 def rank(arguments: argparse.Namespace) -> None:
     """What every process does."""
     cfg, degrees = moe.load_config(arguments.config), Degrees.parse(arguments.mesh)
-    meshes = make_meshes(degrees, connect(torch.device("cpu"), degrees.world))
+    meshes = make_meshes(degrees, join(degrees).device)
     model = ParallelModel(cfg, meshes, seed=arguments.seed)
-    optimizers = optimizers_of(model.parts, arguments.lr, foreach=False)
+    optimizers = [torch.optim.AdamW(part.parameters(), lr=arguments.lr, foreach=False) for part in model.parts]
     # Which windows a step has follows from its number alone, on any mesh.
     windows = Mixture(TokenData.open(arguments.data), cfg.max_seq_len, arguments.seed)
     own = arguments.batch_size // degrees.dp
     mine = slice(meshes.data.get_local_rank() * own, (meshes.data.get_local_rank() + 1) * own)
-    checkpoints = Checkpoints(arguments.out / "checkpoints")
+    checkpoints = Checkpointer(arguments.out / "checkpoints", cfg)
     saved = checkpoints.load(model.parts, optimizers)
     for step in range(saved["step"] if saved else 0, arguments.steps):
         batch = windows.batch(step * arguments.batch_size, arguments.batch_size)
@@ -51,8 +52,8 @@ def rank(arguments: argparse.Namespace) -> None:
             print(f"step {step + 1}: {loss:.4f} nats, gradient {norm.item():.3f}", flush=True)
         if (step + 1) % arguments.save_every == 0 or step + 1 == arguments.steps:
             checkpoints.save(step + 1, model.parts, optimizers, {"batch_size": arguments.batch_size})
-    checkpoints.finish()
-    dist.destroy_process_group()
+    checkpoints.close()
+    leave()
 
 
 def main() -> None:
@@ -73,10 +74,10 @@ def main() -> None:
     if inside():
         rank(arguments)
         return
-    start(degrees.world, rank, arguments, max_restarts=arguments.restarts)
-    newest = arguments.out / "checkpoints" / f"step-{arguments.steps:08d}"
-    model = read_model(newest, moe.load_config(arguments.config))
-    moe.save(model, arguments.out / "final", tokenizer=TokenData.open(arguments.data).tokenizer())
+    start(rank, degrees.world, arguments, max_restarts=arguments.restarts)
+    newest = latest(arguments.out / "checkpoints")
+    assert newest is not None
+    export(newest, arguments.out / "final", tokenizer=TokenData.open(arguments.data).tokenizer())
     print(f"for moe generate: {arguments.out / 'final'}")
 
 

@@ -41,6 +41,14 @@ class TrainError(MoeError, RuntimeError):
     """A run that cannot go on; the message says why, what is left, and what to change."""
 
 
+class LaunchError(MoeError, RuntimeError):
+    """Ranks that ended in an error: which one did first, and its traceback. The exit status is that rank's."""
+
+    def __init__(self, message: str, exit_status: int = 1) -> None:
+        super().__init__(message)
+        self.exit_status = exit_status
+
+
 class NotObservable(MoeError, ValueError):
     """A model without a router that is known here."""
 

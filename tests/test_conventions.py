@@ -12,8 +12,10 @@ from tests.test_imports import MODULES, ROOT
 
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MODULES.items()}
 PACKAGES = sorted(name for name, path in MODULES.items() if path.name == "__init__.py")
-# What is called by name, and by others: torch, and lm-eval.
-CALLED_BY_OTHERS = {"reset_parameters", "extra_repr", "loglikelihood_rolling", "generate_until"}
+# What is called by name, and by others: torch, its checkpoints, and lm-eval; and what users call, who have a run over
+# processes: no command here has one yet.
+CALLED_BY_OTHERS = {"reset_parameters", "extra_repr", "loglikelihood_rolling", "generate_until", "lookup_object"}
+CALLED_BY_OTHERS |= {"prepare_local_plan", "prepare_global_plan", "write_data", "finish", "divide"}
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 

@@ -5,6 +5,7 @@ with their Tritons; those of transformers are asked for by tests/hf/test_experts
 """
 
 import ast
+import os
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ ROOT = Path(__file__).parent.parent
 # (what has it, its name) -> where it is used. Missing ones end in an AttributeError, unless the line says otherwise.
 USED: dict[tuple[Any, str], str] = {
     (torch, "_C._current_graph_task_id"): "profile: inside a backward?",
+    (torch, "_C._distributed_c10d.HashStore"): "parallel: a process group of one, which has nobody to tell",
+    (os, "_exit"): "parallel: a rank whose launcher is gone ends at once, whatever its threads do",
     (torch, "_C._functorch.is_batchedtensor"): "profile: inside torch.func.vmap?",
     (torch, "_C._functorch.is_functorch_wrapped_tensor"): "kernels: may values be looked at?",
     (torch, "_C._are_functorch_transforms_active"): "kernels: does torch.func differentiate?",

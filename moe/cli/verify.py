@@ -64,7 +64,7 @@ def _rows(cfg: "Config", degrees: "Degrees", how: dict[str, Any]) -> "list[Row] 
     from moe.parallel.launch import inside, start
 
     if not inside():
-        return start(degrees.world, _rank, cfg, degrees, how)
+        return start(_rank, degrees.world, cfg, degrees, how)[0]
     import torch.distributed as dist
 
     rows = _rank(cfg, degrees, how)
@@ -74,10 +74,10 @@ def _rows(cfg: "Config", degrees: "Degrees", how: dict[str, Any]) -> "list[Row] 
 def _rank(cfg: "Config", degrees: "Degrees", how: dict[str, Any]) -> "list[Row]":
     import torch
 
-    from moe.parallel.launch import connect
+    from moe.parallel.launch import join
     from moe.parallel.verify import verify
 
-    connect(torch.device("cpu"), degrees.world)
+    join(degrees)
     dtype = {"fp64": torch.float64, "fp32": torch.float32}[how["dtype"]]
     return verify(cfg, degrees, **{**how, "dtype": dtype})
 

@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,12 +49,20 @@ class StoredTensor:
     metadata: Mapping[str, str]  # the words in the header of its file
 
 
+@dataclass(frozen=True)
+class Deferred:
+    """A tensor to write that is only read when its turn comes."""
+
+    like: Tensor  # of its shape and dtype, best on the meta device
+    read: Callable[[], Tensor]
+
+
 # ---------------------------------------------------------------------------------------------------------- writing
 
 
 def write_tensors(
     directory: Path,
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor] | Mapping[str, Deferred],
     *,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
@@ -72,9 +80,10 @@ def write_tensors(
         CheckpointError: a tensor that is not plain (see `check_plain`), a dtype that the format lacks.
         OSError: the disk is full, or the directory cannot be written.
     """
-    dtypes = {name: dtype if dtype and t.is_floating_point() else t.dtype for name, t in tensors.items()}
-    sizes = {name: t.numel() * dtypes[name].itemsize for name, t in tensors.items()}
-    check_plain(tensors)
+    likes = {name: t.like if isinstance(t, Deferred) else t for name, t in tensors.items()}
+    dtypes = {name: dtype if dtype and t.is_floating_point() else t.dtype for name, t in likes.items()}
+    sizes = {name: t.numel() * dtypes[name].itemsize for name, t in likes.items()}
+    check_plain({name: t for name, t in tensors.items() if not isinstance(t, Deferred)})
     for name in tensors:
         if dtypes[name] not in _FORMAT_NAMES:
             raise CheckpointError(f"{name} has dtype {dtypes[name]}, which is not saved: convert it first")
@@ -124,14 +133,18 @@ def _split(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
 
 
 def _write_file(
-    path: Path, tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype], metadata: Mapping[str, str]
+    path: Path,
+    tensors: Mapping[str, Tensor | Deferred],
+    dtypes: Mapping[str, torch.dtype],
+    metadata: Mapping[str, str],
 ) -> None:
     if sys.byteorder != "little":
         raise CheckpointError("safetensors files are little-endian and this machine is not: save on another one")
     # transformers reads no file without "format".
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     end = 0
-    for name, tensor in tensors.items():
+    for name, given in tensors.items():
+        tensor = given.like if isinstance(given, Deferred) else given
         start, end = end, end + tensor.numel() * dtypes[name].itemsize
         entry = {"dtype": _FORMAT_NAMES[dtypes[name]], "shape": list(tensor.shape), "data_offsets": [start, end]}
         header[name] = entry
@@ -139,9 +152,11 @@ def _write_file(
     text += b" " * (-len(text) % 8)  # the data starts aligned
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for name, tensor in tensors.items():
+        for name, given in tensors.items():
+            tensor = given.read() if isinstance(given, Deferred) else given
             plain = tensor.detach().to("cpu", dtypes[name]).contiguous()
             file.write(plain.reshape(-1).view(torch.uint8).numpy().data)
+            del tensor, plain  # before the next one is read
 
 
 # ---------------------------------------------------------------------------------------------------------- reading

@@ -1,127 +1,116 @@
-"""Ranks that are killed at any time: the run goes on by itself, and ends with the bits of one that was left alone."""
+"""A run whose ranks are killed, whenever and whichever, ends with the bits of one that was never disturbed."""
 
+import hashlib
 import os
 import random
 import signal
-import subprocess
-import sys
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
-import moe
-from tests.conftest import ROOT
+from moe.model import Counts, Transformer, objective
+from moe.parallel.checkpoint import Checkpointer
+from moe.parallel.launch import join, leave, start
+from tests.conftest import tiny_config
 
-CONFIG = """
-name = "killed"
-d_model = 32
-n_layers = 2
-vocab_size = 300
-max_seq_len = 16
-[attention]
-n_heads = 4
-head_dim = 8
-[experts]
-n_experts = 4
-d_ff = 24
-"""
+B, S = 6, 16
 
 
-def started(data: Path, place: Path, steps: int, restarts: int, mesh: str = "dp=2,ep=2") -> "subprocess.Popen[str]":
-    place.mkdir(exist_ok=True)
-    (place / "config.toml").write_text(CONFIG)
-    command = [sys.executable, str(ROOT / "examples" / "train_over_processes.py"), str(data), "--mesh", mesh]
-    command += ["--config", str(place / "config.toml"), "--out", str(place / "run"), "--steps", str(steps)]
-    command += ["--batch-size", "4", "--save-every", "2", "--restarts", str(restarts)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True, cwd=place)
+def run(folder: Path, steps: int, kills: int) -> tuple[int, str, str]:
+    """Of one rank: trains from the newest checkpoint on, saving after every step; waits for the kills to come.
+
+    Returns how often the ranks were started again, the last loss, and a digest of all weights and moments.
+    """
+    life = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    (folder / f"{life}-{os.environ['RANK']}").write_text(str(os.getpid()))
+    me = join(timeout=40)
+    model = Transformer(tiny_config())
+    for block in model.blocks:
+        fully_shard(block)
+    fully_shard(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    mine = slice(me.rank * B // me.world, (me.rank + 1) * B // me.world)
+    loss = torch.zeros(())
+    with Checkpointer(folder / "checkpoints", model.cfg) as checkpointer:
+        training = checkpointer.load([model], [optimizer]) or {"sample": 0, "loss": "none"}
+        step, said = training["sample"] // B, training["loss"]
+        while step < steps:
+            while life < kills and step >= (life + 1) * steps // (kills + 1):
+                time.sleep(0.01)  # it does not come further before it is killed
+            # The data are a function of the position alone.
+            tokens = torch.randint(61, (B, S + 1), generator=torch.Generator().manual_seed(step * B))[mine]
+            out = model(tokens[:, :-1], tokens[:, 1:])
+            loss = objective(model.cfg.router, out.sums, Counts(B * S // me.world, B // me.world, B * S // me.world))
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            dist.all_reduce(loss.detach())
+            step, said = step + 1, float(loss).hex()
+            checkpointer.save(step, [model], [optimizer], {"sample": step * B, "loss": said})
+    digest = hashlib.sha256()
+    for _, parameter in sorted(model.named_parameters()):
+        for tensor in (parameter.detach(), *(optimizer.state[parameter][k] for k in ("exp_avg", "exp_avg_sq"))):
+            assert isinstance(tensor, DTensor)
+            digest.update(tensor.full_tensor().numpy().tobytes())
+    leave()
+    return life, said, digest.hexdigest()
 
 
-def ranks_of(pid: int) -> list[int]:
-    """The processes that a launcher has started, by Linux's account."""
-    found = []
-    for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        for child in task.read_text().split():
-            command = Path(f"/proc/{child}/cmdline").read_bytes().decode(errors="replace")
-            if "spawn_main" in command:
-                found.append(int(child))
-    return found
+def saving(folder: Path) -> bool:
+    return any(not (p / ".metadata").exists() for p in (folder / "checkpoints").glob("step-*"))
 
 
-def weights(place: Path) -> dict[str, torch.Tensor]:
-    return {name: p.detach() for name, p in moe.load(place / "run" / "final").named_parameters()}
+def kill(folder: Path, n: int, moments: list[tuple[int, str]], rng: random.Random, done: threading.Event) -> None:
+    """In each life one rank: at any moment from its start on, or while a checkpoint is being written."""
+    for life, (rank, when) in enumerate(moments):
+        pids: list[str] = []
+        while not done.is_set() and (len(pids) < n or not all(pids)):
+            time.sleep(0.001)
+            pids = [p.read_text() for p in (folder / f"{life}-{r}" for r in range(n)) if p.exists()]
+        if when == "saving":
+            end = time.monotonic() + 10
+            while not saving(folder) and time.monotonic() < end and not done.is_set():
+                time.sleep(0.0005)
+        else:
+            time.sleep(rng.uniform(0, 2.0))
+        if not done.is_set():
+            os.kill(int(pids[rank]), signal.SIGKILL)
 
 
-def with_kills(data: Path, place: Path, steps: int, kills: int, seed: int) -> str:
-    rng, said = random.Random(seed), []
-    process = started(data, place, steps, restarts=kills)
-    assert process.stdout is not None
-    wanted = sorted(rng.sample(range(1, steps), kills))
-    for line in process.stdout:
-        said.append(line)
-        if wanted and line.startswith("step ") and int(line.split()[1].rstrip(":")) >= wanted[0]:
-            wanted.pop(0)
-            time.sleep(rng.random() * 0.05)  # also in the middle of a step, or while a checkpoint is written
-            if victims := ranks_of(process.pid):
-                os.kill(rng.choice(victims), signal.SIGKILL)
-    assert process.wait(60) == 0, "".join(said)
-    assert not wanted
-    return "".join(said)
+def disturbed(folder: Path, n: int, steps: int, moments: list[tuple[int, str]], rng: random.Random) -> list[Any]:
+    folder.mkdir()
+    done = threading.Event()
+    killer = threading.Thread(target=kill, args=(folder, n, moments, rng, done))
+    killer.start()
+    try:
+        return start(run, n, folder, steps, len(moments), max_restarts=len(moments))
+    finally:
+        done.set()
+        killer.join()
 
 
-def check(data: Path, tmp_path: Path, steps: int, kills: int) -> None:
-    alone = started(data, tmp_path / "alone", steps, 0)
-    out, _ = alone.communicate(timeout=300)
-    assert alone.returncode == 0, out
-    said = with_kills(data, tmp_path / "killed", steps, kills, seed=1)
-    want, got = weights(tmp_path / "alone"), weights(tmp_path / "killed")
-    assert all(torch.equal(got[name], p) for name, p in want.items())
-    # What it said of its last step, to the last digit; of some steps twice.
-    last = f"step {steps}: "
-    assert next(x for x in out.splitlines() if last in x) in said.splitlines()
-    assert sum(line.startswith("step ") for line in said.splitlines()) > steps
-
-
-def test_a_run_that_is_killed_ends_as_one_that_is_not(data_dir: Path, tmp_path: Path) -> None:
-    check(data_dir, tmp_path, 10, 3)
+def test_three_kills(tmp_path: Path, any_moment: random.Random) -> None:
+    """The first rank, any rank, and any rank while a checkpoint is being written."""
+    moments = [(0, "any"), (any_moment.randrange(2), "any"), (any_moment.randrange(2), "saving")]
+    any_moment.shuffle(moments)
+    undisturbed = disturbed(tmp_path / "a", 2, 8, [], any_moment)
+    got = disturbed(tmp_path / "b", 2, 8, moments, any_moment)
+    assert [life for life, *_ in got] == [3, 3]
+    assert [end for _, *end in got] == [end for _, *end in undisturbed]
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_twenty_times_ends_as_one_that_is_not(data_dir: Path, tmp_path: Path) -> None:
-    check(data_dir, tmp_path, 60, 20)
-
-
-@pytest.mark.slow
-def test_another_mesh_goes_on(data_dir: Path, tmp_path: Path) -> None:
-    """Half of a run on two ranks of experts, half on a pipeline: within float32's rounding of the same."""
-    for mesh, steps in (("dp=2,ep=2", 4), ("pp=2", 8)):
-        half = started(data_dir, tmp_path / "moved", steps, 0, mesh)
-        out, _ = half.communicate(timeout=300)
-        assert half.returncode == 0, out
-    whole = started(data_dir, tmp_path / "stayed", 8, 0)
-    out, _ = whole.communicate(timeout=300)
-    assert whole.returncode == 0, out
-    want, got = weights(tmp_path / "stayed"), weights(tmp_path / "moved")
-    for name, p in want.items():
-        # AdamW's steps are nearly signs, so an element of a vanishing gradient may go the other way.
-        assert (got[name] - p).norm() < 1e-4 * p.norm(), name
-
-
-def test_what_a_rank_says_is_heard(data_dir: Path, tmp_path: Path) -> None:
-    """One that fails every time ends the run, with its reason, and leaves no process behind."""
-    failing = started(data_dir, tmp_path / "failing", 4, 0, "tp=2")
-    assert failing.stdout is not None
-    victims: list[int] = []
-    for line in failing.stdout:
-        if line.startswith("step 1:"):
-            victims = ranks_of(failing.pid)
-            os.kill(victims[0], signal.SIGKILL)
-            break
-    out = failing.stdout.read()
-    assert failing.wait(60) != 0
-    assert "Signal 9 (SIGKILL)" in out
-    assert len(victims) == 2
-    assert not [pid for pid in victims if Path(f"/proc/{pid}").exists()]
+def test_twenty_kills(tmp_path: Path, any_moment: random.Random) -> None:
+    moments = [(any_moment.randrange(3), any_moment.choice(["any", "saving"])) for _ in range(20)]
+    undisturbed = disturbed(tmp_path / "a", 3, 42, [], any_moment)
+    got = disturbed(tmp_path / "b", 3, 42, moments, any_moment)
+    assert [life for life, *_ in got] == [20] * 3
+    assert [end for _, *end in got] == [end for _, *end in undisturbed]
